@@ -1,0 +1,42 @@
+"""Spectral conditioning of attention for Hugging Face Transformers.
+
+Every query, key and value projection uses the effective weight `W + C`. Importing the package teaches the Auto classes
+`from_pretrained(..., spectral_conditioning=True)`.
+"""
+
+from .auto import register
+from .conditioning import (
+    AttentionSpec,
+    ProjectionReport,
+    condition,
+    fold,
+    format_reports,
+    refresh,
+)
+from .config import SpectralConfig
+from .crammed_bert import (
+    CrammedBertConfig,
+    CrammedBertForMaskedLM,
+    CrammedBertForSequenceClassification,
+    CrammedBertForTokenClassification,
+    CrammedBertModel,
+)
+from .version import __version__
+
+register()
+
+__all__ = [
+    "AttentionSpec",
+    "CrammedBertConfig",
+    "CrammedBertForMaskedLM",
+    "CrammedBertForSequenceClassification",
+    "CrammedBertForTokenClassification",
+    "CrammedBertModel",
+    "ProjectionReport",
+    "SpectralConfig",
+    "__version__",
+    "condition",
+    "fold",
+    "format_reports",
+    "refresh",
+]

@@ -1,0 +1,129 @@
+"""Where query, key and value live, per architecture: one table, matched on the module tree.
+
+Class names and child names are looked up in the live model, so a row holds for every model that contains such an
+attention (a BERT inside a VisionEncoderDecoder, a ViT inside a plain `nn.Module`), whatever the model's type or release.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .config import PROJECTIONS
+from .layers import ProjectionLayout
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How one attention class keeps its projections. A row of the table, or the `architecture=` of [`condition`].
+
+    Args:
+        attention: class name, or names, of the module that holds the projections.
+        modules: child name -> the projection in it, or the projections in order for a fused tensor:
+            `{"q_proj": "query", "k_proj": "key", "v_proj": "value"}` or `{"qkv": ("query", "key", "value")}`.
+        interleaved: a fused tensor runs per key/value head (`[heads, 3 * head_dim]`) instead of in blocks.
+        query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
+            on its `config`, then on the model's.
+        key_value_heads: the same for key and value; None where they have as many heads as the query.
+    """
+
+    attention: str | tuple[str, ...]
+    modules: Mapping[str, str | tuple[str, ...]]
+    interleaved: bool = False
+    query_heads: str | int = "num_attention_heads"
+    key_value_heads: str | int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.modules:
+            raise ValueError("AttentionSpec.modules is empty; name the child modules that hold the projections.")
+        for child, projections in self.projections_of.items():
+            unknown = [name for name in projections if name not in PROJECTIONS]
+            if unknown or not projections:
+                raise ValueError(
+                    f"AttentionSpec.modules[{child!r}]={projections!r} must name one or more of {PROJECTIONS}."
+                )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """`attention` as a tuple."""
+        return (self.attention,) if isinstance(self.attention, str) else tuple(self.attention)
+
+    @property
+    def projections_of(self) -> dict[str, tuple[str, ...]]:
+        """`modules` with each value as a tuple."""
+        return {child: (names,) if isinstance(names, str) else tuple(names) for child, names in self.modules.items()}
+
+    def matches(self, module: nn.Module) -> bool:
+        """Whether `module` is this attention class and has these children."""
+        return type(module).__name__ in self.class_names and all(
+            isinstance(getattr(module, child, None), nn.Module) for child in self.modules
+        )
+
+    def layout(self, attention: nn.Module, child: str, out_features: int, model_config: Any) -> ProjectionLayout:
+        """The rows of `child`'s weight.
+
+        Raises:
+            ValueError: if the number of heads cannot be found, or does not divide the rows.
+        """
+        projections = self.projections_of[child]
+        query_heads = self._heads("query_heads", attention, model_config)
+        other_heads = query_heads
+        if self.key_value_heads is not None:
+            other_heads = self._heads("key_value_heads", attention, model_config)
+        heads = tuple(query_heads if name == "query" else other_heads for name in projections)
+        head_dim, remainder = divmod(out_features, sum(heads))
+        if remainder or query_heads % other_heads:
+            raise ValueError(
+                f"{type(attention).__name__}.{child} has {out_features} output rows, which {heads} heads for "
+                f"{projections} do not divide (or {other_heads} key/value heads do not divide {query_heads} query heads); "
+                "pass architecture=AttentionSpec(...) with the right query_heads and key_value_heads."
+            )
+        groups = other_heads if self.interleaved and len(projections) > 1 else 1
+        return ProjectionLayout(projections, heads, (head_dim,) * len(heads), groups)
+
+    def _heads(self, field: str, attention: nn.Module, model_config: Any) -> int:
+        value = getattr(self, field)
+        if isinstance(value, str):
+            owners = (attention, getattr(attention, "config", None), model_config)
+            found = [getattr(owner, value) for owner in owners if getattr(owner, value, None) is not None]
+            if not found:
+                raise ValueError(
+                    f"{field}={value!r} is an attribute neither of {type(attention).__name__} nor of its config; give "
+                    "the number of heads, or the name of an attribute that has it."
+                )
+            value = found[0]
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field}={value!r} of {type(attention).__name__} must be an integer >= 1.")
+        return value
+
+
+QUERY_KEY_VALUE = {"query": "query", "key": "key", "value": "value"}
+Q_K_V_PROJ = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+
+# Model type -> how its attention classes keep their projections. Where a class appears twice, the first row whose
+# children all exist is taken: names differ between releases, and between self- and cross-attention.
+ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
+    "bert": (AttentionSpec(("BertSelfAttention", "BertCrossAttention"), QUERY_KEY_VALUE),),
+    "roberta": (AttentionSpec(("RobertaSelfAttention", "RobertaCrossAttention"), QUERY_KEY_VALUE),),
+    "vit": (
+        AttentionSpec("ViTAttention", Q_K_V_PROJ),
+        AttentionSpec("ViTSelfAttention", QUERY_KEY_VALUE),
+    ),
+    "crammed_bert": (AttentionSpec("CrammedBertSelfAttention", QUERY_KEY_VALUE),),
+    "gpt2": (
+        AttentionSpec("GPT2Attention", {"q_attn": "query", "c_attn": ("key", "value")}, query_heads="num_heads"),
+        AttentionSpec("GPT2Attention", {"c_attn": PROJECTIONS}, query_heads="num_heads"),
+    ),
+    "llama": (AttentionSpec("LlamaAttention", Q_K_V_PROJ, key_value_heads="num_key_value_heads"),),
+}
+
+
+def attention_specs(architecture: AttentionSpec | Sequence[AttentionSpec] | None) -> tuple[AttentionSpec, ...]:
+    """The rows to match: those given, or the whole table."""
+    if architecture is None:
+        return tuple(spec for specs in ARCHITECTURES.values() for spec in specs)
+    specs = (architecture,) if isinstance(architecture, AttentionSpec) else tuple(architecture)
+    if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs):
+        raise ValueError(f"architecture={architecture!r} must be an AttentionSpec or a non-empty sequence of them.")
+    return specs

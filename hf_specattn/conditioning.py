@@ -1,0 +1,358 @@
+"""`condition` a model in place, and `fold` it back: `W + C` in, plain modules out."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .architectures import ARCHITECTURES, AttentionSpec, attention_specs
+from .config import INITS, SpectralConfig, check_choice
+from .corrections import at_least_float32
+from .layers import (
+    HALF_PRECISION,
+    SPECTRAL_CLASSES,
+    ProjectionLayout,
+    SpectralLayer,
+    make_spectral,
+    make_stock,
+    spectral_layers,
+)
+from .refreshing import recompute, refresh, refresh_interval
+from .reports import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
+
+__all__ = [
+    "AttentionSpec",
+    "ProjectionReport",
+    "Spectrum",
+    "condition",
+    "fold",
+    "format_reports",
+    "refresh",
+    "refresh_interval",
+]
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A stock module that holds one or more of a model's projections."""
+
+    name: str
+    module: nn.Module
+    layout: ProjectionLayout
+
+
+def condition(
+    model: nn.Module,
+    config: SpectralConfig,
+    init: str = "additive",
+    architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
+) -> list[ProjectionReport]:
+    """Give every query, key and value projection of `model` the effective weight `W + C`, in place.
+
+    A transformers model of a known architecture also takes its conditioned class and configuration, so that
+    `save_pretrained` writes a checkpoint that loads conditioned.
+
+    Args:
+        model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.
+        config: what to add where.
+        init: `"additive"` leaves W alone, so the model's *function changes* and needs training (the paper's SpecA);
+            `"preserve"` sets `W <- W - C`, so that `W + C` and the function stay what they were, and training starts
+            from there (static corrections only).
+        architecture: how the model keeps its projections, where the table does not know, or is not to be asked.
+
+    Returns:
+        One report per conditioned projection.
+
+    Raises:
+        ValueError: for bad settings, no projection found, a target that matches nothing, a model already conditioned,
+            tied, quantized, sharded or meta weights, `nn.MultiheadAttention`. Nothing is changed then.
+    """
+    _check_settings(config, init)
+    _check_not_conditioned(model)
+    projections = find_projections(model, architecture)
+    _check_targets(projections, config)
+    projections = [item for item in projections if set(item.layout.projections) & set(config.targets)]
+    _check_weights(model, projections, config, init)
+
+    reports = []
+    for item in logging.tqdm(projections, desc="Conditioning", disable=_no_progress_bar(len(projections))):
+        layer = make_spectral(item.module, item.layout, config)
+        if init == "preserve" and (cost := half_precision_cost([layer], shift=-1)):
+            logger.warning_once(f"{cost}, so init='preserve' does not keep the function; condition in float32.")
+        before = projection_spectra(layer, effective=False)
+        apply_correction(layer, init)
+        after = projection_spectra(layer, effective=True)
+        reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
+    for host in _outermost_pretrained(model):
+        _adopt(host, config)
+    return reports
+
+
+def attach(model: nn.Module, config: SpectralConfig) -> None:
+    """Make the projections of a freshly constructed, stock model conditioned, on whatever device (meta too).
+
+    svd corrections stay zero until `apply_correction` or a checkpoint fills them.
+    """
+    projections = find_projections(model)
+    _check_targets(projections, config)
+    for item in projections:
+        if set(item.layout.projections) & set(config.targets):
+            make_spectral(item.module, item.layout, config)
+
+
+@torch.no_grad()
+def apply_correction(layer: SpectralLayer, init: str) -> None:
+    """Compute the stored correction (svd) from the weight, and with `init="preserve"` take C out of the weight."""
+    if layer.spectral.method == "svd":
+        recompute(layer)
+    if init == "preserve":
+        subtract_correction(layer)
+
+
+@torch.no_grad()
+def subtract_correction(layer: SpectralLayer) -> None:
+    """`W <- W - C` with the C in force, in at least float32: the effective weight becomes the W that was there."""
+    layer.weight.copy_(at_least_float32(layer.weight) - at_least_float32(layer.current_correction()))
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> nn.Module:
+    """Replace each conditioned projection by the stock module with weight `W + C`, in place.
+
+    The sum is formed in at least float32 and cast once, as in the forward pass: a float32 or float64 model computes the
+    same numbers as before. A half-precision identity model loses most of W's diagonal to the rounding of `W + lambda I`,
+    so for it the measured loss is logged; fold in float32 to keep it.
+
+    Returns:
+        `model`, with its stock class and configuration, whose checkpoints need no code of this package.
+
+    Raises:
+        ValueError: if nothing in `model` is conditioned.
+    """
+    layers = list(spectral_layers(model))
+    if not layers:
+        raise ValueError(
+            "fold() found no conditioned projection in this model; condition it first, or leave it as it is."
+        )
+    sharded = [name for name, layer in layers if hasattr(layer.weight, "full_tensor")]
+    if sharded:
+        raise ValueError(
+            f"fold() needs whole weights, but {sharded[0]} is sharded; gather or unshard the model first."
+        )
+    if cost := half_precision_cost([layer for _, layer in layers], shift=1):
+        logger.warning(
+            f"{cost}. Fold in float32 (model.float()) and cast afterwards to do it once, or keep the model conditioned, if W "
+            "itself matters; the outputs stay within the dtype's own error."
+        )
+    for _, layer in layers:
+        make_stock(layer)
+    for host in _outermost_pretrained(model):
+        _release(host)
+    return model
+
+
+def find_projections(
+    model: nn.Module, architecture: AttentionSpec | Sequence[AttentionSpec] | None = None
+) -> list[Projection]:
+    """Every module of `model` that holds a query, key or value projection, in the order of `named_modules`.
+
+    Raises:
+        ValueError: where none is found, one cannot be conditioned, or the model contains `nn.MultiheadAttention`.
+    """
+    specs = attention_specs(architecture)
+    model_config = getattr(model, "config", None)
+    projections, unmatched = [], []
+    for name, attention in model.named_modules():
+        if isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(_multihead_message(name))
+        spec = next((spec for spec in specs if spec.matches(attention)), None)
+        if spec is None:
+            if "attention" in type(attention).__name__.lower() and _has_linear_children(attention):
+                unmatched.append(f"{name} ({type(attention).__name__})")
+            continue
+        projections += list(_projections_of(name, attention, spec, model_config))
+    if not projections:
+        raise ValueError(_nothing_found_message(model, unmatched, architecture))
+    if unmatched:
+        logger.warning(
+            f"{len(unmatched)} attention-like modules match no architecture and stay as they are: "
+            f"{', '.join(unmatched[:4])}{', ...' if len(unmatched) > 4 else ''}. Pass architecture=AttentionSpec(...) if "
+            "they hold query, key and value projections."
+        )
+    return projections
+
+
+def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_config: Any) -> Iterator[Projection]:
+    for child in spec.projections_of:
+        module = getattr(attention, child)
+        full_name = f"{name}.{child}" if name else child
+        if type(module) not in SPECTRAL_CLASSES:
+            raise ValueError(
+                f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
+                "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
+                "PEFT or the like."
+            )
+        out_features = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape[0]
+        yield Projection(full_name, module, spec.layout(attention, child, out_features, model_config))
+
+
+# --- checks, all made before anything changes ------------------------------------------------------------------------
+
+
+def _check_settings(config: Any, init: Any) -> None:
+    if not isinstance(config, SpectralConfig):
+        raise ValueError(f"config={config!r} must be a SpectralConfig, such as SpectralConfig(method='svd').")
+    check_choice("init", init, INITS)
+    if init == "preserve" and config.dynamic:
+        raise ValueError(
+            f"init='preserve' with refresh_every={config.refresh_every} is not possible: a correction recomputed from W - C "
+            "is another one, and the function would jump at the first refresh. Use init='additive' or refresh_every=None."
+        )
+
+
+def _check_not_conditioned(model: nn.Module) -> None:
+    first = next(spectral_layers(model), None)
+    if first is not None:
+        raise ValueError(
+            f"{first[0]} is already conditioned with {first[1].spectral.describe()}; conditioning twice would add both "
+            "corrections. Call fold(model) first, then condition anew."
+        )
+
+
+def _check_targets(projections: list[Projection], config: SpectralConfig) -> None:
+    found = {name for item in projections for name in item.layout.projections}
+    missing = [target for target in config.targets if target not in found]
+    if missing:
+        raise ValueError(
+            f"targets={config.targets}: no module of this model holds {', '.join(missing)} (found: {sorted(found)}). Name "
+            "other targets, or pass architecture=AttentionSpec(...) that maps the missing ones."
+        )
+
+
+def _check_weights(model: nn.Module, projections: list[Projection], config: SpectralConfig, init: str) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name)
+    for item in projections:
+        problem = _weight_problem(item.module.weight, config)
+        if len(owners[id(item.module.weight)]) > 1:
+            problem = f"is tied: {owners[id(item.module.weight)]} share it. Untie it, or leave the model unconditioned"
+        if problem:
+            raise ValueError(f"The weight of {item.name} {problem}.")
+
+
+def _weight_problem(weight: Any, config: SpectralConfig) -> str | None:
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.element_size() < 2:
+        return (
+            f"is quantized or no floating-point parameter ({weight.dtype}). Condition the model before quantizing it"
+        )
+    if hasattr(weight, "full_tensor"):
+        return "is sharded (a DTensor). Condition before fully_shard or tensor parallelism"
+    if weight.is_meta:
+        return "is on the meta device and has no values. Load or initialize the weights first"
+    if not torch.isfinite(weight).all():
+        return "has nan or inf entries. Check the checkpoint"
+    if config.method == "svd" and not weight.any():
+        return "is zero, and a zero matrix has no spectral correction. Initialize it, or use method='identity'"
+    return None
+
+
+def _no_progress_bar(steps: int) -> bool | None:
+    # Small models are done before a bar is drawn; None shows one on a terminal only.
+    return True if steps < 24 else None
+
+
+def _has_linear_children(module: nn.Module) -> bool:
+    return any(type(child) in SPECTRAL_CLASSES for child in module.children())
+
+
+def _multihead_message(name: str) -> str:
+    return (
+        f"{name or 'The model'} is a torch.nn.MultiheadAttention, which hands its in_proj_weight straight to a fused kernel, "
+        "so no module can add C to it. Use an attention with Linear projections (such as a transformers model), or condition "
+        "only the part of the model without it."
+    )
+
+
+def _nothing_found_message(model: nn.Module, unmatched: list[str], architecture: Any) -> str:
+    known = (
+        f"architecture={architecture!r} matches no module"
+        if architecture is not None
+        else f"none of its modules is an attention of a known architecture ({', '.join(ARCHITECTURES)})"
+    )
+    seen = f" Attention-like modules in it: {', '.join(unmatched[:4])}." if unmatched else ""
+    return (
+        f"No query, key or value projection found in {type(model).__name__}: {known}.{seen} Pass "
+        "architecture=AttentionSpec(attention='<class name>', modules={'<child>': 'query', ...})."
+    )
+
+
+# --- half precision --------------------------------------------------------------------------------------------------
+
+
+def _rounds_diagonal(layer: SpectralLayer) -> bool:
+    return layer.spectral.method == "identity" and layer.weight.dtype in HALF_PRECISION
+
+
+def half_precision_cost(layers: Sequence[SpectralLayer], shift: int) -> str | None:
+    """What storing `W + shift * C` in the weights' dtype costs W under C's nonzero entries; None where it costs nothing."""
+    errors = [_diagonal_error(layer, shift) for layer in layers if _rounds_diagonal(layer)]
+    if not errors:
+        return None
+    return (
+        f"lambda * I and {layers[0].weight.dtype} weights do not go together: the sum rounds W's diagonal with a mean "
+        f"relative error of {sum(errors) / len(errors):.2g}"
+    )
+
+
+def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
+    correction = layer.current_correction()
+    touched = correction != 0
+    weight, term = layer.weight[touched].float(), shift * correction[touched].float()
+    recovered = (weight + term).to(layer.weight.dtype).float() - term
+    return ((recovered - weight).abs().mean() / weight.abs().mean()).item()
+
+
+# --- the class and configuration of transformers models --------------------------------------------------------------
+
+# Stock model class -> its conditioned class (with `adopt`, and `release` the way back); filled by `modeling`.
+CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
+
+
+def _outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    return [host for child in model.children() for host in _outermost_pretrained(child)]
+
+
+def _adopt(host: PreTrainedModel, config: SpectralConfig) -> None:
+    if next(spectral_layers(host), None) is None:
+        return
+    if type(host) in CONDITIONED_CLASSES:
+        CONDITIONED_CLASSES[type(host)].adopt(host, config)
+    else:
+        # A checkpoint of this model would lose its conditioning in silence.
+        host.save_pretrained = functools.partial(_refuse_to_save, type(host).__name__)  # type: ignore[method-assign]
+
+
+def _release(host: PreTrainedModel) -> None:
+    host.__dict__.pop("save_pretrained", None)
+    if type(host) in CONDITIONED_CLASSES.values():
+        host.release()  # type: ignore[operator]
+
+
+def _refuse_to_save(class_name: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(
+        f"{class_name} has no conditioned counterpart to be saved as, and a checkpoint of it would load without its "
+        "corrections. Call fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model "
+        "anew before load_state_dict."
+    )

@@ -1,0 +1,274 @@
+"""Projections with an effective weight `W + C`: `nn.Linear` and transformers' `Conv1D`, separate or fused.
+
+A stock projection becomes conditioned by a change of its class alone (`module.__class__ = SpectralLinear`): parameter
+names, hooks, devices and tied references stay as they were.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SpectralConfig
+from .corrections import at_least_float32, identity_correction, svd_correction
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+# Each live layer with a dynamic correction -> optimizer steps since that was computed; `refreshing` counts them.
+STEPS_SINCE_REFRESH: "WeakKeyDictionary[SpectralLayer, int]" = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ProjectionLayout:
+    """Which output rows of one weight belong to query, key and value, and to which head.
+
+    The rows fall into `groups` runs of equal length; each run holds the rows of its first projection, then those of the
+    second, and so on. One group is the blocked layout `[query | key | value]`; as many groups as key/value heads is the
+    interleaved one. Query, key and value each get their own correction: one `eye` over a fused tensor would condition
+    the query alone.
+
+    Args:
+        projections: the projections in the weight, in order.
+        heads: the number of heads of each.
+        head_dims: the rows of one head, for each.
+        groups: the number of runs; divides each number of heads.
+    """
+
+    projections: tuple[str, ...]
+    heads: tuple[int, ...]
+    head_dims: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def kind(self) -> str:
+        """`separate`, `qkv_blocked` or `qkv_interleaved`."""
+        if len(self.projections) == 1:
+            return "separate"
+        return "qkv_blocked" if self.groups == 1 else "qkv_interleaved"
+
+    @property
+    def rows_per_group(self) -> list[int]:
+        """The rows of each projection in one group."""
+        return [heads * dim // self.groups for heads, dim in zip(self.heads, self.head_dims)]
+
+    @property
+    def out_features(self) -> int:
+        """All rows of the weight."""
+        return self.groups * sum(self.rows_per_group)
+
+    def split(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The `(heads * head_dim, in_features)` matrix of each projection in an `(out_features, in_features)` weight.
+
+        Views where the layout allows it, copies where the projection's rows do not lie together.
+        """
+        grouped = matrix.unflatten(0, (self.groups, -1)).split(self.rows_per_group, dim=1)
+        return {name: part.flatten(0, 1) for name, part in zip(self.projections, grouped)}
+
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `split`."""
+        grouped = [parts[name].unflatten(0, (self.groups, -1)) for name in self.projections]
+        return torch.cat(grouped, dim=1).flatten(0, 1)
+
+    def head_blocks(self, projection: str, matrix: Tensor) -> Tensor:
+        """`(heads, head_dim, in_features)` of one projection's matrix."""
+        return matrix.unflatten(0, (self.heads[self.projections.index(projection)], -1))
+
+
+def correction_matrix(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
+    """`C` for a whole `(out_features, in_features)` weight: zero on the rows that are no target.
+
+    At least float32. Identity reads only the weight's shape, dtype and device.
+    """
+    matrix = matrix.detach()
+    if spectral.method == "identity":
+        # One stored number seen as a whole matrix: splitting it by rows stays free of copies.
+        matrix = matrix.new_zeros(()).expand(matrix.shape)
+    parts = {
+        name: _projection_correction(name, part, layout, spectral)
+        if name in spectral.targets
+        else torch.zeros_like(part, dtype=torch.promote_types(part.dtype, torch.float32))
+        for name, part in layout.split(matrix).items()
+    }
+    return next(iter(parts.values())) if len(parts) == 1 else layout.join(parts)
+
+
+def _projection_correction(name: str, part: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
+    blocks = layout.head_blocks(name, part) if spectral.granularity == "head" else part
+    if spectral.method == "svd":
+        correction = svd_correction(blocks)
+    else:
+        lambda_ = spectral.lambda_for(name)
+        assert lambda_ is not None  # an identity config has a lambda for each of its targets
+        correction = identity_correction(blocks, lambda_)
+    return correction.flatten(0, 1) if spectral.granularity == "head" else correction
+
+
+def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
+    """`output + X C^T` for the identity correction, without forming `C`: `X I_k^T` is a slice of `X`.
+
+    Rounding `W + lambda I` to bf16 would replace most of the diagonal by lambda itself (the spacing near 10 is 1/16).
+    Here the second term keeps the precision of `X`, and the sum is formed in float32: the add kernel of a half-precision
+    tensor works in float32 inside, and a float32 `X` (autocast behind a layer norm) promotes it.
+
+    Args:
+        output: `(..., out_features)`, `X W^T + b` in half precision.
+        input: `X`, `(..., in_features)`, in half precision or float32.
+
+    Returns:
+        `(..., out_features)` in the dtype of `output`.
+    """
+    parts = output.unflatten(-1, (layout.groups, -1)).split(layout.rows_per_group, dim=-1)
+    summed = []
+    for name, heads, part in zip(layout.projections, layout.heads, parts):
+        lambda_ = spectral.lambda_for(name)
+        if lambda_ is None:
+            summed.append(part)
+            continue
+        columns = part.flatten(-2)
+        if spectral.granularity == "head":
+            columns = columns.unflatten(-1, (heads, -1))
+            columns = _add_slice(columns, input.unsqueeze(-2), lambda_).flatten(-2)
+        else:
+            columns = _add_slice(columns, input, lambda_)
+        summed.append(columns.to(output.dtype).unflatten(-1, (layout.groups, -1)))
+    return (summed[0] if len(summed) == 1 else torch.cat(summed, dim=-1)).flatten(-2)
+
+
+def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
+    rows, columns = output.shape[-1], input.shape[-1]
+    term = input[..., :rows] if rows <= columns else F.pad(input, (0, rows - columns))
+    return torch.add(output, term, alpha=lambda_)
+
+
+class SpectralLayer(nn.Module):
+    """What conditioned `Linear` and `Conv1D` share. Made by `make_spectral`, never constructed.
+
+    Attributes:
+        spectral: the settings.
+        layout: where query, key and value stand among the output rows.
+        correction: svd only: `C` in the orientation of `weight`, a persistent buffer. Identity stores no tensor: the
+            number in `spectral` cannot be cast, sharded or lost.
+    """
+
+    weight: Any  # nn.Parameter; declared by the stock class too
+    bias: Any
+    correction: Tensor
+    spectral: SpectralConfig
+    layout: ProjectionLayout
+
+    @staticmethod
+    def orient(weight: Tensor) -> Tensor:
+        """`weight` as `(out_features, in_features)`, and back: a view."""
+        return weight
+
+    def matrix(self) -> Tensor:
+        """The raw `W` as `(out_features, in_features)`."""
+        return self.orient(self.weight)
+
+    def correction_of(self, matrix: Tensor) -> Tensor:
+        """`C` of an `(out_features, in_features)` weight under this layer's settings, at least float32."""
+        return correction_matrix(matrix, self.layout, self.spectral)
+
+    def current_correction(self) -> Tensor:
+        """The `C` in force, in the orientation of `weight`: the stored one for svd, `lambda_ * I_k` for identity."""
+        return self.correction if self.spectral.method == "svd" else self.orient(self.correction_of(self.matrix()))
+
+    def effective_weight(self) -> Tensor:
+        """`W + C` in the orientation and dtype of `weight`: summed in at least float32, cast once."""
+        return (at_least_float32(self.weight) + at_least_float32(self.current_correction())).to(self.weight.dtype)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.spectral.dynamic:  # a deepcopy, or unpickled
+            STEPS_SINCE_REFRESH[self] = 0
+
+    def _adds_scaled_input(self, input: Tensor) -> bool:
+        """Whether the product runs in half precision and `lambda I` is to be added to the output instead of to W."""
+        if self.spectral.method != "identity":
+            return False
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+            return torch.get_autocast_dtype(device) in HALF_PRECISION
+        return input.dtype in HALF_PRECISION
+
+    def _describe(self) -> str:
+        targets = "+".join(name for name in self.layout.projections if name in self.spectral.targets)
+        layout = "" if self.layout.kind == "separate" else f", layout={self.layout.kind}"
+        return f"spectral={self.spectral.describe()} on {targets}{layout}"
+
+
+class SpectralLinear(SpectralLayer, nn.Linear):
+    """`nn.Linear` with the effective weight `W + C`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`X (W + C)^T + b`: `(..., in_features)` to `(..., out_features)`."""
+        if self._adds_scaled_input(input):
+            return add_scaled_input(F.linear(input, self.weight, self.bias), input, self.layout, self.spectral)
+        return F.linear(input, self.effective_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        """The stock line, and what was applied."""
+        return f"{super().extra_repr()}, {self._describe()}"
+
+
+class SpectralConv1D(SpectralLayer, Conv1D):
+    """transformers' `Conv1D`, whose weight is stored as `(in_features, out_features)`, with `W + C`."""
+
+    @staticmethod
+    def orient(weight: Tensor) -> Tensor:
+        """`weight` as `(out_features, in_features)`, and back: a view."""
+        return weight.mT
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`X (W + C) + b`: `(..., in_features)` to `(..., out_features)`."""
+        if self._adds_scaled_input(x):
+            return add_scaled_input(super().forward(x), x, self.layout, self.spectral)
+        # The same kernel as the stock layer's, so that a folded model agrees to the last bit.
+        output = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.effective_weight())
+        return output.view(*x.shape[:-1], self.nf)
+
+    def __repr__(self) -> str:
+        return f"Conv1D(nf={self.nf}, nx={self.nx}, {self._describe()})"
+
+
+# Exact types only: a subclass (a quantized or adapter layer, say) may keep or read its weight in another way.
+SPECTRAL_CLASSES: dict[type[nn.Module], type[SpectralLayer]] = {nn.Linear: SpectralLinear, Conv1D: SpectralConv1D}
+STOCK_CLASSES = {spectral: stock for stock, spectral in SPECTRAL_CLASSES.items()}
+
+
+def make_spectral(module: nn.Module, layout: ProjectionLayout, spectral: SpectralConfig) -> SpectralLayer:
+    """Turn a stock projection into a conditioned one, in place; an svd correction is left zero, to be computed."""
+    module.__class__ = SPECTRAL_CLASSES[type(module)]
+    assert isinstance(module, SpectralLayer)
+    module.layout = layout
+    module.spectral = spectral
+    if spectral.method == "svd":
+        module.register_buffer("correction", torch.zeros_like(module.weight.detach()))
+    if spectral.dynamic:
+        STEPS_SINCE_REFRESH[module] = 0
+    return module
+
+
+@torch.no_grad()
+def make_stock(layer: SpectralLayer) -> nn.Module:
+    """Turn a conditioned projection back into the stock class, in place, with `W + C` as its weight."""
+    layer.weight.copy_(layer.effective_weight())
+    if layer.spectral.method == "svd":
+        del layer.correction
+    STEPS_SINCE_REFRESH.pop(layer, None)
+    del layer.spectral, layer.layout
+    module: nn.Module = layer
+    module.__class__ = STOCK_CLASSES[type(layer)]
+    return module
+
+
+def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:
+    """`(full name, layer)` of each conditioned projection of `model`, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralLayer):
+            yield name, module

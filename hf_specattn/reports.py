@@ -1,0 +1,180 @@
+"""What conditioning did to each projection: singular values and condition numbers before and after."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .corrections import extreme_singular_values, weyl_bound
+from .layers import SpectralLayer
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The extreme singular values of one matrix, and of each of its heads' blocks."""
+
+    sigma_min: float
+    sigma_max: float
+    head_sigma_min: tuple[float, ...]
+    head_sigma_max: tuple[float, ...]
+
+    @classmethod
+    def of(cls, matrix: Tensor, head_blocks: Tensor) -> "Spectrum":
+        """Of an `(out, in)` matrix and its `(heads, head_dim, in)` blocks, computed in float64."""
+        sigma_min, sigma_max = extreme_singular_values(matrix)
+        head_min, head_max = extreme_singular_values(head_blocks)
+        return cls(sigma_min.item(), sigma_max.item(), tuple(head_min.tolist()), tuple(head_max.tolist()))
+
+    @property
+    def kappa(self) -> float:
+        """Condition number of the whole projection."""
+        return _ratio(self.sigma_max, self.sigma_min)
+
+    @property
+    def head_kappa(self) -> tuple[float, ...]:
+        """Condition number of each head's block."""
+        return tuple(map(_ratio, self.head_sigma_max, self.head_sigma_min))
+
+
+@dataclass(frozen=True)
+class ProjectionReport:
+    """One conditioned projection.
+
+    Both granularities are always reported, because they can disagree: a correction per head can worsen the whole
+    projection, and one per projection leaves some heads without identity where `heads * head_dim > in_features`.
+
+    Attributes:
+        name: full name of the module that holds the weight.
+        projection: `query`, `key` or `value`.
+        layout: `separate`, `qkv_blocked` or `qkv_interleaved`.
+        shape: `(heads * head_dim, in_features)` of this projection.
+        method, lambda_, granularity: what was applied; lambda_ is None for svd.
+        before: spectrum of W as it stood.
+        after: spectrum of `W + C` as it stands now.
+        weyl_bound: identity: the bound `(lambda_ + s_1) / (lambda_ - s_1)` on the condition number of each block that
+            got its own `C` (the worst of them), s_1 being `sigma_max` of the raw weight beneath; None where
+            `lambda_ <= s_1` and nothing is guaranteed, and for svd.
+    """
+
+    name: str
+    projection: str
+    layout: str
+    shape: tuple[int, int]
+    method: str
+    lambda_: float | None
+    granularity: str
+    before: Spectrum
+    after: Spectrum
+    weyl_bound: float | None
+
+    @property
+    def sigma_min(self) -> float:
+        """Smallest singular value of W as it stood."""
+        return self.before.sigma_min
+
+    @property
+    def sigma_max(self) -> float:
+        """Largest singular value of W as it stood."""
+        return self.before.sigma_max
+
+    @property
+    def kappa_before(self) -> float:
+        """Condition number of W as it stood."""
+        return self.before.kappa
+
+    @property
+    def kappa_after(self) -> float:
+        """Condition number of W + C."""
+        return self.after.kappa
+
+    @property
+    def weyl_bound_holds(self) -> bool | None:
+        """identity: whether `lambda_ > sigma_max(W)`, so that the bound is guaranteed; None for svd."""
+        return None if self.method != "identity" else self.weyl_bound is not None
+
+    @property
+    def kappa_fell(self) -> bool:
+        """Whether the condition number of the whole projection is below what it was."""
+        return self.kappa_after < self.kappa_before
+
+
+def projection_spectra(layer: SpectralLayer, effective: bool) -> dict[str, Spectrum]:
+    """The spectrum of each target of a conditioned layer: of `W + C` if `effective`, else of the raw `W`."""
+    weight = layer.effective_weight() if effective else layer.weight
+    parts = layer.layout.split(layer.orient(weight.detach()))
+    return {
+        name: Spectrum.of(part, layer.layout.head_blocks(name, part))
+        for name, part in parts.items()
+        if name in layer.spectral.targets
+    }
+
+
+def build_report(
+    name: str, layer: SpectralLayer, projection: str, before: Spectrum, after: Spectrum
+) -> ProjectionReport:
+    """The report of one target of a conditioned layer whose spectra are known."""
+    spectral, layout = layer.spectral, layer.layout
+    index = layout.projections.index(projection)
+    lambda_ = spectral.lambda_for(projection)
+    return ProjectionReport(
+        name=name,
+        projection=projection,
+        layout=layout.kind,
+        shape=(layout.heads[index] * layout.head_dims[index], layer.matrix().shape[1]),
+        method=spectral.method,
+        lambda_=lambda_,
+        granularity=spectral.granularity,
+        before=before,
+        after=after,
+        weyl_bound=None if lambda_ is None else _worst_weyl_bound(layer, projection, lambda_),
+    )
+
+
+def _worst_weyl_bound(layer: SpectralLayer, projection: str, lambda_: float) -> float | None:
+    # Of the raw weight beneath, which `init="preserve"` has shifted: it is what lambda I is added to.
+    raw = layer.layout.split(layer.matrix().detach())[projection]
+    if layer.spectral.granularity == "head":
+        raw = layer.layout.head_blocks(projection, raw)
+    return weyl_bound(extreme_singular_values(raw)[1].max().item(), lambda_)
+
+
+def format_reports(reports: Sequence[ProjectionReport]) -> str:
+    """A plain-text table, one line per projection; where kappa grew, the line says so."""
+    header = ("projection", "shape", "sigma_min", "sigma_max", "kappa(W)", "kappa(W+C)", "per head", "per head+C", "")
+    rows = [header] + [_row(report) for report in reports]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+             for row in rows]  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _row(report: ProjectionReport) -> tuple[str, ...]:
+    return (
+        f"{report.name} {report.projection}",
+        f"{report.shape[0]}x{report.shape[1]}",
+        f"{report.sigma_min:.3g}",
+        f"{report.sigma_max:.3g}",
+        f"{report.kappa_before:.4g}",
+        f"{report.kappa_after:.4g}",
+        f"{_mean(report.before.head_kappa):.4g}",
+        f"{_mean(report.after.head_kappa):.4g}",
+        _verdict(report),
+    )
+
+
+def _verdict(report: ProjectionReport) -> str:
+    notes = []
+    if report.kappa_after > report.kappa_before * (1 + 1e-6):
+        notes.append("kappa GREW")
+    if report.weyl_bound_holds is False:
+        notes.append("lambda <= sigma_max: no bound")
+    return "; ".join(notes)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _ratio(sigma_max: float, sigma_min: float) -> float:
+    return sigma_max / sigma_min if sigma_min > 0 else math.inf
