@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -41,11 +41,16 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Projection:
-    """A stock module that holds one or more of a model's projections."""
+    """A module, stock or conditioned, that holds one or more of a model's projections."""
 
     name: str
-    module: nn.Module
+    module: Any
     layout: ProjectionLayout
+
+    def orient(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as `(out_features, in_features)`: a view."""
+        module = type(self.module)
+        return (module if issubclass(module, SpectralLayer) else SPECTRAL_CLASSES[module]).orient(weight)
 
 
 def condition(
@@ -193,14 +198,17 @@ def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_
     for child in spec.projections_of:
         module = getattr(attention, child)
         full_name = f"{name}.{child}" if name else child
-        if type(module) not in SPECTRAL_CLASSES:
+        if isinstance(module, SpectralLayer):
+            yield Projection(full_name, module, module.layout)
+        elif type(module) in SPECTRAL_CLASSES:
+            out_features = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape[0]
+            yield Projection(full_name, module, spec.layout(attention, child, out_features, model_config))
+        else:
             raise ValueError(
                 f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
                 "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
                 "PEFT or the like."
             )
-        out_features = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape[0]
-        yield Projection(full_name, module, spec.layout(attention, child, out_features, model_config))
 
 
 # --- checks, all made before anything changes ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.utils import logging
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES
 from .conditioning import CONDITIONED_CLASSES, attach, half_precision_cost, subtract_correction
@@ -394,7 +395,11 @@ def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[Pr
         "config_class": config_class,
         "stock_class": stock,
     }
-    return type(f"Spec{stock.__name__}", (SpectralModelMixin, stock), namespace)
+    conditioned = type(f"Spec{stock.__name__}", (SpectralModelMixin, stock), namespace)
+    # What `output_attentions` may record is looked up by class, and entered when a model is constructed: a model that
+    # takes this class later (`condition`) would find nothing.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(conditioned), getattr(stock, "_can_record_outputs", None))
+    return conditioned
 
 
 def _share_key_conversions(stock_name: str, conditioned_name: str) -> None:

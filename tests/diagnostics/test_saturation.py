@@ -1,0 +1,69 @@
+"""attention_entropy against probabilities worked out by hand."""
+
+import math
+
+import pytest
+import torch
+from transformers import BertConfig, BertModel
+
+from hf_specattn import SpectralConfig, condition
+from hf_specattn.diagnostics import attention_entropy
+
+
+def bert(**settings):
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        **settings,
+    )
+    return BertModel(config)
+
+
+def test_zero_logits_give_uniform_attention():
+    model = bert()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            layer.attention.self.query.weight.zero_()
+            layer.attention.self.query.bias.zero_()
+    entropy = attention_entropy(model, {"input_ids": torch.randint(0, 40, (3, 7))})
+    assert entropy.shape == (2, 4)
+    torch.testing.assert_close(entropy, torch.full((2, 4), math.log(7)))
+
+
+def test_equals_the_entropy_of_the_models_probabilities():
+    model = bert(initializer_range=1.0, attn_implementation="eager").eval()
+    inputs = {"input_ids": torch.randint(0, 40, (3, 7)), "attention_mask": torch.ones(3, 7, dtype=torch.long)}
+    inputs["attention_mask"][0, 4:] = 0
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    expected = torch.empty(2, 4)
+    for index, weights in enumerate(attentions):
+        rows = [weights[0, :, :4].double(), weights[1].double(), weights[2].double()]  # real queries only
+        logs = [torch.where(row > 0, row * row.log(), 0.0).sum(-1) for row in rows]
+        expected[index] = -torch.cat(logs, dim=1).mean(dim=1).float()
+    torch.testing.assert_close(attention_entropy(model, inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_leaves_the_model_as_it_was(training):
+    model = bert(attn_implementation="sdpa").train(training)
+    attention_entropy(model, {"input_ids": torch.randint(0, 40, (1, 5))})
+    assert model.config._attn_implementation == "sdpa"
+    assert model.training is training
+
+
+def test_shows_the_saturation_of_a_large_lambda():
+    """Self-logits of about lambda^2 |x_head|^2 / sqrt(d): at 10 each token attends to itself alone."""
+    inputs = {"input_ids": torch.arange(12)[None]}
+    stock, mild, literal = bert(), bert(), bert()
+    condition(mild, SpectralConfig(lambda_=0.5))
+    condition(literal, SpectralConfig(lambda_=10.0))
+    # The first layer: its inputs are the layer-normed embeddings of different tokens.
+    values = [attention_entropy(model, inputs)[0].mean().item() for model in (stock, mild, literal)]
+    assert values[0] > 0.95 * math.log(12)
+    assert values[2] < 0.05 * math.log(12)
+    assert values[2] < values[1] < values[0]
