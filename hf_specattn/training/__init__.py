@@ -1,0 +1,1 @@
+"""The machinery that the training scripts share: data, masking, schedules, metrics."""

@@ -1,0 +1,132 @@
+"""Command-line arguments that every training script has."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..config import INITS, SpectralConfig, check_choice
+
+
+@dataclass
+class SpectralArguments:
+    """The flags of spectral conditioning; without `--spectral_conditioning` none of the others may be given.
+
+    Raises:
+        ValueError: for values that `SpectralConfig` refuses, with what is allowed.
+    """
+
+    spectral_conditioning: bool = field(
+        default=False, metadata={"help": "Add the spectral correction C to the query, key and value weights."}
+    )
+    lambda_: str | None = field(
+        default=None,
+        metadata={"help": "Strength of the identity correction: a number, or one per target as query=10,key=10 (10)."},
+    )
+    spectral_method: str | None = field(
+        default=None, metadata={"help": "identity (default) or svd.", "choices": ["identity", "svd"]}
+    )
+    spectral_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "The projections to condition (all of them).", "choices": ["query", "key", "value"]},
+    )
+    spectral_granularity: str | None = field(
+        default=None,
+        metadata={"help": "One C per projection (default) or per head.", "choices": ["projection", "head"]},
+    )
+    spectral_refresh_every: int | None = field(
+        default=None, metadata={"help": "Recompute svd corrections every so many optimizer steps (never)."}
+    )
+    spectral_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "additive (default): W enters as it is; preserve: as W - C, so that the function is kept.",
+            "choices": list(INITS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in self._settings().items() if value is not None]
+        if given and not self.spectral_conditioning:
+            flags = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"{flags} given without --spectral_conditioning; add that flag, or leave {flags} out.")
+        config = self.to_config()  # refuses bad values before any work
+        check_choice("spectral_init", self.init, INITS)
+        if config is not None and config.dynamic and self.init == "preserve":
+            raise ValueError(
+                "--spectral_init preserve keeps the function for a fixed C only, so it excludes "
+                f"--spectral_refresh_every {self.spectral_refresh_every}; leave out one of the two."
+            )
+
+    @property
+    def init(self) -> str:
+        """How weights enter, for `condition`."""
+        return "additive" if self.spectral_init is None else self.spectral_init
+
+    def to_config(self) -> SpectralConfig | None:
+        """Return the settings for `condition`, or None without `--spectral_conditioning`."""
+        if not self.spectral_conditioning:
+            return None
+        settings: dict[str, Any] = {
+            "method": self.spectral_method,
+            "lambda_": parse_lambda(self.lambda_),
+            "targets": self.spectral_targets,
+            "granularity": self.spectral_granularity,
+            "refresh_every": self.spectral_refresh_every,
+        }
+        return SpectralConfig(**{name: value for name, value in settings.items() if value is not None})
+
+    def to_loading_kwargs(self) -> dict[str, Any]:
+        """Return the keyword arguments for `from_pretrained`; empty without `--spectral_conditioning`."""
+        if not self.spectral_conditioning:
+            return {}
+        given = {name: value for name, value in self._settings().items() if value is not None}
+        if self.lambda_ is not None:
+            given["lambda_"] = parse_lambda(self.lambda_)
+        return {"spectral_conditioning": True, **given}
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "spectral_conditioning"}
+
+
+def parse_lambda(text: str | None) -> float | dict[str, float] | None:
+    """Read `--lambda_`: a number such as `10`, or one per projection such as `query=10,key=2.5`.
+
+    Raises:
+        ValueError: for text of neither form, and for a projection that is named twice.
+    """
+    if text is None:
+        return None
+    if "=" not in text:
+        return _number(text, text)
+    values: dict[str, float] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name and equals) or name in values:
+            raise _unreadable(text)
+        values[name] = _number(value, text)
+    return values
+
+
+def explicitly_given(parser: HfArgumentParser, names: Iterable[str], argv: list[str]) -> set[str]:
+    """Return which of the arguments `names` stand on the command line, whatever their values."""
+    absent = object()
+    namespace, _ = parser.parse_known_args(argv, namespace=Namespace(**dict.fromkeys(names, absent)))
+    return {name for name in names if getattr(namespace, name) is not absent}
+
+
+def _number(value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise _unreadable(text) from None
+
+
+def _unreadable(text: str) -> ValueError:
+    return ValueError(
+        f"--lambda_ {text!r} is neither a number, such as 10, nor one number per projection, such as query=10,key=2.5."
+    )

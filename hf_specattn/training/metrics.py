@@ -1,0 +1,132 @@
+"""What a run measured: `metrics.json` and the picture of its loss."""
+
+import importlib.metadata
+import io
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from ..version import __version__
+from . import atomic_files
+
+METRICS_FILE = "metrics.json"
+LOSS_CURVE_FILE = "loss_curve.png"
+
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
+
+logger = logging.get_logger(__name__)
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became nan or infinite; the message names the step."""
+
+
+@dataclass
+class RunMetrics:
+    """The record of a run.
+
+    Attributes:
+        arguments: Every argument of the run by its flag's name.
+        facts: What was derived from them: data, model, hardware.
+        history: Per logged step `step`, `epoch`, `train_loss` (nats per predicted token, mean since the entry before),
+            `learning_rate`, `tokens_per_second`.
+        validation: Per evaluation `step`, `validation_loss` (nats per predicted token), `validation_perplexity`.
+        final: The same keys for the saved model, and `seconds` of training.
+    """
+
+    arguments: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, directory: str | Path) -> None:
+        """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` into `directory`."""
+        directory = Path(directory)
+        atomic_files.write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
+        try:
+            picture = loss_curve(self.history, self.validation)
+        except ImportError:
+            logger.warning(
+                f"matplotlib is not installed, so {LOSS_CURVE_FILE} is left out; {METRICS_FILE} has the data."
+            )
+        else:
+            atomic_files.write_bytes(directory / LOSS_CURVE_FILE, picture)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Return the versions of Python and of the packages that decide a run's numbers; None where not installed."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "hf_specattn": __version__}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def perplexity(loss: float) -> float | None:
+    """Return `exp(loss)`, or None where a float cannot hold it (JSON has no infinity)."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
+
+
+def require_finite_loss(loss: float, step: int, kind: str = "training") -> None:
+    """Raise `NonFiniteLossError` if the loss is nan or infinite.
+
+    Args:
+        loss: The loss to check, in nats.
+        step: The optimizer step it belongs to, counted from 1.
+        kind: Which loss, for the message.
+    """
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(
+            f"The {kind} loss is {loss} at step {step}; the run stops here. Lower --learning_rate, lengthen "
+            "--warmup_steps, or use --mixed_precision no; under spectral conditioning a smaller --lambda_ helps, too."
+        )
+
+
+def loss_curve(history: list[dict[str, Any]], validation: list[dict[str, Any]]) -> bytes:
+    """Draw training and validation loss over optimizer steps.
+
+    Args:
+        history, validation: As in `RunMetrics`.
+
+    Returns:
+        A PNG image.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    # Imported here, and without pyplot: training must run where matplotlib or a display is missing.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for records, key, label, style in (
+        (history, "train_loss", "training", {"color": OKABE_ITO["blue"], "linewidth": 1.2}),
+        (validation, "validation_loss", "validation", {"color": OKABE_ITO["vermillion"], "marker": "o"}),
+    ):
+        if records:
+            axes.plot(
+                [record["step"] for record in records], [record[key] for record in records], label=label, **style
+            )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("masked-LM loss (nats per predicted token)")
+    axes.grid(alpha=0.3)
+    if history or validation:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,36 @@
+"""Saving a model with its tokenizer so that an interruption leaves no half-written file."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: str | Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Save model and tokenizer into `directory`, from which the Auto classes load them.
+
+    All files are written to a temporary folder inside it first and renamed then, the configuration last.
+
+    Args:
+        model: The unwrapped model.
+        tokenizer: Its tokenizer.
+        directory: Created if missing; files of the same names are replaced.
+        state_dict: The gathered weights, where the model's own are sharded.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        tokenizer.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state_dict)
+        files = sorted(Path(temporary).iterdir(), key=lambda path: (path.name == "config.json", path.name))
+        for file in files:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(file, directory / file.name)

@@ -1,0 +1,49 @@
+"""Mean loss and speed between two log entries."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class LossWindow:
+    """Collect the losses of steps since the last entry, and the time they took.
+
+    Args:
+        tokens_per_step: Tokens that one optimizer step reads, over all processes.
+    """
+
+    def __init__(self, tokens_per_step: int) -> None:
+        self.tokens_per_step = tokens_per_step
+        self._restart()
+
+    def add(self, loss: float) -> None:
+        """Count one optimizer step with its loss."""
+        self._losses.append(loss)
+
+    def take(self) -> tuple[float, float]:
+        """Return the mean loss and the tokens per second of the steps since the last call, and start anew.
+
+        Raises:
+            ValueError: if no step was added.
+        """
+        if not self._losses:
+            raise ValueError("No step was added since the last entry.")
+        # A clock may stand still between two fast steps.
+        seconds = max(time.perf_counter() - self._started, 1e-9)
+        loss = sum(self._losses) / len(self._losses)
+        speed = len(self._losses) * self.tokens_per_step / seconds
+        self._restart()
+        return loss, speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, such as validation, out of the time."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - begun
+
+    def _restart(self) -> None:
+        self._losses: list[float] = []
+        self._started = time.perf_counter()

@@ -1,0 +1,56 @@
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn.training.documents import Document
+from hf_specattn.training.saving import save_pretrained
+from hf_specattn.training.tokenization import train_wordpiece
+
+
+@pytest.fixture
+def model_and_tokenizer():
+    tokenizer = train_wordpiece([Document("d", "some words to save")], 60)
+    config = CrammedBertConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = CrammedBertForMaskedLM(config).eval()
+    condition(model, SpectralConfig(method="svd"))
+    return model, tokenizer
+
+
+def test_the_auto_classes_load_what_was_saved(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    folder = tmp_path / "new" / "folder"
+    save_pretrained(model, tokenizer, folder)
+    loaded = AutoModelForMaskedLM.from_pretrained(folder)
+    assert type(loaded) is type(model)
+    inputs = AutoTokenizer.from_pretrained(folder)("some words", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert not any(path.name.startswith(".") for path in folder.iterdir())
+
+
+def test_given_weights_are_saved_in_place_of_the_models(model_and_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer
+    weights = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
+    save_pretrained(model, tokenizer, tmp_path, weights)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert all((tensor == 0.5).all() for tensor in loaded.state_dict().values())
+
+
+def test_an_interrupted_save_leaves_the_earlier_model(model_and_tokenizer, tmp_path, monkeypatch):
+    model, tokenizer = model_and_tokenizer
+    save_pretrained(model, tokenizer, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    torch.nn.init.zeros_(model.decoder.weight)
+    with pytest.raises(OSError, match="No space left"):
+        save_pretrained(model, tokenizer, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
