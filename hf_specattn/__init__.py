@@ -21,6 +21,7 @@ from .crammed_bert import (
     CrammedBertForTokenClassification,
     CrammedBertModel,
 )
+from .training.callback import SpectralCallback
 from .version import __version__
 
 register()
@@ -33,6 +34,7 @@ __all__ = [
     "CrammedBertForTokenClassification",
     "CrammedBertModel",
     "ProjectionReport",
+    "SpectralCallback",
     "SpectralConfig",
     "__version__",
     "condition",

@@ -1,0 +1,124 @@
+"""The demonstration: the numbers of its table, and the whole of it in small."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import set_seed
+from PIL import Image
+from transformers import AutoModelForMaskedLM
+
+from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition, fold
+from hf_specattn.layers import spectral_layers
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "scripts" / "demo.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demo"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_model():
+    return CrammedBertForMaskedLM(
+        CrammedBertConfig(
+            vocab_size=40,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=12,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+    ).eval()
+
+
+def test_median_kappas(demo):
+    model = tiny_model()
+    weights = [layer.attention.key.weight.detach().double().numpy() for layer in model.crammed_bert.layers]
+    condition(model, SpectralConfig(lambda_=1.0))
+    raw, effective = demo.median_kappas(model)["key"]
+    assert raw == pytest.approx(np.median([np.linalg.cond(weight) for weight in weights]), rel=1e-6)
+    corrected = [np.linalg.cond(weight + np.eye(16)) for weight in weights]
+    assert effective == pytest.approx(np.median(corrected), rel=1e-4)
+
+
+def test_fold_difference(demo):
+    batch = {"input_ids": torch.randint(0, 40, (2, 12))}
+    assert demo.fold_difference(tiny_model(), batch) == 0.0
+    model = tiny_model()
+    condition(model, SpectralConfig("svd"))
+    expected = model(**batch).logits
+    difference = demo.fold_difference(model, batch)
+    assert difference <= 1e-6
+    assert type(model) is CrammedBertForMaskedLM  # it was folded
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_fold_difference_sees_a_wrong_fold(demo, monkeypatch):
+    def fold_and_lose_the_corrections(model):
+        stock_weights = {name: layer.weight.detach().clone() for name, layer in spectral_layers(model)}
+        fold(model)
+        for name, weight in stock_weights.items():
+            model.get_submodule(name).weight.data.copy_(weight)
+        return model
+
+    monkeypatch.setattr(demo, "fold", fold_and_lose_the_corrections)
+    model = tiny_model()
+    condition(model, SpectralConfig(lambda_=1.0))
+    assert demo.fold_difference(model, {"input_ids": torch.randint(0, 40, (2, 12))}) > 1e-2
+
+
+@pytest.mark.parametrize("settings", [{}, {"lambda_": 1.0}, {"method": "svd"}])
+def test_the_start_of_a_run_is_rebuilt_from_its_seed(demo, settings):
+    """`from_config` under the run's seed gives the W that the run started from."""
+    set_seed(5)
+    started = tiny_model()
+    weights = {name: value.clone() for name, value in started.named_parameters()}
+    if settings:
+        condition(started, SpectralConfig(**settings))
+    set_seed(5)
+    rebuilt = AutoModelForMaskedLM.from_config(started.config)
+    for name, value in rebuilt.named_parameters():
+        assert torch.equal(value, weights[name])
+
+
+@pytest.mark.slow
+def test_the_whole_in_small(tmp_path):
+    output = tmp_path / "demo"
+    command = [sys.executable, str(SCRIPT), "--max_steps", "2", "--output_dir", str(output)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=400).stdout
+    table = (output / "comparison.md").read_text()
+    assert table in printed
+    results = json.loads((output / "comparison.json").read_text())
+    assert list(results) == ["stock", "identity, lambda 1", "svd"]
+    for run, result in results.items():
+        recorded = json.loads((output / run.split(",")[0] / "metrics.json").read_text())
+        assert result["loss"] == recorded["final"]["validation_loss"]
+        assert f"{result['loss']:.4f}" in table
+        assert result["fold_difference"] <= 1e-5
+        assert 0 < min(result["entropy"]) <= max(result["entropy"]) <= math.log(128) + 1e-6
+        for projection in ("query", "key", "value"):
+            raw, effective = result["kappa"]["start"][projection]
+            assert raw == results["stock"]["kappa"]["start"][projection][0]  # the same W
+            assert effective <= {"stock": raw, "identity, lambda 1": 3.0, "svd": 2.0 + 1e-5}[run]
+    with Image.open(output / "comparison.png") as picture:
+        assert picture.size == (1950, 600)
+        assert len(set(picture.convert("RGB").resize((130, 40)).getdata())) > 20  # not blank
+    assert (output / "comparison.svg").read_text().startswith("<?xml")
+
+    refused = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert refused.returncode == 1
+    assert "is not empty" in refused.stderr
