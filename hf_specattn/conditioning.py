@@ -62,7 +62,9 @@ def condition(
     """Give every query, key and value projection of `model` the effective weight `W + C`, in place.
 
     A transformers model of a known architecture also takes its conditioned class and configuration, so that
-    `save_pretrained` writes a checkpoint that loads conditioned.
+    `save_pretrained` writes a checkpoint that loads conditioned; give the whole model then, not a part of it. One that
+    could not be loaded conditioned (found by `architecture`, or a composite of several models) refuses to be saved
+    until it is folded.
 
     Args:
         model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.
@@ -83,7 +85,8 @@ def condition(
     _check_not_conditioned(model)
     projections = find_projections(model, architecture)
     _check_targets(projections, config)
-    projections = [item for item in projections if set(item.layout.projections) & set(config.targets)]
+    projections = _holding(config.targets, projections)
+    as_the_table_says = architecture is None or _agrees_with_table(model, projections, config)
     _check_weights(model, projections, config, init)
 
     reports = []
@@ -96,7 +99,7 @@ def condition(
         after = projection_spectra(layer, effective=True)
         reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
     for host in _outermost_pretrained(model):
-        _adopt(host, config)
+        _adopt(host, config, as_the_table_says)
     return reports
 
 
@@ -107,9 +110,8 @@ def attach(model: nn.Module, config: SpectralConfig) -> None:
     """
     projections = find_projections(model)
     _check_targets(projections, config)
-    for item in projections:
-        if set(item.layout.projections) & set(config.targets):
-            make_spectral(item.module, item.layout, config)
+    for item in _holding(config.targets, projections):
+        make_spectral(item.module, item.layout, config)
 
 
 @torch.no_grad()
@@ -158,8 +160,7 @@ def fold(model: nn.Module) -> nn.Module:
         )
     for _, layer in layers:
         make_stock(layer)
-    for host in _outermost_pretrained(model):
-        _release(host)
+    _release(model)
     return model
 
 
@@ -209,6 +210,11 @@ def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_
                 "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
                 "PEFT or the like."
             )
+
+
+def _holding(targets: Sequence[str], projections: list[Projection]) -> list[Projection]:
+    """Those that hold at least one target."""
+    return [item for item in projections if set(item.layout.projections) & set(targets)]
 
 
 # --- checks, all made before anything changes ------------------------------------------------------------------------
@@ -336,26 +342,49 @@ def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
 CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
 
 
+def _submodels(model: nn.Module) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
 def _outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
     if isinstance(model, PreTrainedModel):
         return [model]
     return [host for child in model.children() for host in _outermost_pretrained(child)]
 
 
-def _adopt(host: PreTrainedModel, config: SpectralConfig) -> None:
-    if next(spectral_layers(host), None) is None:
+def _adopt(host: PreTrainedModel, config: SpectralConfig, as_the_table_says: bool) -> None:
+    if type(host) in CONDITIONED_CLASSES and as_the_table_says:
+        if next(spectral_layers(host), None) is not None:
+            CONDITIONED_CLASSES[type(host)].adopt(host, config)
         return
-    if type(host) in CONDITIONED_CLASSES:
-        CONDITIONED_CLASSES[type(host)].adopt(host, config)
-    else:
-        # A checkpoint of this model would lose its conditioning in silence.
-        host.save_pretrained = functools.partial(_refuse_to_save, type(host).__name__)  # type: ignore[method-assign]
+    for model in _submodels(host):
+        if next(spectral_layers(model), None) is not None:
+            # A checkpoint of this model would lose its conditioning in silence.
+            refusal = functools.partial(_refuse_to_save, type(model).__name__)
+            model.save_pretrained = refusal  # type: ignore[method-assign]
 
 
-def _release(host: PreTrainedModel) -> None:
-    host.__dict__.pop("save_pretrained", None)
-    if type(host) in CONDITIONED_CLASSES.values():
-        host.release()  # type: ignore[operator]
+def _release(model: nn.Module) -> None:
+    submodels = _submodels(model)
+    for submodel in submodels:
+        submodel.__dict__.pop("save_pretrained", None)
+        if type(submodel) not in CONDITIONED_CLASSES.values():
+            continue
+        conditioned_config = submodel.config
+        submodel.release()  # type: ignore[operator]
+        for composite in submodels:  # a composite's configuration holds those of its parts
+            for name, value in vars(composite.config).items():
+                if value is conditioned_config:
+                    setattr(composite.config, name, submodel.config)
+
+
+def _agrees_with_table(model: nn.Module, projections: list[Projection], config: SpectralConfig) -> bool:
+    """Whether a checkpoint, which is conditioned by the table when it is loaded, would be conditioned as the model is."""
+    try:
+        by_table = _holding(config.targets, find_projections(model))
+    except ValueError:
+        return False
+    return {item.name: item.layout for item in by_table} == {item.name: item.layout for item in projections}
 
 
 def _refuse_to_save(class_name: str, *args: Any, **kwargs: Any) -> None:

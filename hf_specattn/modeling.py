@@ -179,13 +179,16 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
             )
 
 
-def _comparable(fields: dict[str, Any]) -> tuple[Any, ...]:
-    spectral = SpectralConfig(
-        fields.get("spectral_method", "identity"),
-        fields.get("lambda_"),
-        fields.get("spectral_targets", PROJECTIONS),
-        fields.get("spectral_granularity", "projection"),
-    )
+def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
+    try:
+        spectral = SpectralConfig(
+            fields.get("spectral_method", "identity"),
+            fields.get("lambda_"),
+            fields.get("spectral_targets", PROJECTIONS),
+            fields.get("spectral_granularity", "projection"),
+        )
+    except ValueError:  # such as the checkpoint's lambda_ with another method: settings that no checkpoint has
+        return None
     return (spectral.method, spectral.targets, spectral.granularity, [spectral.lambda_for(p) for p in PROJECTIONS])
 
 
@@ -212,7 +215,13 @@ class SpectralModelMixin:
 
     def post_init(self) -> None:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
-        attach(self, self.config.spectral_config)  # type: ignore[arg-type]
+        if not isinstance(self.config, SpectralConfigMixin):
+            raise ValueError(
+                f"{type(self).__name__} was given a {type(self.config).__name__}, which says nothing about conditioning; "
+                f"make it {self.config_class.__name__}.from_stock(config, SpectralConfig(...))."
+            )
+        if next(spectral_layers(self), None) is None:  # type: ignore[arg-type]  # some heads build their base by AutoModel
+            attach(self, self.config.spectral_config)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
         if _loading_stock_weights.get() and self.config.spectral_method == "svd":
             self._keys_to_ignore_on_load_missing.add(r"\.correction$")
@@ -225,6 +234,11 @@ class SpectralModelMixin:
                 continue
             if not getattr(layer.correction, "_is_hf_initialized", False):
                 recompute(layer)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As the stock class: transformers initializes other people's classes in a way that skips modules of its own."""
+        return cls.stock_class.is_custom_code()
 
     @classmethod
     def from_pretrained(
@@ -246,13 +260,16 @@ class SpectralModelMixin:
                 quantization or tensor parallelism.
         """
         _refuse_unsupported_loading(config, kwargs)
-        conditioned = _is_conditioned_checkpoint(pretrained_model_name_or_path, spectral_init, kwargs)
+        stored = _stored_config(pretrained_model_name_or_path, kwargs)
+        conditioned = _is_conditioned_checkpoint(stored, spectral_init)
         _check_init(spectral_init, conditioned, config, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         with _loading(stock=not conditioned):
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
+        if conditioned and stored is not None:  # the configuration may have come from elsewhere
+            _refuse_other_settings(stored, {name: getattr(model.config, name) for name in SPECTRAL_FIELDS})
         if conditioned:
             _check_corrections_loaded(pretrained_model_name_or_path, info)
         else:
@@ -278,7 +295,9 @@ class SpectralModelMixin:
     def release(self) -> None:
         """Give the folded model its stock class and configuration back."""
         _replace_config(self, self.config.to_stock())  # type: ignore[arg-type]
-        self.__class__ = self.stock_class  # type: ignore[assignment]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, SpectralModelMixin):
+                module.__class__ = module.stock_class  # type: ignore[assignment]
 
 
 def _replace_config(model: nn.Module, config: Any) -> None:
@@ -303,13 +322,21 @@ def _refuse_unsupported_loading(config: Any, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _is_conditioned_checkpoint(path: Any, spectral_init: str | None, kwargs: dict[str, Any]) -> bool:
-    if path is None:  # a state dict was given: it is what it is, unless the caller says how to treat it
-        return spectral_init is None
+def _stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of the checkpoint's config.json; None where there is none."""
+    if path is None:
+        return None
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
     try:
-        stored, _ = PretrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})
-    except OSError:  # weights without a config.json: the configuration was passed, and so are the weights' terms
+        return PretrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})[0]
+    except OSError:
+        return None
+
+
+def _is_conditioned_checkpoint(stored: dict[str, Any] | None, spectral_init: str | None) -> bool:
+    if (
+        stored is None
+    ):  # weights alone, or a state dict: they are what they are, unless the caller says how to treat them
         return spectral_init is None
     return str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
 

@@ -1,0 +1,231 @@
+"""torch.compile, torch.export, autocast, gradient checkpointing and copies."""
+
+import contextlib
+import copy
+import pickle
+
+import pytest
+import torch
+from models import (
+    ARCHITECTURES,
+    add_correction,
+    assert_bit_equal,
+    each_architecture,
+    each_method,
+    identity_by_numpy,
+    outputs_of,
+    relative_difference,
+    svd_by_numpy,
+)
+
+from hf_specattn import SpectralConfig, condition, fold, refresh
+from hf_specattn.layers import spectral_layers
+
+pytestmark = pytest.mark.integration
+
+BERT = ARCHITECTURES["bert"]
+CONFIGS = {"identity": SpectralConfig(lambda_=1.0), "svd": SpectralConfig("svd")}
+
+
+def conditioned(tiny, method, auto_name="AutoModel", dtype=torch.float32):
+    model = tiny.model(auto_name, dtype)
+    condition(model, CONFIGS[method])
+    return model
+
+
+def first_output(model, batch):
+    return next(value for value in model(**batch).values() if isinstance(value, torch.Tensor))
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    output = first_output(model, batch)
+    weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+    (output.float() * weights).sum().backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+# --- torch.compile and torch.export
+
+
+@pytest.mark.slow
+@each_method
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
+def test_compiled_equals_eager(method, autocast):
+    model = conditioned(BERT, method, "AutoModelForMaskedLM")
+    batch = BERT.batch(dtype=torch.float32)
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    with context:
+        expected, outputs = gradients(model, batch), gradients(compiled, batch)
+        expected_output, output = (first_output(m, batch).detach() for m in (model, compiled))
+    tolerance = 0.05 if autocast else 1e-4
+    assert relative_difference({"output": output}, {"output": expected_output}) < tolerance
+    outputs = {name.removeprefix("_orig_mod."): value for name, value in outputs.items()}
+    assert relative_difference_of_all(outputs, expected) < tolerance
+
+
+def relative_difference_of_all(values, expected):
+    """Relative to the greatest value of all: some gradients are zero but for rounding."""
+    assert values.keys() == expected.keys()
+    greatest = max(value.abs().max() for value in expected.values())
+    return max((values[name] - value).abs().max() / greatest for name, value in expected.items())
+
+
+# Tracing takes a second or two: one architecture in the quick run, the others in the slow one.
+each_architecture_but_slow = pytest.mark.parametrize(
+    "tiny",
+    [pytest.param(tiny, marks=[] if tiny is BERT else pytest.mark.slow) for tiny in ARCHITECTURES.values()],
+    ids=str,
+)
+
+
+@each_architecture_but_slow
+@each_method
+def test_traces_without_a_graph_break(tiny, method):
+    # What `fullgraph=True` demands, without the time that generating code takes.
+    model = conditioned(tiny, method)
+    batch = tiny.batch(dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert relative_difference(outputs_of(compiled, batch), outputs_of(model, batch)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_difference(outputs_of(compiled, batch), outputs_of(model, batch)) < 0.05
+
+
+@each_architecture_but_slow
+@each_method
+def test_export_of_the_folded_model(tiny, method):
+    model = conditioned(tiny, method)
+    batch = tiny.batch(dtype=torch.float32)
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    expected = outputs_of(model, batch)
+    exported = torch.export.export(fold(model), (), kwargs=batch)
+    assert relative_difference(outputs_of(exported.module(), batch), expected) < 1e-5
+
+
+@each_method
+def test_export_of_the_conditioned_model(method):
+    model = conditioned(BERT, method)
+    batch = BERT.batch(dtype=torch.float32)
+    exported = torch.export.export(model, (), kwargs=batch)
+    assert relative_difference(outputs_of(exported.module(), batch), outputs_of(model, batch)) < 1e-5
+
+
+# --- gradients and precision
+
+
+@each_architecture
+@each_method
+def test_gradient_checkpointing_gives_equal_gradients(tiny, method):
+    model = conditioned(tiny, method, dtype=torch.float64).train()
+    batch = tiny.batch()
+
+    def seeded_gradients():
+        torch.manual_seed(11)  # dropout
+        return gradients(model, batch)
+
+    expected = seeded_gradients()
+    model.gradient_checkpointing_enable()
+    assert model.is_gradient_checkpointing
+    assert relative_difference_of_all(seeded_gradients(), expected) < 1e-12
+    # and they are those of the stock model at W + C
+    stock = add_correction(
+        tiny, tiny.model(), {"identity": identity_by_numpy(1.0), "svd": svd_by_numpy}[method]
+    ).train()
+    torch.manual_seed(11)
+    stock_gradients = gradients(stock, batch)
+    assert relative_difference_of_all(expected, stock_gradients) < 1e-10
+
+
+@each_architecture
+@pytest.mark.parametrize("how", ["stored", "autocast"])
+def test_bf16_is_as_exact_as_stock_bf16(tiny, how):
+    # lambda 10 in a W rounded to 8 bits would leave nothing of W's diagonal; the layer's error stays that of bf16 itself.
+    model = conditioned(tiny, "identity").eval()
+    for _, layer in spectral_layers(model):
+        stock = copy.deepcopy(layer)
+        inputs = torch.randn(64, 32)
+        exact = stock.double()(inputs.double()).detach()
+        if how == "stored":
+            output = copy.deepcopy(layer).bfloat16()(inputs.bfloat16())
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = layer(inputs)
+        assert output.dtype == torch.bfloat16
+        assert (output.double() - exact).abs().mean() < 0.01 * exact.abs().mean()
+
+
+@each_architecture
+@each_method
+def test_bf16_forward_and_backward(tiny, method):
+    model = conditioned(tiny, method).bfloat16()
+    batch = tiny.batch(dtype=torch.bfloat16)
+    expected = outputs_of(conditioned(tiny, method), tiny.batch(dtype=torch.float32))
+    for name, output in outputs_of(model, batch).items():
+        assert output.dtype == torch.bfloat16
+        assert (output.float() - expected[name]).abs().mean() < 0.1 * expected[name].abs().mean()
+    for gradient in gradients(model, batch).values():
+        assert gradient.dtype == torch.bfloat16
+        assert torch.isfinite(gradient).all()
+
+
+# --- copies of dynamic models
+
+
+def dynamic_model():
+    model = BERT.model(dtype=torch.float32)
+    condition(model, SpectralConfig("svd", refresh_every=1))
+    return model
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
+)
+def test_copies_too_are_watched(duplicate):
+    model = duplicate(dynamic_model())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def train(steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(**BERT.batch(dtype=torch.float32)).last_hidden_state.square().mean().backward()
+            optimizer.step()
+
+    train(9)
+    refresh(model)
+    train(9)
+    with pytest.raises(RuntimeError, match=r"refresh_every=1.*10 optimizer steps"):
+        train(1)
+
+
+def test_copies_are_watched_apart():
+    model = dynamic_model()
+    duplicate = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(duplicate.parameters(), lr=0.01)
+    for step in range(30):
+        model(**BERT.batch(dtype=torch.float32)).last_hidden_state.mean().backward()
+        optimizer.step()
+        if step % 5 == 0:
+            refresh(duplicate)
+    expected = outputs_of(BERT.model(dtype=torch.float32), BERT.batch(dtype=torch.float32))
+    assert outputs_of(model, BERT.batch(dtype=torch.float32)).keys() == expected.keys()
+
+
+@each_architecture
+@each_method
+def test_state_dict_into_another_conditioned_model(tiny, method):
+    # From a model with other weights, also by `assign`, which is how models built on the meta device are filled.
+    model = conditioned(tiny, method, dtype=torch.float64)
+    batch = tiny.batch()
+    for assign in (False, True):
+        other = conditioned(tiny, method, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.5)
+        for layer in (layer for _, layer in spectral_layers(other) if method == "svd"):
+            layer.correction.zero_()
+        other.load_state_dict(model.state_dict(), assign=assign)
+        assert_bit_equal(outputs_of(other, batch), outputs_of(model, batch))
