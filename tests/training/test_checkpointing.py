@@ -1,0 +1,680 @@
+"""Checkpoints: continuing bit for bit, in this process, in a new one and on two; damage, full disks, kills, refusals.
+
+Run as a program, `test_checkpointing.py STOCK SVD`, it continues the runs in two folders: a test's new process.
+"""
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition, refresh
+from hf_specattn.conditioning import refresh_interval
+from hf_specattn.refreshing import steps_since_refresh
+from hf_specattn.training import checkpointing
+from hf_specattn.training.checkpointing import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    STATE_TENSORS_FILE,
+    CheckpointError,
+    Checkpoints,
+    DifferentRunError,
+    DiskFullError,
+    Progress,
+    TrainingParts,
+    list_checkpoints,
+)
+from hf_specattn.training.optimization import build_adamw
+from hf_specattn.training.schedules import linear_schedule
+
+DESCRIPTION = {"seed": 0, "data": "1f3a", "lambda_": None, "betas": (0.9, 0.98), "logging_steps": 10}
+STEPS = 30
+DYNAMIC_SVD = SpectralConfig(method="svd", refresh_every=3)
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here to start processes quickly")
+each_conditioning = pytest.mark.parametrize("spectral", [None, DYNAMIC_SVD], ids=["stock", "dynamic-svd"])
+
+
+def make_model(spectral: SpectralConfig | None = None, seed: int = 0, width: int = 16) -> CrammedBertForMaskedLM:
+    torch.manual_seed(seed)
+    config = CrammedBertConfig(
+        vocab_size=40, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * width
+    )
+    model = CrammedBertForMaskedLM(config)
+    if spectral is not None:
+        condition(model, spectral)
+    return model
+
+
+def make_parts(model: nn.Module, **others) -> TrainingParts:
+    optimizer = build_adamw(model, 1e-2)
+    return TrainingParts(model, optimizer, linear_schedule(optimizer, 3, STEPS), **others)
+
+
+def make_checkpoints(folder: Path, spectral: SpectralConfig | None = None, seed: int = 0, **settings) -> Checkpoints:
+    return Checkpoints(folder, Accelerator(cpu=True), make_parts(make_model(spectral, seed)), DESCRIPTION, **settings)
+
+
+def train(checkpoints: Checkpoints, start: Progress, last_step: int, wrapped: nn.Module | None = None) -> Progress:
+    """A loop like the scripts': data by the step alone, dropout, clipping, refreshing."""
+    parts, accelerator = checkpoints.parts, checkpoints.accelerator
+    model = parts.model if wrapped is None else wrapped
+    interval = refresh_interval(parts.model)
+    losses = list(start.record.get("losses", []))
+    model.train()
+    for step in range(start.step + 1, last_step + 1):
+        generator = torch.Generator().manual_seed(1000 * step + accelerator.process_index)
+        rows = torch.randint(5, 40, (4, 12), generator=generator)
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        parts.optimizer.step()
+        parts.optimizer.zero_grad()
+        parts.schedule.step()
+        if interval is not None and step % interval == 0:
+            refresh(parts.model)
+        losses.append(loss.item())
+    return Progress(last_step, start.seconds + 1.5, {"losses": losses})
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+# --- continuing ------------------------------------------------------------------------------------------------------
+
+
+@each_conditioning
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, spectral):
+    original = make_checkpoints(tmp_path / "a", spectral)
+    middle = train(original, Progress(), 5)
+    shutil.copytree(original.save(middle), tmp_path / "b" / "checkpoint-000005")
+    uninterrupted = original.save(train(original, middle, 15))
+
+    resumed = make_checkpoints(tmp_path / "b", spectral, seed=7)  # other weights, until they are restored
+    torch.rand(3)
+    progress = resumed.resume()
+    assert progress == middle
+    assert steps_since_refresh(resumed.parts.model) == (0 if spectral is None else 2)
+    # Every file: weights, moments and steps, schedule, random number generators, losses.
+    assert contents(resumed.save(train(resumed, progress, 15))) == contents(uninterrupted)
+
+
+@pytest.mark.slow  # starts a process
+def test_a_new_process_continues_bit_for_bit(tmp_path):
+    uninterrupted = {}
+    for name, spectral in (("stock", None), ("svd", DYNAMIC_SVD)):
+        original = make_checkpoints(tmp_path / name, spectral)
+        middle = train(original, Progress(), 5)
+        shutil.copytree(original.save(middle), tmp_path / f"{name}-resumed" / "checkpoint-000005")
+        uninterrupted[name] = original.save(train(original, middle, 15))
+    command = [sys.executable, __file__, str(tmp_path / "stock-resumed"), str(tmp_path / "svd-resumed")]
+    subprocess.run(command, check=True, timeout=300)
+    for name, folder in uninterrupted.items():
+        assert contents(tmp_path / f"{name}-resumed" / "checkpoint-000015") == contents(folder)
+
+
+@pytest.mark.slow
+@needs_fork
+def test_two_processes_continue_bit_for_bit_sharded_or_not(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [fork(lambda rank=rank: two_processes(tmp_path, rank, port)) for rank in range(2)]
+    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    for kind in ("ddp", "fsdp"):
+        # What two processes wrote loads in one, except for the second one's random numbers.
+        alone = make_checkpoints(tmp_path / kind, DYNAMIC_SVD, seed=9)
+        progress = alone.resume()
+        assert progress is not None
+        assert progress.step == 8
+        assert_same(weights(alone.parts.model), load_whole(tmp_path / kind / "checkpoint-000008"))
+
+
+def load_whole(folder: Path) -> dict[str, torch.Tensor]:
+    return weights(AutoModelForMaskedLM.from_pretrained(folder))
+
+
+def test_a_checkpoint_is_a_model_for_the_auto_classes(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    checkpoints = Checkpoints(
+        tmp_path, Accelerator(cpu=True), make_parts(make_model(DYNAMIC_SVD), processor=tokenizer), DESCRIPTION
+    )
+    folder = checkpoints.save(train(checkpoints, Progress(), 3))
+    loaded = AutoModelForMaskedLM.from_pretrained(folder)
+    assert type(loaded) is type(checkpoints.parts.model)
+    assert_same(weights(loaded), weights(checkpoints.parts.model))
+    assert loaded.decoder.weight is loaded.get_input_embeddings().weight
+    assert len(AutoTokenizer.from_pretrained(folder)) == 6
+    stored = load_file(folder / "model.safetensors")
+    assert len(stored) == len({tensor.data_ptr() for tensor in checkpoints.parts.model.state_dict().values()})
+
+
+def test_a_vision_transformer_whose_checkpoints_have_other_names_comes_back(tmp_path):
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
+    first, second = (condition_vit(config, seed) for seed in (0, 1))
+    make = [Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(model), {}) for model in (first, second)]
+    folder = make[0].save(Progress(1))
+    assert make[1].resume() == Progress(1)
+    assert_same(weights(second), weights(first))
+    assert_same(weights(AutoModelForImageClassification.from_pretrained(folder)), weights(first))
+
+
+def condition_vit(config: ViTConfig, seed: int) -> ViTForImageClassification:
+    torch.manual_seed(seed)
+    model = ViTForImageClassification(config)
+    condition(model, SpectralConfig(method="svd"))
+    return model
+
+
+def test_random_numbers_of_every_kind_go_on(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(Progress(1))
+    drawn = random.random(), np.random.rand(), np.random.randn(), torch.rand(1)  # noqa: NPY002
+    make_checkpoints(tmp_path).resume()
+    assert drawn == (random.random(), np.random.rand(), np.random.randn(), torch.rand(1))  # noqa: NPY002
+
+
+def test_the_loss_scaler_is_restored(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    parts = make_parts(make_model(), scaler=scaler)
+    scaler.scale(
+        parts.model(input_ids=torch.ones(1, 2, dtype=int), labels=torch.ones(1, 2, dtype=int)).loss
+    ).backward()
+    scaler.step(parts.optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 16
+    Checkpoints(tmp_path, Accelerator(cpu=True), parts, {}).save(Progress(1))
+    new_scaler = torch.amp.GradScaler("cpu")
+    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model(), scaler=new_scaler), {}).resume()
+    assert new_scaler.state_dict() == scaler.state_dict()
+
+
+def test_other_optimizers_and_parameters_that_were_never_stepped(tmp_path):
+    def parts_of(model):
+        rest = [parameter for parameter in model.parameters() if parameter is not model.decoder.weight]
+        groups = [{"params": [model.decoder.weight], "lr": torch.tensor(0.3), "momentum": 0.5}, {"params": rest}]
+        return TrainingParts(model, torch.optim.SGD(groups, lr=0.1))
+
+    parts = parts_of(make_model())
+    parts.model.decoder.weight.grad = torch.ones_like(parts.model.decoder.weight)
+    parts.optimizer.step()
+    Checkpoints(tmp_path, Accelerator(cpu=True), parts, {}).save(Progress(1))
+    restored = parts_of(make_model(seed=3))
+    Checkpoints(tmp_path, Accelerator(cpu=True), restored, {}).resume()
+    assert restored.optimizer.param_groups[0]["lr"] == torch.tensor(0.3)
+    momentum = restored.optimizer.state[restored.model.decoder.weight]["momentum_buffer"]
+    assert torch.equal(momentum, parts.optimizer.state[parts.model.decoder.weight]["momentum_buffer"])
+    assert len(restored.optimizer.state) == len(parts.optimizer.state) == 1
+
+
+def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path):
+    # (Some ways to collect an optimizer's state make one where there is none.)
+    reference = make_checkpoints(tmp_path / "a")
+    train(reference, Progress(), 2)
+    saved = make_checkpoints(tmp_path / "b")
+    saved.save(Progress())
+    assert not saved.parts.optimizer.state
+    train(saved, Progress(), 2)
+    assert_same(weights(saved.parts.model), weights(reference.parts.model))
+
+
+def test_a_wrapped_model_is_refused():
+    with pytest.raises(ValueError, match=r"before accelerator\.prepare"):
+        make_parts(nn.Sequential(make_model()))
+
+
+def test_nothing_else_than_numbers_text_and_tensors_is_saved(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.parts.optimizer.param_groups[1]["note"] = {"a": object()}
+    with pytest.raises(TypeError, match="optimizer/groups/1/note/a is a object"):
+        checkpoints.save(Progress(1))
+
+
+def test_json_keeps_kinds_and_keys():
+    tree = {1: (True, None, [0.1, float("inf")]), "a": {}, "tuple": [], "t": torch.arange(2)}
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(checkpointing.to_json(tree, tensors, ""))
+    restored = checkpointing.from_json(json.loads(text), tensors)
+    assert torch.equal(restored.pop("t"), tree.pop("t"))
+    assert restored == tree
+    assert isinstance(restored[1], tuple)
+    assert list(tensors) == ["t"]
+
+
+# --- keeping the last ones -------------------------------------------------------------------------------------------
+
+
+def test_the_last_ones_are_kept(tmp_path):
+    checkpoints = make_checkpoints(tmp_path, keep_last=2)
+    for step in (5, 10, 999999, 1000000):
+        checkpoints.save(Progress(step))
+    assert names(tmp_path) == ["checkpoint-1000000", "checkpoint-999999"]
+    with pytest.raises(ValueError, match="keep_last=0 would keep no checkpoint"):
+        make_checkpoints(tmp_path, keep_last=0)
+
+
+def test_old_ones_are_removed_only_after_the_new_one_has_its_name(tmp_path, monkeypatch):
+    checkpoints = make_checkpoints(tmp_path, keep_last=1)
+    checkpoints.save(Progress(1))
+    monkeypatch.setattr(checkpointing, "replace_folder", failing(OSError(errno.EIO, "I/O error")))
+    with pytest.raises(OSError, match="I/O error"):
+        checkpoints.save(Progress(2))
+    assert names(tmp_path) == ["checkpoint-000001"]
+    assert make_checkpoints(tmp_path).resume() == Progress(1)
+
+
+def test_saving_the_same_step_again_writes_nothing(tmp_path, monkeypatch):
+    checkpoints = make_checkpoints(tmp_path)
+    folder = checkpoints.save(Progress(3))
+    monkeypatch.setattr(checkpointing, "write_manifest", failing(AssertionError("written again")))
+    assert checkpoints.save(Progress(3)) == folder
+    resumed = make_checkpoints(tmp_path)
+    resumed.resume()
+    assert resumed.save(Progress(3)) == folder
+
+
+def test_starting_over_removes_checkpoints_and_nothing_else(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(Progress(step))
+    (tmp_path / "metrics.json").touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    make_checkpoints(tmp_path).start_over()
+    assert names(tmp_path) == ["checkpoint-best", "metrics.json"]
+
+
+def test_leftovers_of_dead_runs_are_removed(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, own, alive = (f".checkpoint-000001.tmp-{number}" for number in (process.pid, os.getpid(), os.getppid()))
+    replaced, long_dead = f"{dead}-replaced", f".checkpoint-000002.tmp-{os.getppid()}"
+    for name in (dead, own, alive, replaced, long_dead):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    two_hours_ago = time.time() - 7200
+    for path in (tmp_path / long_dead / "model.safetensors", tmp_path / long_dead):
+        os.utime(path, (two_hours_ago, two_hours_ago))
+    make_checkpoints(tmp_path)
+    assert names(tmp_path) == [alive]
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = [
+    ("model.safetensors", Path.unlink, "model.safetensors is missing"),
+    ("model.safetensors", flip_a_bit, "model.safetensors has another checksum"),
+    (STATE_TENSORS_FILE, truncate, f"{STATE_TENSORS_FILE} has .* of .* bytes"),
+    (STATE_FILE, flip_a_bit, f"{STATE_FILE} has another checksum"),
+    ("config.json", Path.unlink, "config.json is missing"),
+    (MANIFEST_FILE, Path.unlink, f"{MANIFEST_FILE} is missing"),
+    (MANIFEST_FILE, truncate, None),  # only the newline is lost
+    (MANIFEST_FILE, lambda file: file.write_bytes(b"\xff\x00"), f"{MANIFEST_FILE} is unreadable"),
+    (MANIFEST_FILE, lambda file: file.write_text("[]"), f"{MANIFEST_FILE} is unreadable"),
+    (MANIFEST_FILE, lambda file: file.write_text('{"format": 9, "files": {}}'), "of format 9"),
+    (MANIFEST_FILE, lambda file: file.write_text('{"format": 1, "files": {}}'), "does not list"),
+]
+
+
+@pytest.mark.parametrize(("name", "harm", "reason"), DAMAGES)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, warning_log, name, harm, reason):
+    checkpoints = make_checkpoints(tmp_path, keep_last=3)
+    for step in (1, 2):
+        checkpoints.save(Progress(step))
+    harm(tmp_path / "checkpoint-000002" / name)
+    resumed = make_checkpoints(tmp_path, seed=1, keep_last=3)
+    progress = resumed.resume()
+    if reason is None:
+        assert progress == Progress(2)
+        return
+    assert progress == Progress(1)
+    (message,) = warning_log.messages
+    assert re.search(rf"checkpoint-000002 is damaged and skipped: .*{reason}", message)
+    # The damaged one goes when a sound one has taken its place, under its name or another.
+    resumed.save(Progress(2) if name == STATE_FILE else Progress(3))
+    assert [checkpointing.damage(folder) for folder in list_checkpoints(tmp_path)] == [None, None]
+
+
+def test_without_a_sound_checkpoint_all_are_named(tmp_path):
+    checkpoints = make_checkpoints(tmp_path)
+    for step in (1, 2):
+        truncate(checkpoints.save(Progress(step)) / "model.safetensors")
+    pattern = r"(?s)000002: model.safetensors has.*000001: model.safetensors has.*start the run anew"
+    with pytest.raises(CheckpointError, match=pattern):
+        make_checkpoints(tmp_path).resume()
+    assert len(list_checkpoints(tmp_path)) == 2
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    assert make_checkpoints(tmp_path / "missing").resume() is None
+    assert make_checkpoints(tmp_path).resume() is None
+    assert names(tmp_path) == []
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_other_settings_are_refused_with_the_differences(tmp_path):
+    make_checkpoints(tmp_path).save(Progress(1))
+    parts = make_parts(make_model(seed=5))
+    before = weights(parts.model)
+    description = {**DESCRIPTION, "seed": 1, "lambda_": {"query": 2.0}, "logging_steps": 20, "new": True}
+    del description["data"]
+    changed = Checkpoints(tmp_path, Accelerator(cpu=True), parts, description, free_to_change=["logging_steps"])
+    with pytest.raises(DifferentRunError) as refusal:
+        changed.resume()
+    assert isinstance(refusal.value, ValueError)
+    assert str(refusal.value).splitlines() == [
+        f"{tmp_path / 'checkpoint-000001'} is of a run with other settings (the checkpoint's value -> this run's value):",
+        "  seed: 0 -> 1",
+        '  data: "1f3a" -> "(not recorded)"',
+        '  lambda_: null -> {"query": 2.0}',
+        '  new: "(not recorded)" -> true',
+        "To continue that run, give its settings; to train with these, start a new run in another folder.",
+    ]
+    assert_same(weights(parts.model), before)
+
+
+def test_settings_declared_free_may_change(tmp_path):
+    make_checkpoints(tmp_path).save(Progress(1))
+    description = {**DESCRIPTION, "betas": [0.9, 0.98], "logging_steps": 1}
+    parts = make_parts(make_model())
+    free = Checkpoints(tmp_path, Accelerator(cpu=True), parts, description, free_to_change=["logging_steps"])
+    assert free.resume() == Progress(1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: make_parts(make_model(width=24)), r"for embeddings\S*, .*, it has \(40, 16\)|another one: for"),
+        (lambda: make_parts(make_model(SpectralConfig(method="svd"))), "correction, .* it has nothing"),
+        (
+            lambda: TrainingParts(model := make_model(), torch.optim.AdamW(model.parameters())),
+            "groups its parameters otherwise",
+        ),
+    ],
+    ids=["width", "corrections", "groups"],
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path, make, message):
+    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model()), {}).save(Progress(1))
+    with pytest.raises(CheckpointError, match=message):
+        Checkpoints(tmp_path, Accelerator(cpu=True), make(), {}).resume()
+
+
+def test_a_checkpoint_with_more_than_the_model_is_refused(tmp_path):
+    model = make_model(SpectralConfig(method="svd"))
+    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(model), {}).save(Progress(1))
+    with pytest.raises(CheckpointError, match=r"this model has no .*correction"):
+        Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model()), {}).resume()
+
+
+# --- full disks ------------------------------------------------------------------------------------------------------
+
+
+def failing(error: Exception):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["full", "quota", "safetensors"],
+)
+@pytest.mark.parametrize("where", ["save_file", "write_manifest", "sync"])
+def test_a_disk_that_fills_up_while_writing(tmp_path, monkeypatch, where, error):
+    checkpoints = make_checkpoints(tmp_path)
+    checkpoints.save(Progress(1))
+    with monkeypatch.context() as context:
+        context.setattr(checkpointing, where, failing(error))
+        with pytest.raises(
+            DiskFullError, match=r"needs about [\d.,]+ MB, .* are free .* Safe is checkpoint-000001\. Free"
+        ):
+            checkpoints.save(Progress(2))
+    assert names(tmp_path) == ["checkpoint-000001"]
+    assert make_checkpoints(tmp_path).resume() == Progress(1)
+    assert checkpoints.save(Progress(2)).is_dir()  # once there is space
+
+
+def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
+    checkpoints = make_checkpoints(tmp_path)
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: None)
+    with pytest.raises(
+        DiskFullError, match=r"1\.0 MB are free on that disk\. There is no earlier checkpoint\. Free at least 3"
+    ):
+        checkpoints.save(Progress(1))
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("estimate", [True, False], ids=["noticed-before", "noticed-while-writing"])
+def test_a_small_disk(tmp_path, monkeypatch, estimate):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount command to make a small disk with")
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.strip()}")
+    try:
+        if not estimate:
+            monkeypatch.setattr(checkpointing, "bytes_of", lambda _: 0)
+            monkeypatch.setattr(checkpointing, "SMALL_FILES_BYTES", 0)
+        checkpoints = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(width=128)), {}, keep_last=5)
+        progress = train(checkpoints, Progress(), 1)  # so that there are moments to save
+        saved = []
+        with pytest.raises(DiskFullError, match="Free at least") as refusal:  # noqa: PT012  how many fit is the disk's affair
+            for step in range(1, 9):
+                checkpoints.save(Progress(step, 0.0, progress.record))
+                saved.append(step)
+        assert isinstance(refusal.value.__cause__, Exception) is not estimate
+        assert [checkpointing.step_of(folder) for folder in list_checkpoints(disk)] == saved
+        assert names(disk) == [checkpointing.checkpoint_name(step) for step in saved]
+        if not estimate:
+            assert saved
+            resumed = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(width=128)), {})
+            assert resumed.resume().step == saved[-1]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# --- kills -----------------------------------------------------------------------------------------------------------
+
+
+@needs_fork
+def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path):
+    checkpoints = make_checkpoints(tmp_path, DYNAMIC_SVD, keep_last=2)
+    randomness, interrupted, reached = random.Random(0), 0, 0
+    for _ in range(12):
+        process = fork(lambda: train_and_save_until_killed(checkpoints))
+        deadline = time.monotonic() + 30
+        # The moment is random among those at which something is being written.
+        while not list(tmp_path.glob(".*")) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(randomness.uniform(0, 0.08))
+        os.kill(process, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        interrupted += bool(list(tmp_path.glob(".*")))
+
+        resumed = make_checkpoints(tmp_path, DYNAMIC_SVD, keep_last=2)
+        assert all(checkpointing.CHECKPOINT_NAME.fullmatch(name) for name in names(tmp_path))
+        # (More than two where a kill came before the removal of old ones.)
+        assert {checkpointing.damage(folder) for folder in list_checkpoints(tmp_path)} <= {None}
+        progress = resumed.resume()
+        assert (progress.step if progress else 0) >= reached
+        reached = progress.step if progress else 0
+    assert reached > 1
+    assert interrupted
+    # Every life continued where the one before had been saved.
+    reference = make_checkpoints(tmp_path / "reference", DYNAMIC_SVD)
+    train(reference, Progress(), reached)
+    assert_same(weights(resumed.parts.model), weights(reference.parts.model))
+    assert (
+        progress.record["losses"]
+        == train(make_checkpoints(tmp_path / "b", DYNAMIC_SVD), Progress(), reached).record["losses"]
+    )
+
+
+def train_and_save_until_killed(checkpoints: Checkpoints) -> None:
+    progress = checkpoints.resume() or Progress()
+    while True:
+        progress = train(checkpoints, progress, progress.step + 1)
+        checkpoints.save(progress)
+
+
+# --- the jobs of other processes -------------------------------------------------------------------------------------
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Run `work` in a copy of this process; return its number."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(status)  # no tests and no reports in here; and gloo's threads sometimes abort a process that ends
+    return process
+
+
+def continue_to_step_15(stock: Path, svd: Path) -> None:
+    for folder, spectral in ((stock, None), (svd, DYNAMIC_SVD)):
+        checkpoints = make_checkpoints(folder, spectral, seed=7)
+        progress = checkpoints.resume()
+        assert progress is not None
+        checkpoints.save(train(checkpoints, progress, 15))
+
+
+def two_processes(folder: Path, rank: int, port: int) -> None:
+    """Of each of two processes: continue from step 4 to 8, and refuse, both sharded and replicated."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    accelerator = Accelerator()
+    assert accelerator.num_processes == 2
+    for kind in ("ddp", "fsdp"):
+        continue_on_two(folder, kind, accelerator)
+        refuse_on_two(folder, kind, accelerator)
+    accelerator.wait_for_everyone()
+
+
+def make_on_two(folder: Path, kind: str, seed: int, accelerator: Accelerator) -> tuple[Checkpoints, nn.Module]:
+    """The checkpoints and the wrapped model. (On CPUs accelerate itself only does DDP.)"""
+    model = make_model(DYNAMIC_SVD, seed)
+    if kind == "fsdp":
+        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(100 + seed + accelerator.process_index)  # each process drops other units
+    return Checkpoints(folder, accelerator, make_parts(model), DESCRIPTION), wrapped
+
+
+def continue_on_two(folder: Path, kind: str, accelerator: Accelerator) -> None:
+    original, wrapped = make_on_two(folder / kind, kind, 0, accelerator)
+    middle = train(original, Progress(), 4, wrapped)
+    saved = original.save(middle)
+    if accelerator.is_main_process:
+        shutil.copytree(saved, folder / f"{kind}-resumed" / saved.name)
+    uninterrupted = original.save(train(original, middle, 8, wrapped))
+
+    resumed, wrapped = make_on_two(folder / f"{kind}-resumed", kind, 7, accelerator)
+    progress = resumed.resume()
+    assert progress is not None
+    final = resumed.save(train(resumed, progress, 8, wrapped))
+    sharded = any(isinstance(tensor, DTensor) for tensor in resumed.parts.model.state_dict().values())
+    assert sharded == (kind == "fsdp")
+    if accelerator.is_main_process:
+        assert contents(final) == contents(uninterrupted)
+
+
+def refuse_on_two(folder: Path, kind: str, accelerator: Accelerator) -> None:
+    """An error of the main process is raised in both."""
+    checkpoints, _ = make_on_two(folder / kind, kind, 0, accelerator)
+    checkpoints.description["seed"] = 1
+    with pytest.raises(DifferentRunError, match="seed: 0 -> 1"):
+        checkpoints.resume()
+    with pytest.MonkeyPatch.context() as context:
+        if accelerator.is_main_process:
+            context.setattr(checkpointing, "save_file", failing(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(DiskFullError, match="Safe is checkpoint-000004, checkpoint-000008"):
+            checkpoints.save(Progress(9))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    continue_to_step_15(*map(Path, sys.argv[1:]))
