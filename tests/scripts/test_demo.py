@@ -94,7 +94,13 @@ def test_the_start_of_a_run_is_rebuilt_from_its_seed(demo, settings):
         assert torch.equal(value, weights[name])
 
 
-TINY = "--hidden_size 16 --num_hidden_layers 2 --num_attention_heads 2 --intermediate_size 32 --vocab_size 300".split()
+TINY = [
+    "--hidden_size=16",
+    "--num_hidden_layers=2",
+    "--num_attention_heads=2",
+    "--intermediate_size=32",
+    "--vocab_size=300",
+]
 
 
 @pytest.mark.slow
