@@ -1,5 +1,6 @@
 """`condition` a model in place, and `fold` it back: `W + C` in, plain modules out."""
 
+import copy
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -373,9 +374,11 @@ def _release(model: nn.Module) -> None:
         conditioned_config = submodel.config
         submodel.release()  # type: ignore[operator]
         for composite in submodels:  # a composite's configuration holds those of its parts
-            for name, value in vars(composite.config).items():
-                if value is conditioned_config:
-                    setattr(composite.config, name, submodel.config)
+            names = [name for name, value in vars(composite.config).items() if value is conditioned_config]
+            if names:
+                composite.config = copy.copy(composite.config)  # another model may have been built from the same object
+            for name in names:
+                setattr(composite.config, name, submodel.config)
 
 
 def _agrees_with_table(model: nn.Module, projections: list[Projection], config: SpectralConfig) -> bool:

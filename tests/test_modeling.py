@@ -3,6 +3,8 @@
 import copy
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -735,6 +737,20 @@ def test_composite_of_conditioned_parts(method, tmp_path):
     assert_bit_equal(composite_logits(again), logits)
 
 
+def test_folding_a_composite_leaves_another_of_the_same_configuration_alone(tmp_path):
+    encoder = AutoConfig.for_model("specattn_vit", **ARCHITECTURES["vit"].settings)
+    decoder = AutoConfig.for_model("specattn_bert", **BERT.settings, is_decoder=True, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 2, 0
+    model, sibling = (transformers.VisionEncoderDecoderModel(config).double().eval() for _ in range(2))
+    logits = composite_logits(sibling)
+    fold(model)
+    sibling.save_pretrained(tmp_path)
+    loaded = transformers.VisionEncoderDecoderModel.from_pretrained(tmp_path)
+    assert len(list(spectral_layers(loaded))) == 3 * LAYERS * 3
+    assert_bit_equal(composite_logits(loaded), logits)
+
+
 # --- the configuration itself ----------------------------------------------------------------------------------------
 
 
@@ -817,6 +833,26 @@ def test_output_attentions_and_hidden_states(tiny, stock_checkpoint):
         for name in ("attentions", "hidden_states"):
             for value, expected_value in zip(outputs[name], expected[name], strict=True):
                 torch.testing.assert_close(value, expected_value, rtol=1e-9, atol=1e-10)
+
+
+CONDITION_AND_RECORD = """
+import torch
+import transformers
+import hf_specattn
+config = transformers.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+model = transformers.BertModel._from_config(config, attn_implementation="eager")
+hf_specattn.condition(model, hf_specattn.SpectralConfig())
+outputs = model(input_ids=torch.ones(1, 3).long(), output_attentions=True)
+assert len(outputs.attentions) == 2, outputs.attentions
+"""
+
+
+@pytest.mark.slow
+def test_output_attentions_of_the_first_conditioned_model_in_a_process(tmp_path):
+    # transformers notes what a class records when one is constructed; here none has been, the class came by `condition`.
+    command = [sys.executable, "-c", CONDITION_AND_RECORD]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_saving_stale_corrections_warns(stock_checkpoint, tmp_path, warning_log):
