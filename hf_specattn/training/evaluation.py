@@ -12,6 +12,7 @@ from torch import nn
 
 from .masking import MaskingRule
 from .metrics import perplexity
+from .token_cache import TokenCache
 
 # Validation is corrupted once and for all, so that losses compare between runs of any seed.
 EVALUATION_SEED = 20230713
@@ -40,7 +41,7 @@ def accepts_masked_positions(model: nn.Module) -> bool:
 @torch.no_grad()
 def evaluate_mlm(
     model: nn.Module,
-    sequences: NDArray[np.integer],
+    sequences: NDArray[np.integer] | TokenCache,
     rule: MaskingRule,
     *,
     batch_size: int = 32,

@@ -4,8 +4,10 @@ As in cramming: each document's tokens are followed by [SEP], there is no [CLS],
 the remainder shorter than one sequence is dropped.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +17,18 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import CorpusError, Document
 
+if TYPE_CHECKING:
+    from .token_cache import TokenCache
+
 # Long documents are encoded in pieces: threads share the work, and the encodings of one call (some 50 bytes for each
 # character, before they become ids) stay within some 60 MB.
 PIECE_CHARACTERS = 20_000
 PIECES_PER_CALL = 64
+
+# Pre-tokenizers that drop whitespace and look at one word at a time, and normalizers that look at one character at a
+# time: text may be cut after any space or line end. Others (ByteLevel, Metaspace) put spaces into tokens.
+WORDWISE_PRE_TOKENIZERS = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
+CHARACTERWISE_NORMALIZERS = frozenset({"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"})
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -53,8 +63,8 @@ def pack_documents(
     parts: list[NDArray] = []
     total = sum(len(document.text) for document in documents)
     with tqdm(total=total, desc=description, unit="char", unit_scale=True, disable=not show_progress) as progress:
-        encoder = _plain_encoder(tokenizer)
-        pieces = _pieces(documents)
+        encoder = plain_encoder(tokenizer)
+        pieces = text_pieces(documents, works_wordwise(encoder))
         while chunk := list(islice(pieces, PIECES_PER_CALL)):
             encodings = encoder.encode_batch_fast([text for text, _ in chunk], add_special_tokens=False)
             for (text, last), encoding in zip(chunk, encodings):
@@ -67,7 +77,7 @@ def pack_documents(
     return stream[: rows * max_seq_length].reshape(rows, max_seq_length)
 
 
-def require_sequences(sequences: NDArray[np.integer], needed: int, source: str, purpose: str) -> None:
+def require_sequences(sequences: "NDArray[np.integer] | TokenCache", needed: int, source: str, purpose: str) -> None:
     """Raise `CorpusError` if there are fewer than `needed` packed sequences.
 
     Args:
@@ -85,22 +95,46 @@ def require_sequences(sequences: NDArray[np.integer], needed: int, source: str, 
         )
 
 
-def _pieces(documents: Iterable[Document]) -> Iterator[tuple[str, bool]]:
-    """Cut long documents at line ends; yields the text and whether it is the document's last piece."""
+def works_wordwise(encoder: Tokenizer) -> bool:
+    """Say whether text that is cut after whitespace gives the tokens of the whole, for any text."""
+    state = json.loads(encoder.to_str())
+    splitting = _steps(state["pre_tokenizer"], "pretokenizers")
+    normalizing = _steps(state["normalizer"], "normalizers")
+    return bool(splitting) and splitting[0] in WORDWISE_PRE_TOKENIZERS and {*normalizing} <= CHARACTERWISE_NORMALIZERS
+
+
+def _steps(component: dict | None, members: str) -> list[str]:
+    """Return the kinds of a component's steps, of a sequence one by one."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component["type"]]
+    return [kind for member in component[members] for kind in _steps(member, members)]
+
+
+def text_pieces(documents: Iterable[Document], cut: bool) -> Iterator[tuple[str, bool]]:
+    """Cut long documents after whitespace; yields the text and whether it is the document's last piece.
+
+    Args:
+        documents: Read once.
+        cut: False leaves documents whole, for a tokenizer that does not work word by word.
+    """
     for document in documents:
-        start = 0
-        while len(document.text) - start > PIECE_CHARACTERS:
-            cut = document.text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-            if cut <= start:  # one line longer than a piece: take it whole, a word must not be cut
-                cut = document.text.find("\n", start) + 1 or len(document.text)
-            if cut == len(document.text):
+        text, start = document.text, 0
+        while cut and len(text) - start > PIECE_CHARACTERS:
+            stop = start + PIECE_CHARACTERS
+            end = (text.rfind("\n", start, stop) + 1) or (text.rfind(" ", start, stop) + 1)
+            if end <= start:  # one word longer than a piece: take it whole
+                found = [place + 1 for place in (text.find("\n", stop), text.find(" ", stop)) if place >= 0]
+                end = min(found, default=len(text))
+            if end == len(text):
                 break
-            yield document.text[start:cut], False
-            start = cut
-        yield document.text[start:], True
+            yield text[start:end], False
+            start = end
+        yield text[start:], True
 
 
-def _plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Return a copy of the fast tokenizer's backend that neither truncates, pads nor recognizes special tokens."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_truncation()

@@ -12,6 +12,7 @@ Text is UTF-8. Empty documents and null values are skipped. Nothing here needs t
 
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,27 @@ from typing import Any
 
 from .documents import CorpusError, Document
 
+# An array is parsed as a whole, at some times its size in memory.
+LARGEST_ARRAY_BYTES = 256 * 2**20
+
+PARQUET_ROWS = 64  # at once: a row may be a whole book
+
+# Half of a pair, which JSON can spell and UTF-8 cannot.
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")
+
 EXTENSIONS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
-def file_documents(path: str | Path, text_column: str = "text") -> Iterator[Document]:
+def file_documents(
+    path: str | Path, text_column: str = "text", part_characters: int | None = None
+) -> Iterator[Document]:
     """Yield the documents of one file in order, named `<file name>:<index>`.
 
     Args:
         path: A file with one of `EXTENSIONS`.
         text_column: The key or column with the text; plain text files have none and ignore it.
+        part_characters: Documents of plain text files that are longer come in parts of about this many characters, cut at
+            line ends, as neighbours of one name. None gives each document whole.
 
     Raises:
         CorpusError: for a file that is missing, empty, damaged, not UTF-8, of another kind or without the column.
@@ -44,13 +57,13 @@ def file_documents(path: str | Path, text_column: str = "text") -> Iterator[Docu
         raise CorpusError(f"{path} is empty (0 bytes). Give a file with text in it.")
     kind = _kind(path)
     if kind == ".parquet":
-        texts = _parquet_texts(path, text_column)
+        texts: Iterator[tuple[int, str | None]] = enumerate(_parquet_texts(path, text_column))
     elif kind == ".txt":
-        texts = _plain_texts(path)
+        texts = _plain_texts(path, part_characters)
     else:
-        texts = _json_texts(path, text_column)
+        texts = enumerate(_json_texts(path, text_column))
     found = False
-    for index, text in enumerate(texts):
+    for index, text in texts:
         if text is not None and text.strip():
             found = True
             yield Document(f"{path.name}:{index}", text)
@@ -85,18 +98,26 @@ def _lines(path: Path) -> Iterator[str]:
             ) from error
 
 
-def _plain_texts(path: Path) -> Iterator[str]:
-    """Cut at form feeds that start a line and at two or more blank lines; one blank line parts paragraphs only."""
-    document: list[str] = []
-    blank_run = 0
+def _plain_texts(path: Path, part_characters: int | None) -> Iterator[tuple[int, str]]:
+    """Cut at form feeds that start a line and at two or more blank lines; one blank line parts paragraphs only.
+
+    Yields each document's index with its text, or, if that is longer than `part_characters`, with each of its parts.
+    """
+    index, begun = 0, False
+    part: list[str] = []
+    characters = blank_run = 0
     for line in _lines(path):
         blank = not line.strip()
-        if document and (line.startswith("\f") or (blank_run >= 2 and not blank)):
-            yield "".join(document)
-            document = []
+        ends = begun and (line.startswith("\f") or (blank_run >= 2 and not blank))
+        if ends or (part_characters is not None and characters >= part_characters):
+            yield index, "".join(part)
+            part, characters = [], 0
+        index += ends
         blank_run = blank_run + 1 if blank else 0
-        document.append(line)
-    yield "".join(document)
+        begun = True
+        part.append(line)
+        characters += len(line)
+    yield index, "".join(part)
 
 
 def _json_texts(path: Path, text_column: str) -> Iterator[str | None]:
@@ -105,6 +126,11 @@ def _json_texts(path: Path, text_column: str) -> Iterator[str | None]:
         if not line.strip():
             continue
         if line.lstrip().startswith("[") and _kind(path) == ".json":
+            if path.stat().st_size > LARGEST_ARRAY_BYTES:
+                raise CorpusError(
+                    f"{path} is one JSON array, which has to be read as a whole, and larger than "
+                    f"{LARGEST_ARRAY_BYTES // 2**20} MiB. Convert it to lines, for example with `jq -c '.[]'`."
+                )
             rows = _parse_json(path, number, line + "".join(lines))
             for index, row in enumerate(rows):
                 yield _column(path, f"element {index}", row, text_column)
@@ -133,7 +159,7 @@ def _column(path: Path, where: str, row: Any, text_column: str) -> str | None:
             f"{path}, {where}: the key {text_column!r} holds {type(value).__name__} {value!r:.60}, not text. "
             "Name a column of text with --text_column."
         )
-    return value
+    return None if value is None else _LONE_SURROGATES.sub("\ufffd", value)
 
 
 def _missing_column(path: Path, text_column: str, present: list[str], where: str = "") -> CorpusError:
@@ -162,7 +188,7 @@ def _parquet_texts(path: Path, text_column: str) -> Iterator[str | None]:
                 raise CorpusError(
                     f"{path}: the column {text_column!r} holds {kind}, not text. Name a column of text with --text_column."
                 )
-            for batch in file.iter_batches(batch_size=1024, columns=[text_column]):
+            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[text_column]):
                 yield from batch.column(0).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{path} is no intact Parquet file: {error}. Fetch or write it again.") from error

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hf_specattn.training.documents import CorpusError
-from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
+from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_cached_mlm_data, prepare_mlm_data
+from hf_specattn.training.token_cache import file_stream
 
 
 @pytest.fixture
@@ -54,3 +55,23 @@ def test_the_fingerprint_reads_tokens_and_shape_alone():
     assert fingerprint(tokens.reshape(3, 4).astype(np.int32)) == reference
     assert fingerprint(tokens.reshape(4, 3)) != reference
     assert fingerprint(tokens[::-1].reshape(3, 4)) != reference
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_through_the_cache_comes_the_same_data(tmp_path, held_out):
+    texts = [f"word{index} and some more. " * 20 for index in range(60)]
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_text("\n\n\n".join(texts))
+    files = {"train_file": str(tmp_path / "train.txt")}
+    if not held_out:
+        files["validation_file"] = str(tmp_path / "val.txt")
+    settings = MlmDataSettings(**files, vocab_size=120, max_seq_length=16)
+    expected = prepare_mlm_data(settings, training_sequences=4)
+    streams = [file_stream([path]) for path in files.values()]
+    train, validation = (streams[0], None) if held_out else streams
+    found = prepare_cached_mlm_data(settings, train, validation, cache_dir=tmp_path / "cache", training_sequences=4)
+    assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
+    assert np.array_equal(found.train.tokens, expected.train)
+    assert found.validation_fingerprint == expected.validation_fingerprint
+    with pytest.raises(CorpusError, match=r"too short.*one batch of 100000 sequences"):
+        prepare_cached_mlm_data(settings, train, validation, cache_dir=tmp_path / "cache", training_sequences=100_000)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from hf_specattn.training import packing
 from hf_specattn.training.documents import CorpusError, Document
@@ -37,6 +38,34 @@ def test_long_documents_in_pieces_give_the_same_tokens(tokenizer, monkeypatch, p
     monkeypatch.setattr(packing, "PIECE_CHARACTERS", piece)
     monkeypatch.setattr(packing, "PIECES_PER_CALL", 3)
     assert np.array_equal(pack_documents(DOCUMENTS, tokenizer, 8), expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 95, "ab " * 30, "a" * 30 + " b\n" + "c" * 30 + "\n d " * 5, " \n" * 40, "end\n"]
+)
+def test_lines_longer_than_a_piece_are_cut_at_spaces(tokenizer, monkeypatch, text):
+    expected = pack_documents([Document("d", text)], tokenizer, 1)
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
+    pieces = list(packing.text_pieces([Document("d", text)], cut=True))
+    assert "".join(piece for piece, _ in pieces) == text
+    assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert np.array_equal(pack_documents([Document("d", text)], tokenizer, 1), expected)
+    assert list(packing.text_pieces([Document("d", text)], cut=False)) == [(text, True)]
+
+
+def test_only_tokenizers_that_work_word_by_word_see_pieces():
+    wordwise = Tokenizer(models.WordPiece())
+    assert not packing.works_wordwise(wordwise)
+    wordwise.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    assert packing.works_wordwise(wordwise)
+    wordwise.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
+    wordwise.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
+    assert packing.works_wordwise(wordwise)
+    wordwise.normalizer = normalizers.Prepend("x")
+    assert not packing.works_wordwise(wordwise)
+    for other in (pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace(), pre_tokenizers.Digits()):
+        wordwise.normalizer, wordwise.pre_tokenizer = None, other
+        assert not packing.works_wordwise(wordwise)
 
 
 def test_text_that_spells_a_special_token_is_text(tokenizer):

@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 
+from hf_specattn.training import text_files
 from hf_specattn.training.documents import CorpusError
 from hf_specattn.training.text_files import EXTENSIONS, file_documents
 
@@ -22,6 +23,27 @@ def test_two_blank_lines_and_form_feeds_part_documents(tmp_path):
     content = "a\n\nb\n\n\nc\n \t\n\n\n\nd\n\fe\r\nf\r\n\r\n\r\n\n"
     for name in ("book.txt", "book.txt.gz", "BOOK.TXT"):
         assert texts(written(tmp_path / name, content)) == ["a\n\nb", "c", "d", "e\r\nf"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 1000])
+def test_long_documents_in_parts_under_one_name(tmp_path, size):
+    path = written(tmp_path / "book.txt", "a\n\nb\n\n\nc\n \t\n\n\n\nd\n\fe\nlonger line\n\n\n\n")
+    whole = {document.name: "".join(document.text.split()) for document in file_documents(path)}
+    joined: dict[str, str] = {}
+    for part in file_documents(path, part_characters=size):
+        joined[part.name] = joined.get(part.name, "") + "".join(part.text.split())
+    assert joined == whole
+    assert list(whole) == [f"book.txt:{index}" for index in range(4)]
+
+
+def test_a_large_array_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_files, "LARGEST_ARRAY_BYTES", 20)
+    with pytest.raises(CorpusError, match=r"rows\.json is one JSON array.*jq -c"):
+        texts(written(tmp_path / "rows.json", '[{"text": "a"}, {"text": "b"}]'))
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    assert texts(written(tmp_path / "rows.jsonl", '{"text": "a\\ud800b \\ud83d\\ude00"}')) == ["a\ufffdb \U0001f600"]
 
 
 def test_names_are_the_file_and_the_index_also_beside_empty_documents(tmp_path):
