@@ -159,7 +159,7 @@ def picture(results: dict[str, Comparison], length: int) -> dict[str, bytes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     losses, kappas, entropies = figure.subplots(1, 3)
     for run, result in results.items():
@@ -174,7 +174,7 @@ def picture(results: dict[str, Comparison], length: int) -> dict[str, bytes]:
     entropies.set_xticks(list(layers))
     for axes in (losses, kappas, entropies):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # off the data
     images = {}
     for ending in ("png", "svg"):
         buffer = io.BytesIO()
@@ -184,14 +184,15 @@ def picture(results: dict[str, Comparison], length: int) -> dict[str, bytes]:
 
 
 def draw_kappas(axes: Any, results: dict[str, Comparison]) -> None:
-    """For each projection and run an open marker at kappa(W) and a filled one at kappa(W + C), after training."""
+    """For each projection and run an open marker at kappa(W), and a filled one at kappa(W + C), after training."""
     for offset, (run, result) in zip((-0.2, 0.0, 0.2), results.items()):
         positions = [index + offset for index in range(len(PROJECTIONS))]
         raw, effective = zip(*(result.kappa["end"][projection] for projection in PROJECTIONS))
         style = {"color": COLORS[run], "marker": MARKERS[run], "linestyle": "none"}
-        axes.vlines(positions, effective, raw, color=COLORS[run], alpha=0.4)
         axes.plot(positions, raw, fillstyle="none", label=f"{run}: W", **style)
-        axes.plot(positions, effective, label=f"{run}: W + C", **style)
+        if raw != effective:
+            axes.vlines(positions, effective, raw, color=COLORS[run], alpha=0.4)
+            axes.plot(positions, effective, label=f"{run}: W + C", **style)
     axes.set_yscale("log")
     axes.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
     axes.set(xlabel="projection", ylabel="condition number (median over layers)", title="Conditioning after training")
@@ -238,8 +239,8 @@ def main() -> None:
         atomic_files.write_bytes(output / f"comparison.{ending}", image)
     print(f"\n{comparison}")
     print(
-        "One seed and a small model: a difference of the losses here is no evidence for or against conditioning; at this "
-        "size most of it is the larger scale of W + C, which a stock model can be given too.\n"
+        "One seed and a small model: a difference of the losses here is no evidence for or against conditioning. The larger "
+        "scale of W + C alone, which a stock model can be given too, may explain it.\n"
         f"Table and picture: {output}/comparison.md, {output}/comparison.png"
     )
 

@@ -124,7 +124,7 @@ def test_the_whole_in_small(demo, tmp_path, monkeypatch, capsys):
             assert raw == results["stock"]["kappa"]["start"][projection][0]  # the same W
             assert effective <= {"stock": raw, "identity, lambda 1": 3.0, "svd": 2.0 + 1e-5}[run]
     with Image.open(output / "comparison.png") as picture:
-        assert picture.size == (1950, 600)
+        assert picture.size == (1950, 690)
         assert len(set(picture.convert("RGB").resize((130, 40)).getdata())) > 20  # not blank
     assert (output / "comparison.svg").read_text().startswith("<?xml")
     with pytest.raises(SystemExit, match="is not empty"):
