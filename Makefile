@@ -28,7 +28,7 @@ test-fast: $(STAMP)
 
 # The integration tests on the oldest supported transformers, laid over the environment.
 test-oldest: $(STAMP)
-	VENV=$(VENV) bash .ci/oldest.sh
+	VENV=$(VENV) bash .ci/oldest.sh -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
