@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test test-fast test-oldest lint format clean
+.PHONY: env demo test test-fast test-oldest faults lint format clean
 
 env: $(STAMP)
 
@@ -29,6 +29,10 @@ test-fast: $(STAMP)
 # The integration tests on the oldest supported transformers, laid over the environment.
 test-oldest: $(STAMP)
 	VENV=$(VENV) bash .ci/oldest.sh -n 2
+
+# Training runs, stock and conditioned, each killed at 20 random moments and resumed, against uninterrupted ones.
+faults: $(STAMP)
+	SPECATTN_FAULT_MOMENTS=20 $(BIN)/python -m pytest -m slow -rP tests/scripts/test_pretrain_mlm_faults.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

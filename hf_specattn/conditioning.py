@@ -376,7 +376,9 @@ def _release(model: nn.Module) -> None:
         for composite in submodels:  # a composite's configuration holds those of its parts
             names = [name for name, value in vars(composite.config).items() if value is conditioned_config]
             if names:
-                composite.config = copy.copy(composite.config)  # another model may have been built from the same object
+                composite.config = copy.copy(
+                    composite.config
+                )  # another model may have been built from the same object
             for name in names:
                 setattr(composite.config, name, submodel.config)
 

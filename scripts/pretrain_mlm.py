@@ -12,15 +12,21 @@ On text of your own, through accelerate's launcher, and on two processes of one 
         --spectral_conditioning --spectral_method svd
     ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/pretrain_mlm.py --per_device_train_batch_size 16
 
+A run that was stopped (SIGTERM, Ctrl-C) or killed goes on from its newest good checkpoint, to the same weights:
+
+    python scripts/pretrain_mlm.py --output_dir runs/books ... --resume_from_checkpoint
+
 The validation loss of a saved model, on the data it was validated on:
 
     python scripts/pretrain_mlm.py --eval_only --model_name_or_path runs/books
 
-The output folder holds the model and its tokenizer (for the Auto classes), `metrics.json` and `loss_curve.png`.
+The output folder holds the model and its tokenizer (for the Auto classes), `metrics.json`, `loss_curve.png`, and the last
+checkpoints, each a folder `checkpoint-<step>`.
 """
 
 import json
 import logging
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -28,12 +34,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, set_seed
-from numpy.typing import NDArray
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
@@ -44,19 +49,29 @@ from hf_specattn.conditioning import refresh_interval
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_specattn.training.arguments import SpectralArguments, explicitly_given
 from hf_specattn.training.batching import BatchOrder
+from hf_specattn.training.checkpointing import (
+    CheckpointError,
+    Checkpoints,
+    Progress,
+    TrainingParts,
+    list_checkpoints,
+)
 from hf_specattn.training.distributed import run_on_main_process
 from hf_specattn.training.documents import CorpusError
 from hf_specattn.training.evaluation import MlmEvaluation, accepts_masked_positions, evaluate_mlm
+from hf_specattn.training.interruption import stop_on_signals
 from hf_specattn.training.masking import MaskingRule
 from hf_specattn.training.metrics import (
     LOSS_CURVE_FILE,
     METRICS_FILE,
     NonFiniteLossError,
     RunMetrics,
+    require_finite_gradient,
     require_finite_loss,
 )
 from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
 from hf_specattn.training.optimization import build_adamw
+from hf_specattn.training.run_description import model_description, sequences_fingerprint
 from hf_specattn.training.saving import save_pretrained
 from hf_specattn.training.schedules import linear_schedule
 from hf_specattn.training.throughput import LossWindow
@@ -82,6 +97,19 @@ AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "logging_steps",
     "max_seq_length",
+    "save_total_limit",
+)
+# What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
+# and forward passes may change, and so may everything about reporting and saving.
+RUN_SETTINGS = (
+    "seed",
+    "max_steps",
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_seq_length",
+    "mlm_probability",
+    "model_name_or_path",
 )
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
@@ -131,9 +159,25 @@ class PretrainArguments:
     )
     seed: int = field(default=0, metadata={"help": "Decides initialization, batch order and masking."})
 
-    # Reporting.
+    # Reporting and saving.
     output_dir: str = field(default="runs/pretrain_mlm", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Allow an output folder that has files."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
+        },
+    )
+    # A checkpoint of the demonstration has 46 MB: weights, and twice as much of the optimizer's.
+    save_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
+        },
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
     eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
     report_to: list[str] | None = field(
@@ -148,6 +192,10 @@ class PretrainArguments:
         self._check_numbers()
         if self.eval_only and self.model_name_or_path is None:
             raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
+            )
         if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.max_steps:
             raise ValueError(
                 f"--warmup_steps {self.warmup_steps} must lie between 0 and --max_steps {self.max_steps}."
@@ -175,6 +223,7 @@ class PretrainArguments:
         bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
         bounds += [
             ("eval_steps", 0, 2**31),
+            ("save_steps", 0, 2**31),
             ("seed", 0, 2**32 - 1),
             ("weight_decay", 0, 1e9),
             ("max_grad_norm", 0, 1e9),
@@ -225,13 +274,22 @@ def check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) 
 
 
 def check_output_dir(arguments: PretrainArguments) -> None:
+    """Refuse a folder in which files would be replaced that nobody said could be."""
     directory = Path(arguments.output_dir)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--output_dir {directory} is a file; name a folder.")
-    if directory.is_dir() and any(directory.iterdir()) and not arguments.overwrite_output_dir:
+    if arguments.overwrite_output_dir or not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not arguments.resume_from_checkpoint:
         raise ValueError(
-            f"--output_dir {directory} is not empty. Name another folder, or add --overwrite_output_dir to replace the "
-            "files of an earlier run in it."
+            f"--output_dir {directory} is not empty. Name another folder, add --resume_from_checkpoint to continue the run "
+            "in it, or add --overwrite_output_dir to replace the files of an earlier run."
+        )
+    # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
+    if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
+        raise ValueError(
+            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
+            "folder, or give --overwrite_output_dir instead to train anew in this one."
         )
 
 
@@ -262,6 +320,15 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
 
 def show_progress(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty() and not arguments.disable_tqdm
+
+
+@dataclass(frozen=True)
+class MlmTask:
+    """What is learned: the sequences, their order, and what is masked."""
+
+    data: MlmData
+    order: BatchOrder
+    rule: MaskingRule
 
 
 def load_data(arguments: PretrainArguments, accelerator: Accelerator, global_batch_size: int) -> MlmData:
@@ -337,10 +404,10 @@ def fine_tuning_dropout(arguments: PretrainArguments) -> dict[str, float]:
 
 
 def describe_run(
-    arguments: PretrainArguments, accelerator: Accelerator, model: PreTrainedModel, data: MlmData, order: BatchOrder
+    arguments: PretrainArguments, accelerator: Accelerator, model: PreTrainedModel, task: MlmTask
 ) -> dict[str, Any]:
     """Log what is about to happen, and return it for `metrics.json`."""
-    length = arguments.max_seq_length
+    data, order, length = task.data, task.order, arguments.max_seq_length
     facts = {
         "corpus": data.origin,
         "model_type": model.config.model_type,
@@ -372,71 +439,184 @@ def describe_run(
     return facts
 
 
-def train(
+def resolved_warmup(arguments: PretrainArguments) -> int:
+    return arguments.max_steps // 10 if arguments.warmup_steps is None else arguments.warmup_steps
+
+
+def settings_to_keep(
+    arguments: PretrainArguments,
+    spectral: SpectralArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    task: MlmTask,
+) -> dict[str, Any]:
+    """Return what must be the same when the run is resumed, by the names of flags and of the model's configuration.
+
+    A resumed run prepares its data anew, tokenizer included, which gives the same: the fingerprints tell if not.
+    """
+    return {
+        **model_description(model.config),
+        **{name: getattr(arguments, name) for name in RUN_SETTINGS},
+        "warmup_steps": resolved_warmup(arguments),
+        "global_batch_size": task.order.global_batch_size,
+        "mixed_precision": accelerator.mixed_precision,
+        "spectral_init": spectral.init,
+        "train_fingerprint": sequences_fingerprint(task.data.train),
+        "validation_fingerprint": task.data.validation_fingerprint,
+        "tokenizer_size": len(task.data.tokenizer),
+        "mask_token_id": task.rule.mask_token_id,
+    }
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step of training moves, and what saves it.
+
+    Attributes:
+        wrapped: The model as accelerate wrapped it.
+        optimizer: As accelerate wrapped it.
+        schedule: On the bare optimizer.
+        sparse: Whether the model computes logits at the masked positions only.
+        checkpoints: Of the model, optimizer and schedule.
+    """
+
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler
+    sparse: bool
+    checkpoints: Checkpoints
+
+
+def prepare_training(
     arguments: PretrainArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
     data: MlmData,
-    order: BatchOrder,
-    rule: MaskingRule,
+    description: dict[str, Any],
+) -> Training:
+    sparse = accepts_masked_positions(model)
+    optimizer = build_adamw(model, arguments.learning_rate, weight_decay=arguments.weight_decay)
+    # On the bare optimizer and not through prepare(), which would step the schedule once per process.
+    schedule = linear_schedule(optimizer, resolved_warmup(arguments), arguments.max_steps)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    parts = TrainingParts(model, prepared, schedule, accelerator.scaler, data.tokenizer)
+    limit = arguments.save_total_limit
+    checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
+    return Training(wrapped, prepared, schedule, sparse, checkpoints)
+
+
+def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
+    """Whether the run to be resumed came to its end: `metrics.json` is written then, after the model."""
+    metrics_file = Path(arguments.output_dir) / METRICS_FILE
+    return arguments.resume_from_checkpoint and run_on_main_process(accelerator, metrics_file.is_file)
+
+
+def begin(arguments: PretrainArguments, accelerator: Accelerator, checkpoints: Checkpoints) -> Progress:
+    """Start at step 0, or restore the newest good checkpoint and start where it ends."""
+    if not arguments.resume_from_checkpoint:
+        if accelerator.is_main_process:  # it would say that the new run is finished
+            (Path(arguments.output_dir) / METRICS_FILE).unlink(missing_ok=True)
+        checkpoints.start_over()
+        return Progress()
+    begun = checkpoints.resume()
+    if begun is None:
+        logger.info(f"There is no checkpoint in {arguments.output_dir} yet: starting from the beginning.")
+        return Progress()
+    logger.info(f"Continuing after step {begun.step}, from the newest good checkpoint in {arguments.output_dir}.")
+    return begun
+
+
+def train(
+    arguments: PretrainArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    task: MlmTask,
+    training: Training,
     metrics: RunMetrics,
-) -> torch.nn.Module:
-    """Run the loop; returns the model as accelerate wrapped it."""
+    begun: Progress,
+) -> Progress:
+    """Run the loop from `begun` on; returns how far it came: to the end, unless a signal stopped it."""
+    metrics.history, metrics.validation = begun.record.get("history", []), begun.record.get("validation", [])
+    window = LossWindow(task.order.global_batch_size * arguments.max_seq_length)
+    window.restore(begun.record.get("loss_window"))
+    step, started = begun.step, time.perf_counter() - begun.seconds
+    refresh_every = refresh_interval(model)
+    with_bar = show_progress(arguments, accelerator)
+    progress = tqdm(total=arguments.max_steps, initial=step, desc="Training", unit="step", disable=not with_bar)
+    training.wrapped.train()
+    with stop_on_signals(accelerator) as stop:
+        for step in range(begun.step + 1, arguments.max_steps + 1):
+            loss, epoch = train_step(arguments, accelerator, task, training, step)
+            learning_rate = training.schedule.get_last_lr()[0]
+            if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaling skips steps whose gradient overflowed
+                training.schedule.step()
+            if refresh_every is not None and step % refresh_every == 0:
+                refresh(model)
+
+            window.add(loss)
+            progress.update()
+            if is_due(step, arguments.logging_steps) or step == arguments.max_steps:
+                train_loss, speed = window.take()
+                values = {"train_loss": train_loss, "learning_rate": learning_rate, "tokens_per_second": speed}
+                metrics.history.append({"step": step, "epoch": epoch, **values})
+                accelerator.log(values, step=step)
+                progress.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
+                if not with_bar:
+                    logger.info(f"step {step}/{arguments.max_steps}: loss {train_loss:.4f}, {speed:,.0f} tokens/s")
+            if is_due(step, arguments.eval_steps) and step < arguments.max_steps:
+                with window.paused():
+                    metrics.validation.append(validate(arguments, accelerator, training.wrapped, task, step))
+
+            stopping = stop.requested()
+            last = step == arguments.max_steps and arguments.save_steps > 0
+            if stopping or last or is_due(step, arguments.save_steps):
+                record = {"history": metrics.history, "validation": metrics.validation, "loss_window": window.state()}
+                with window.paused():
+                    training.checkpoints.save(Progress(step, time.perf_counter() - started, record))
+            if stopping:
+                break
+    progress.close()
+    return Progress(step, time.perf_counter() - started)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something happens after this step that happens every so many; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def train_step(
+    arguments: PretrainArguments, accelerator: Accelerator, task: MlmTask, training: Training, step: int
+) -> tuple[float, int]:
+    """Take one optimizer step; returns its loss over all processes, and the epoch."""
     micro_steps = accelerator.gradient_accumulation_steps
     rank, processes = accelerator.process_index, accelerator.num_processes
-    refresh_every = refresh_interval(model)
-    sparse = accepts_masked_positions(model)
+    step_loss = torch.zeros((), device=accelerator.device)
+    for micro_step in range(micro_steps):
+        indices, epoch = task.order.local_batch(step - 1, micro_step, micro_steps, rank, processes)
+        batch = task.rule.apply(task.data.train[indices], indices, seed=arguments.seed, epoch=epoch)
+        with accelerator.accumulate(training.wrapped):
+            loss = training.wrapped(**batch.model_inputs(accelerator.device, training.sparse)).loss
+            accelerator.backward(loss)
+            step_loss += loss.detach() / micro_steps
+            if accelerator.sync_gradients:
+                # Every process and micro-batch predicts equally many tokens: the mean of their means is the mean.
+                step_loss = accelerator.reduce(step_loss, reduction="mean")
+                require_finite_loss(step_loss.item(), step)
+                norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), arguments.max_grad_norm or math.inf)
+                if accelerator.scaler is None:  # fp16's loss scaling skips a step whose gradient overflowed
+                    require_finite_gradient(float(norm), step)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+    return step_loss.item(), epoch
 
-    optimizer = build_adamw(model, arguments.learning_rate, weight_decay=arguments.weight_decay)
-    warmup_steps = arguments.max_steps // 10 if arguments.warmup_steps is None else arguments.warmup_steps
-    # On the bare optimizer and not through prepare(), which would step the schedule once per process.
-    schedule = linear_schedule(optimizer, warmup_steps, arguments.max_steps)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
 
-    with_bar = show_progress(arguments, accelerator)
-    progress = tqdm(total=arguments.max_steps, desc="Training", unit="step", disable=not with_bar)
-    window = LossWindow(order.global_batch_size * arguments.max_seq_length)
-    wrapped.train()
-    for step in range(1, arguments.max_steps + 1):
-        step_loss = torch.zeros((), device=accelerator.device)
-        for micro_step in range(micro_steps):
-            indices, epoch = order.local_batch(step - 1, micro_step, micro_steps, rank, processes)
-            batch = rule.apply(data.train[indices], indices, seed=arguments.seed, epoch=epoch)
-            with accelerator.accumulate(wrapped):
-                loss = wrapped(**batch.model_inputs(accelerator.device, sparse)).loss
-                accelerator.backward(loss)
-                step_loss += loss.detach() / micro_steps
-                if accelerator.sync_gradients:
-                    # Every process and micro-batch predicts equally many tokens: the mean of their means is the mean.
-                    step_loss = accelerator.reduce(step_loss, reduction="mean")
-                    require_finite_loss(step_loss.item(), step)
-                    if arguments.max_grad_norm > 0:
-                        accelerator.clip_grad_norm_(wrapped.parameters(), arguments.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        learning_rate = schedule.get_last_lr()[0]
-        if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaling skips steps whose gradient overflowed
-            schedule.step()
-        if refresh_every is not None and step % refresh_every == 0:
-            refresh(model)
-
-        window.add(step_loss.item())
-        progress.update()
-        if step % arguments.logging_steps == 0 or step == arguments.max_steps:
-            train_loss, speed = window.take()
-            values = {"train_loss": train_loss, "learning_rate": learning_rate, "tokens_per_second": speed}
-            metrics.history.append({"step": step, "epoch": epoch, **values})
-            accelerator.log(values, step=step)
-            progress.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
-            if not with_bar:
-                logger.info(f"step {step}/{arguments.max_steps}: loss {train_loss:.4f}, {speed:,.0f} tokens/s")
-        if arguments.eval_steps and step % arguments.eval_steps == 0 and step < arguments.max_steps:
-            with window.paused():
-                batch_size = arguments.per_device_eval_batch_size
-                result = evaluate_mlm(wrapped, data.validation, rule, batch_size=batch_size, accelerator=accelerator)
-            metrics.validation.append(report_validation(accelerator, result, step))
-    progress.close()
-    return wrapped
+def validate(
+    arguments: PretrainArguments, accelerator: Accelerator, wrapped: torch.nn.Module, task: MlmTask, step: int
+) -> dict[str, Any]:
+    """Measure the validation loss on all processes together, log it and return its record."""
+    batch_size = arguments.per_device_eval_batch_size
+    result = evaluate_mlm(wrapped, task.data.validation, task.rule, batch_size=batch_size, accelerator=accelerator)
+    return report_validation(accelerator, result, step)
 
 
 def report_validation(accelerator: Accelerator, result: MlmEvaluation, step: int) -> dict[str, Any]:
@@ -463,11 +643,11 @@ def save(
 
 
 def evaluate_saved(
-    path: str, accelerator: Accelerator, validation: NDArray[np.integer], rule: MaskingRule, batch_size: int
+    path: str, accelerator: Accelerator, data: MlmData, rule: MaskingRule, batch_size: int
 ) -> MlmEvaluation:
     """Evaluate what is on the disk, in float32 and on this process alone: the number that whoever loads it will find."""
     model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).to(accelerator.device)
-    return evaluate_mlm(model, validation, rule, batch_size=batch_size)
+    return evaluate_mlm(model, data.validation, rule, batch_size=batch_size)
 
 
 def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
@@ -477,27 +657,57 @@ def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelera
     )
     data = load_data(arguments, accelerator, global_batch_size)
     rule = MaskingRule(data.tokenizer.mask_token_id, len(data.tokenizer), arguments.mlm_probability)
-    order = BatchOrder(len(data.train), global_batch_size, arguments.seed)
+    task = MlmTask(data, BatchOrder(len(data.train), global_batch_size, arguments.seed), rule)
     model = build_model(arguments, spectral, len(data.tokenizer))
     metrics = RunMetrics(arguments=asdict(arguments) | asdict(spectral))
-    metrics.facts = describe_run(arguments, accelerator, model, data, order)
-    accelerator.init_trackers("pretrain_mlm", config=tracker_config(metrics.arguments))
+    metrics.facts = describe_run(arguments, accelerator, model, task)
 
-    started = time.perf_counter()
-    wrapped = train(arguments, accelerator, model, data, order, rule, metrics)
-    seconds = time.perf_counter() - started
-    save(arguments, accelerator, wrapped, data)
+    finished = is_finished(arguments, accelerator)
+    if not finished:
+        accelerator.init_trackers("pretrain_mlm", config=tracker_config(metrics.arguments))
+    description = settings_to_keep(arguments, spectral, accelerator, model, task)
+    training = prepare_training(arguments, accelerator, model, data, description)
+    # Last before the loop: it restores the random number generators.
+    begun = begin(arguments, accelerator, training.checkpoints)
+    if finished:
+        logger.info(f"The run in {arguments.output_dir} is finished; there is nothing to continue.")
+    else:
+        done = train(arguments, accelerator, model, task, training, metrics, begun)
+        if done.step < arguments.max_steps:
+            report_stop(arguments, done.step)
+        else:
+            finish(arguments, accelerator, training.wrapped, task, metrics, done.seconds)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+def report_stop(arguments: PretrainArguments, step: int) -> None:
+    instead = " in place of --overwrite_output_dir" if arguments.overwrite_output_dir else ""
+    logger.info(
+        f"Stopped after step {step} of {arguments.max_steps}, with a checkpoint in {arguments.output_dir}. The same "
+        f"command with --resume_from_checkpoint{instead} continues."
+    )
+
+
+def finish(
+    arguments: PretrainArguments,
+    accelerator: Accelerator,
+    wrapped: torch.nn.Module,
+    task: MlmTask,
+    metrics: RunMetrics,
+    seconds: float,
+) -> None:
+    """Save the model, measure what was saved, and write the record."""
+    save(arguments, accelerator, wrapped, task.data)
     if accelerator.is_main_process:
         path, batch_size = arguments.output_dir, arguments.per_device_eval_batch_size
-        result = evaluate_saved(path, accelerator, data.validation, rule, batch_size)
+        result = evaluate_saved(path, accelerator, task.data, task.rule, batch_size)
         metrics.validation.append(report_validation(accelerator, result, arguments.max_steps))
         metrics.final = {**metrics.validation[-1], "seconds": seconds}
         metrics.write(path)
         logger.info(
             f"Trained for {seconds:.1f} s. Model, tokenizer, {METRICS_FILE} and {LOSS_CURVE_FILE} are in {path}."
         )
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -518,7 +728,7 @@ def evaluate_only(arguments: PretrainArguments, accelerator: Accelerator) -> Non
                 logger.warning(
                     f"This is not the validation data that {path} was trained with: the losses do not compare."
                 )
-        result = evaluate_saved(path, accelerator, data.validation, rule, arguments.per_device_eval_batch_size)
+        result = evaluate_saved(path, accelerator, data, rule, arguments.per_device_eval_batch_size)
         print(json.dumps({"validation_loss": result.loss, "validation_perplexity": result.perplexity}))
     accelerator.wait_for_everyone()
 
@@ -532,9 +742,18 @@ def main(argv: list[str] | None = None) -> None:
                 evaluate_only(arguments, accelerator)
             else:
                 pretrain(arguments, spectral, accelerator)
-    except (CorpusError, NonFiniteLossError) as error:
-        # One line for what a user can change; a traceback for anything else.
+    # A message for what a user can change; a traceback for anything else.
+    except NonFiniteLossError as error:
+        raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
+    except (CorpusError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from error
+
+
+def last_checkpoint(arguments: PretrainArguments) -> str:
+    saved = list_checkpoints(arguments.output_dir)
+    if not saved or arguments.eval_only:
+        return "There is no checkpoint of it."
+    return f"The last checkpoint before is {saved[-1]}; another run can start from it by --model_name_or_path."
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became nan or infinite; the message names the step."""
+    """The loss or its gradient became nan or infinite; the message names the step."""
 
 
 @dataclass
@@ -50,7 +50,6 @@ class RunMetrics:
     def write(self, directory: str | Path) -> None:
         """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` into `directory`."""
         directory = Path(directory)
-        atomic_files.write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
         try:
             picture = loss_curve(self.history, self.validation)
         except ImportError:
@@ -59,6 +58,8 @@ class RunMetrics:
             )
         else:
             atomic_files.write_bytes(directory / LOSS_CURVE_FILE, picture)
+        # Last: it is what marks a run as finished.
+        atomic_files.write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
 
 
 def package_versions() -> dict[str, str | None]:
@@ -88,9 +89,23 @@ def require_finite_loss(loss: float, step: int, kind: str = "training") -> None:
         step: The optimizer step it belongs to, counted from 1.
         kind: Which loss, for the message.
     """
-    if not math.isfinite(loss):
+    _require_finite(loss, f"{kind} loss", step)
+
+
+def require_finite_gradient(norm: float, step: int) -> None:
+    """Raise `NonFiniteLossError` if the gradient's norm is nan or infinite, though the loss was not.
+
+    Args:
+        norm: Norm of the whole gradient, before clipping.
+        step: The optimizer step it belongs to, counted from 1.
+    """
+    _require_finite(norm, "gradient's norm", step)
+
+
+def _require_finite(value: float, name: str, step: int) -> None:
+    if not math.isfinite(value):
         raise NonFiniteLossError(
-            f"The {kind} loss is {loss} at step {step}; the run stops here. Lower --learning_rate, lengthen "
+            f"The {name} is {value} at step {step}; the run stops here. Lower --learning_rate, lengthen "
             "--warmup_steps, or use --mixed_precision no; under spectral conditioning a smaller --lambda_ helps, too."
         )
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class LossWindow:
@@ -43,6 +44,17 @@ class LossWindow:
             yield
         finally:
             self._started += time.perf_counter() - begun
+
+    def state(self) -> dict[str, Any]:
+        """Return what was collected since the last entry, in values that JSON holds, for `restore`."""
+        return {"losses": list(self._losses), "seconds": time.perf_counter() - self._started}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `state` returned, in this process or an earlier one; None starts anew."""
+        self._restart()
+        if state is not None:
+            self._losses.extend(state["losses"])
+            self._started -= state["seconds"]
 
     def _restart(self) -> None:
         self._losses: list[float] = []

@@ -272,6 +272,29 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(pretrain, script, mo
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("max_grad_norm", ["0", "0.5"])
+def test_a_non_finite_gradient_stops_the_run_before_the_weights_take_it(pretrain, script, monkeypatch, max_grad_norm):
+    """The loss is finite, and one entry of a gradient is not, from the third backward pass on."""
+    build_model, passes = script.build_model, []
+
+    def spoiled(gradient):
+        passes.append(1)
+        if len(passes) < 3:
+            return gradient
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = float("nan")
+        return gradient
+
+    def build_spoiled(*arguments):
+        model = build_model(*arguments)
+        next(model.parameters()).register_hook(spoiled)
+        return model
+
+    monkeypatch.setattr(script, "build_model", build_spoiled)
+    with pytest.raises(SystemExit, match="The gradient's norm is nan at step 3"):
+        pretrain("--max_grad_norm", max_grad_norm)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -287,6 +310,9 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(pretrain, script, mo
         (["--hidden_size", "30"], "must be a multiple of --num_attention_heads"),
         (["--validation_fraction", "1"], "--validation_fraction 1.0 must lie between 0 and 1"),
         (["--seed", "-1"], "--seed -1"),
+        (["--save_steps", "-1"], "--save_steps -1 must be at least 0"),
+        (["--save_total_limit", "0"], "--save_total_limit 0 must be at least 1"),
+        (["--resume_from_checkpoint", "--overwrite_output_dir"], "give one"),
         (["--lambda_", "1.0"], "--lambda_ given without --spectral_conditioning"),
         ([*SVD, "--lambda_", "1.0"], "means nothing to method='svd'"),
         (["--spectral_conditioning", "--lambda_", "big"], "neither a number"),

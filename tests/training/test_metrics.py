@@ -10,6 +10,7 @@ from hf_specattn.training.metrics import (
     loss_curve,
     package_versions,
     perplexity,
+    require_finite_gradient,
     require_finite_loss,
 )
 
@@ -72,3 +73,6 @@ def test_non_finite_losses_name_the_step(loss):
     with pytest.raises(NonFiniteLossError, match=f"The training loss is {loss} at step 17; the run stops"):
         require_finite_loss(loss, 17)
     require_finite_loss(3.5, 17)
+    with pytest.raises(NonFiniteLossError, match=f"The gradient's norm is {loss} at step 17; the run stops"):
+        require_finite_gradient(loss, 17)
+    require_finite_gradient(1e30, 17)

@@ -1,3 +1,4 @@
+import json
 import time
 
 import pytest
@@ -23,3 +24,21 @@ def test_means_speed_and_pauses(monkeypatch):
 def test_an_empty_window_is_refused():
     with pytest.raises(ValueError, match="No step was added"):
         LossWindow(1).take()
+
+
+def test_a_window_goes_on_in_another_process(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    first = LossWindow(tokens_per_step=1000)
+    first.add(3.0)
+    clock[0] += 0.5
+    state = json.loads(json.dumps(first.state()))
+    clock[0] = 7.0  # another process, another clock
+    second = LossWindow(tokens_per_step=1000)
+    second.restore(state)
+    second.add(2.0)
+    clock[0] += 0.5
+    assert second.take() == (2.5, 2000.0)
+    second.restore(None)
+    with pytest.raises(ValueError, match="No step was added"):
+        second.take()
