@@ -1,0 +1,337 @@
+"""Finished runs side by side: reading them, grouping them by settings, paired differences over seeds."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from ..config import PROJECTIONS
+from .arguments import SpectralArguments
+from .metrics import METRICS_FILE, OKABE_ITO, RunMetrics
+
+STOCK = "stock"
+
+# The rest of Okabe and Ito's palette but its yellow, which is too light for lines on white.
+COLORS = (*OKABE_ITO.values(), "#56B4E9", "#CC79A7", "#000000")
+MARKERS = "os^Dv*XP"  # one more than colours, so that both repeat together only after many groups
+
+SPECTRAL_SETTINGS = frozenset(setting.name for setting in fields(SpectralArguments))
+# Arguments that say what is written where, and change nothing about the trained model.
+REPORTING = frozenset(
+    {
+        "output_dir",
+        "overwrite_output_dir",
+        "eval_steps",
+        "eval_only",
+        "logging_steps",
+        "per_device_eval_batch_size",
+        "report_to",
+        "disable_tqdm",
+    }
+)
+# Arguments whose effect depends on how the run was launched or on what a file held: the facts count instead.
+RESOLVED = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision"})
+FACTS = ("global_batch_size", "mixed_precision", "train_sequences")
+
+ABSENT = "not recorded"
+
+
+class ComparisonError(ValueError):
+    """The runs given cannot be compared; the message names the folder or value and the way out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        directory: its folder.
+        seed: of the run.
+        spectral: its spectral settings in words; "stock" where it has none.
+        settings: what else decided the trained model, by name.
+        record: its `metrics.json`.
+    """
+
+    directory: Path
+    seed: int
+    spectral: str
+    settings: Mapping[str, Any] = field(repr=False)
+    record: RunMetrics = field(repr=False)
+
+    @property
+    def loss(self) -> float:
+        """The saved model's validation loss, in nats per predicted token."""
+        return self.record.final["validation_loss"]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        return self.record.final["step"]
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens read."""
+        return self.steps * self.record.facts["tokens_per_step"]
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seed alone, and what tells them from the other groups."""
+
+    label: str
+    spectral: str
+    runs: tuple[Run, ...]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Seed -> final validation loss, in nats per predicted token."""
+        return {run.seed: run.loss for run in self.runs}
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean of `losses`."""
+        return fmean(self.losses.values())
+
+    @property
+    def loss_deviation(self) -> float | None:
+        """The standard deviation of `losses` (divisor n - 1); None for one run."""
+        return stdev(self.losses.values()) if len(self.runs) > 1 else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """The median over all log entries of all runs; None where nothing was logged."""
+        speeds = [entry["tokens_per_second"] for run in self.runs for entry in run.record.history]
+        return median(speeds) if speeds else None
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """`values - reference` over the seeds that both have.
+
+    Attributes:
+        mean: of the differences.
+        seeds: the common seeds.
+        interval: the ends of the confidence interval of the mean; None for one seed.
+    """
+
+    mean: float
+    seeds: tuple[int, ...]
+    interval: tuple[float, float] | None
+
+    @property
+    def contains_zero(self) -> bool:
+        """Whether there is an interval and 0 lies in it."""
+        return self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
+
+
+def read_runs(directories: Iterable[str | Path]) -> list[Run]:
+    """Read several runs with `read_run`.
+
+    Raises:
+        ComparisonError: for a folder that is given twice, and as in `read_run`.
+    """
+    runs: dict[Path, Run] = {}
+    for directory in map(Path, directories):
+        if directory.resolve() in runs:
+            raise ComparisonError(f"{directory} is given twice (through another path, perhaps); name each run once.")
+        runs[directory.resolve()] = read_run(directory)
+    return list(runs.values())
+
+
+def read_run(directory: str | Path) -> Run:
+    """Read the `metrics.json` of a finished run.
+
+    Raises:
+        ComparisonError: where it is missing, unreadable, or of an unfinished run.
+    """
+    directory = Path(directory)
+    file = directory / METRICS_FILE
+    if not file.is_file():
+        raise ComparisonError(f"{directory} has no {METRICS_FILE}; give the --output_dir of a finished run.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        known = {item.name: content[item.name] for item in fields(RunMetrics) if item.name in content}
+        record = RunMetrics(**known)
+    except (ValueError, TypeError) as error:  # no JSON, or JSON of something else
+        raise ComparisonError(f"{file} is damaged or no record of a run: {error}.") from error
+    if not record.final:
+        raise ComparisonError(f"{file} has no final result: the run is unfinished. Let it end, or leave it out.")
+    needed = {
+        "arguments": ("seed",),
+        "facts": ("tokens_per_step", "validation_fingerprint"),
+        "final": ("step", "validation_loss"),
+    }
+    for part, names in needed.items():
+        if missing := [name for name in names if name not in getattr(record, part)]:
+            raise ComparisonError(
+                f"{file} has no {', '.join(missing)} among its {part}: no record of a pretraining run."
+            )
+    try:
+        spectral = spectral_label(record)
+    except ValueError as error:
+        raise ComparisonError(f"{file} records spectral settings that do not exist: {error}") from error
+    return Run(directory, record.arguments["seed"], spectral, deciding_settings(record), record)
+
+
+def deciding_settings(record: RunMetrics) -> dict[str, Any]:
+    """Return what decided the trained model apart from the seed and the spectral settings, by name."""
+    left_out = SPECTRAL_SETTINGS | REPORTING | RESOLVED | {"seed"}
+    settings = {name: value for name, value in record.arguments.items() if name not in left_out}
+    return settings | {name: record.facts[name] for name in FACTS if name in record.facts}
+
+
+def spectral_label(record: RunMetrics) -> str:
+    """Return the spectral settings in words, such as "stock", "identity, lambda 1" or "svd, per head".
+
+    Flags that mean the same (no `--lambda_`, or the default's value) give the same words.
+    """
+    given = {name: value for name, value in record.arguments.items() if name in SPECTRAL_SETTINGS}
+    arguments = SpectralArguments(**given)
+    config = arguments.to_config()
+    if config is None:
+        # Continued from a conditioned checkpoint, which keeps its settings without any flag.
+        inherited = str(record.facts.get("model_type", "")).startswith("specattn_")
+        return "conditioned as its checkpoint" if inherited else STOCK
+    parts: list[str] = [config.method]
+    if isinstance(config.lambda_, Mapping):
+        parts.append("lambda " + " ".join(f"{name}={value:.12g}" for name, value in config.lambda_.items()))
+    elif config.lambda_ is not None:
+        parts.append(f"lambda {config.lambda_:.12g}")
+    if config.targets != PROJECTIONS:
+        parts.append(f"on {'+'.join(config.targets)}")
+    if config.granularity == "head":
+        parts.append("per head")
+    if config.refresh_every is not None:
+        parts.append(f"refreshed every {config.refresh_every}")
+    if arguments.init != "additive":
+        parts.append(arguments.init)
+    return ", ".join(parts)
+
+
+def group_runs(runs: Sequence[Run], labels: Sequence[str] | None = None) -> list[RunGroup]:
+    """Group runs that differ in their seed alone, in the order of first appearance.
+
+    Args:
+        labels: one name per group, in that order; None takes the spectral settings and whatever else differs between
+            the groups.
+
+    Raises:
+        ComparisonError: for two runs of one seed in a group, and for labels that repeat or are too few or many.
+    """
+    grouped: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        grouped.setdefault((run.spectral, json.dumps(run.settings, sort_keys=True)), []).append(run)
+    for members in grouped.values():
+        seeds: dict[int, Run] = {}
+        for run in members:
+            if run.seed in seeds:
+                raise ComparisonError(
+                    f"{seeds[run.seed].directory} and {run.directory} are runs of one seed ({run.seed}) with the same "
+                    "settings; leave one out."
+                )
+            seeds[run.seed] = run
+    derived = derived_labels([members[0] for members in grouped.values()])
+    names = derived if labels is None else list(labels)
+    if len(names) != len(grouped) or len(set(names)) != len(names):
+        raise ComparisonError(
+            f"--labels {' '.join(map(repr, names))}: the runs form {len(grouped)} groups, in this order: "
+            f"{'; '.join(derived)}. Give each its own name."
+        )
+    return [RunGroup(name, members[0].spectral, tuple(members)) for name, members in zip(names, grouped.values())]
+
+
+def derived_labels(representatives: Sequence[Run]) -> list[str]:
+    """Return one label per run: its spectral settings, then every other setting in which any two of the runs differ."""
+    names = {name: None for run in representatives for name in run.settings}  # a set that keeps the order
+    differing = [name for name in names if len({repr(run.settings.get(name, ABSENT)) for run in representatives}) > 1]
+    return [
+        ", ".join([run.spectral, *(f"{name} {run.settings.get(name, ABSENT)}" for name in differing)])
+        for run in representatives
+    ]
+
+
+def find_reference(groups: Sequence[RunGroup], label: str | None = None) -> RunGroup:
+    """Return the group of that label; for None the first stock group, or the first of all where none is stock.
+
+    Raises:
+        ComparisonError: for an unknown label.
+    """
+    if label is None:
+        return next((group for group in groups if group.spectral == STOCK), groups[0])
+    for group in groups:
+        if group.label == label:
+            return group
+    raise ComparisonError(
+        f"--reference {label!r} is no group; the groups are: {'; '.join(group.label for group in groups)}."
+    )
+
+
+def find_differences(runs: Sequence[Run]) -> list[str]:
+    """Return one line for everything that must be equal for losses to compare, and is not; empty where all is well.
+
+    That is the validation data with the share of it that is predicted, the steps, and the training tokens.
+    """
+    checked = {
+        "validation data (fingerprint)": lambda run: run.record.facts["validation_fingerprint"],
+        "share of predicted tokens": lambda run: run.record.arguments.get("mlm_probability", ABSENT),
+        "steps": lambda run: run.steps,
+        "training tokens": lambda run: run.tokens,
+    }
+    lines = []
+    for name, value_of in checked.items():
+        folders: dict[Any, list[str]] = {}
+        for run in runs:
+            folders.setdefault(value_of(run), []).append(str(run.directory))
+        if len(folders) > 1:
+            lines.append(f"{name}: " + "; ".join(f"{value} in {', '.join(at)}" for value, at in folders.items()))
+    return lines
+
+
+def paired_difference(
+    values: Mapping[int, float], reference: Mapping[int, float], confidence: float = 0.95
+) -> PairedDifference | None:
+    """Return the mean of `values - reference` over the common seeds, with its Student-t interval.
+
+    Args:
+        values, reference: seed -> value.
+        confidence: of the interval, between 0 and 1.
+
+    Returns:
+        None where no seed is common; no interval where only one is.
+
+    Raises:
+        ImportError: if scipy is missing and an interval is due.
+    """
+    seeds = tuple(sorted(values.keys() & reference.keys()))
+    if not seeds:
+        return None
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    mean = fmean(differences)
+    if len(seeds) == 1:
+        return PairedDifference(mean, seeds, None)
+    half = student_t(confidence, len(seeds) - 1) * stdev(differences) / math.sqrt(len(seeds))
+    return PairedDifference(mean, seeds, (mean - half, mean + half))
+
+
+def student_t(confidence: float, degrees: int) -> float:
+    """Return the t beyond which, on both sides together, `1 - confidence` of Student's distribution lies.
+
+    Raises:
+        ImportError: if scipy is missing.
+    """
+    try:
+        # Imported here: training and its metrics must run where scipy is missing.
+        from scipy import stats
+    except ImportError as error:
+        raise ImportError("The intervals need scipy, which is not installed: pip install scipy.") from error
+    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Return `(step, mean value)` over the steps that every one of the `(step, value)` curves has."""
+    tables = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+    return [(step, fmean(table[step] for table in tables)) for step in common]

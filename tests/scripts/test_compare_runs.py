@@ -1,0 +1,179 @@
+"""The table and picture of compare_runs.py on small records, and all that it refuses."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_runs.py"
+
+LOSSES = {"stock": (3.10, 3.40, 3.05), "identity": (3.00, 3.35, 2.99)}
+
+
+@pytest.fixture(scope="module")
+def compare_runs():
+    spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their types up there
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+def write_run(folder, seed, loss, facts=(), **arguments):
+    record = {
+        "arguments": {"seed": seed, "learning_rate": 1e-3, "spectral_conditioning": False} | arguments,
+        "facts": {"validation_fingerprint": "abc", "validation_tokens": 5000, "tokens_per_step": 1024, "device": "cpu"}
+        | dict(facts),
+        "history": [
+            {"step": step, "train_loss": loss + 4 / step, "tokens_per_second": 1000.0 + step} for step in (1, 2, 3, 4)
+        ],
+        "validation": [{"step": step, "validation_loss": loss + (4 - step)} for step in (2, 4)],
+        "final": {"step": 4, "validation_loss": loss},
+    }
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three seeds of stock and identity, and two of svd, one of them of another seed."""
+    identity = {"spectral_conditioning": True, "lambda_": "1"}
+    svd = {"spectral_conditioning": True, "spectral_method": "svd"}
+    folders = [
+        write_run(tmp_path / f"identity-{seed}", seed, LOSSES["identity"][seed], **identity) for seed in range(3)
+    ]
+    folders += [write_run(tmp_path / f"stock-{seed}", seed, LOSSES["stock"][seed]) for seed in range(3)]
+    return [*folders, *(write_run(tmp_path / f"svd-{seed}", seed, 4.0, **svd) for seed in (2, 7))]
+
+
+def rows_of(text):
+    """Group -> the cells behind it."""
+    lines = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines[1:]}
+
+
+def test_the_table(compare_runs, runs, capsys):
+    compare_runs.main(runs)
+    text = capsys.readouterr().out
+    rows = rows_of(text)
+    assert list(rows) == ["identity, lambda 1", "stock", "svd"]
+    # By hand: (3.10 + 3.40 + 3.05) / 3, deviations -0.0833, 0.2167, -0.1333; exp(3.18333).
+    assert rows["stock"] == ["3", "3.1833", "0.1893", "24.13", "1,002", "–", "–"]
+    low, high = stats.ttest_rel(LOSSES["identity"], LOSSES["stock"]).confidence_interval(0.95)
+    assert rows["identity, lambda 1"][-2:] == ["-0.0700 (3)", f"{low:+.4f} to {high:+.4f}"]
+    assert rows["svd"][-2:] == ["+0.9500 (1)", "one seed: no interval"]
+    assert "4 steps, 4,096 training tokens, the same 5,000 validation tokens" in text
+    assert "A difference of one seed has no interval and is no evidence for either side." in text
+    assert "Each interval stands by itself" in text
+
+
+def test_another_reference_and_labels(compare_runs, runs, capsys):
+    compare_runs.main([*runs, "--labels", "A", "B|b", "C", "--reference", "C"])
+    text = capsys.readouterr().out
+    rows = rows_of(text)
+    assert rows["C"][-2:] == ["–", "–"]
+    assert rows["B\\|b"][-2:] == ["-0.9500 (1)", "one seed: no interval"]
+    assert "A: identity, lambda 1." in text
+    assert "C: svd." in text
+
+
+def test_an_interval_around_zero_is_explained(compare_runs, tmp_path, capsys):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 3.0) for seed in (0, 1)]
+    folders += [write_run(tmp_path / f"b{seed}", seed, 2.9 + 0.3 * seed, learning_rate=0.01) for seed in (0, 1, 2)]
+    compare_runs.main(folders)
+    text = capsys.readouterr().out
+    assert rows_of(text)["stock, learning_rate 0.01"][-1].endswith(", contains 0")
+    assert "do not tell which of the two is better, not that they are equal" in text
+    assert "Each interval stands by itself" not in text
+
+
+def test_groups_without_a_common_seed(compare_runs, tmp_path, capsys):
+    compare_runs.main([write_run(tmp_path / "a", 0, 3.0), write_run(tmp_path / "b", 1, 3.0, learning_rate=0.01)])
+    text = capsys.readouterr().out
+    assert rows_of(text)["stock, learning_rate 0.01"][-2:] == ["no common seed", "–"]
+    assert "interval" not in text.partition("Every run")[2]
+
+
+def test_one_run_alone(compare_runs, tmp_path, capsys):
+    compare_runs.main([write_run(tmp_path / "a", 0, 1e4)])
+    assert rows_of(capsys.readouterr().out)["stock"][:4] == ["1", "10000.0000", "–", "beyond floats"]
+
+
+def test_writes_table_and_picture(compare_runs, runs, tmp_path, capsys):
+    output = tmp_path / "new" / "folder"
+    compare_runs.main([*runs, "--output_dir", str(output)])
+    assert {path.name for path in output.iterdir()} == {"comparison.md", "comparison.png", "comparison.svg"}
+    assert (output / "comparison.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    assert (output / "comparison.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    first = (output / "comparison.svg").read_bytes()
+    assert b"<svg" in first
+    compare_runs.main([*runs, "--output_dir", str(output)])
+    assert (output / "comparison.svg").read_bytes() == first
+
+
+def test_the_picture_names_axes_and_units_and_shows_every_run(compare_runs, runs, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(runs)))
+    training, validation, final = figures[0].axes
+    assert [axes.get_xlabel() for axes in (training, validation, final)] == [
+        "optimizer step",
+        "optimizer step",
+        "group",
+    ]
+    assert all(axes.get_ylabel().endswith("(nats per predicted token)") for axes in (training, validation, final))
+    assert len(training.lines) == len(validation.lines) == 8 + 3
+    thick = [line for line in training.lines if line.get_linewidth() == 2]
+    assert [line.get_label() for line in thick] == ["identity, lambda 1", "stock", "svd"]
+    assert list(thick[1].get_ydata()) == pytest.approx([3.18333 + 4 / step for step in (1, 2, 3, 4)], rel=1e-5)
+    assert len({line.get_color() for line in thick}) == 3
+    assert [label.get_text() for label in final.get_xticklabels()] == ["identity\nlambda 1", "stock", "svd"]
+
+
+def test_more_groups_than_colours_and_runs_without_log_entries(compare_runs, tmp_path):
+    folders = [write_run(tmp_path / f"{i}", 0, 3.0, learning_rate=0.1 * i) for i in range(9)]
+    record = json.loads((tmp_path / "0" / "metrics.json").read_text())
+    (tmp_path / "0" / "metrics.json").write_text(json.dumps(record | {"history": []}))
+    compare_runs.main([*folders, "--output_dir", str(tmp_path / "out")])
+
+
+def test_refuses_different_data_unless_told(compare_runs, runs, tmp_path, capsys):
+    other = write_run(tmp_path / "other", 8, 3.0, facts={"validation_fingerprint": "xyz"})
+    with pytest.raises(SystemExit, match=r"do not compare(?s:.*)xyz in .*other(?s:.*)--allow_different"):
+        compare_runs.main([*runs, other])
+    compare_runs.main([*runs, other, "--allow_different"])
+    assert "**Caution, these runs differ where they should not.** validation data" in capsys.readouterr().out
+
+
+def test_says_when_speeds_do_not_compare(compare_runs, tmp_path, capsys):
+    folders = [write_run(tmp_path / "a", 0, 3.0), write_run(tmp_path / "b", 1, 3.0, facts={"device": "cuda"})]
+    compare_runs.main(folders)
+    assert "Speeds do not compare: the runs differ in device, processes, threads." in capsys.readouterr().out
+
+
+def test_errors_are_one_line_for_the_user(compare_runs, runs, tmp_path):
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path}/none has no metrics.json"):
+        compare_runs.main([*runs, str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"^error: .*svd-7 is given twice"):
+        compare_runs.main([*runs, runs[-1]])
+    with pytest.raises(SystemExit, match=r"^error: --reference 'x' is no group"):
+        compare_runs.main([*runs, "--reference", "x"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^error: --output_dir .*file is a file; name a folder"):
+        compare_runs.main([*runs, "--output_dir", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    ("module", "needs"), [("scipy", "intervals need scipy"), ("matplotlib", "picture needs matplotlib")]
+)
+def test_a_missing_package_is_named(compare_runs, runs, tmp_path, monkeypatch, module, needs):
+    monkeypatch.setitem(sys.modules, module, None)  # makes its import fail
+    with pytest.raises(SystemExit, match=f"^error: The {needs}, which is not installed: pip install {module}"):
+        compare_runs.main([*runs, "--output_dir", str(tmp_path / "out")])

@@ -1,0 +1,285 @@
+"""Reading and grouping runs, and paired differences against scipy and numbers worked out by hand."""
+
+import builtins
+import json
+import math
+
+import pytest
+from scipy import stats
+
+from hf_specattn.training.comparison import (
+    COLORS,
+    MARKERS,
+    ComparisonError,
+    find_differences,
+    find_reference,
+    group_runs,
+    mean_curve,
+    paired_difference,
+    read_run,
+    read_runs,
+)
+from hf_specattn.training.metrics import OKABE_ITO
+
+IDENTITY = {"spectral_conditioning": True, "lambda_": "1.0"}
+
+
+@pytest.fixture
+def write_run(tmp_path):
+    """A function: name, seed, loss, changed arguments and facts -> folder with the `metrics.json` of such a run."""
+
+    def write(name, seed=0, loss=3.0, facts=(), **arguments):
+        record = {
+            "arguments": {
+                "seed": seed,
+                "output_dir": f"runs/{name}",
+                "learning_rate": 1e-3,
+                "mlm_probability": 0.25,
+                "mixed_precision": None,
+                "per_device_train_batch_size": 8,
+                "spectral_conditioning": False,
+                "lambda_": None,
+            }
+            | arguments,
+            "facts": {
+                "model_type": "crammed_bert",
+                "validation_fingerprint": "abc",
+                "tokens_per_step": 1024,
+                "global_batch_size": 8,
+                "mixed_precision": "no",
+            }
+            | dict(facts),
+            "history": [
+                {"step": step, "train_loss": 9.0 - step, "tokens_per_second": 100.0 * step} for step in (2, 4)
+            ],
+            "validation": [{"step": 4, "validation_loss": loss}],
+            "final": {"step": 4, "validation_loss": loss, "seconds": 1.0},
+            "versions": {"python": "3.11"},
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(record), encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def labels_of(*folders):
+    return [group.label for group in group_runs(read_runs(folders))]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_reads_what_the_run_recorded(write_run):
+    run = read_run(write_run("a", seed=3, loss=2.5))
+    assert (run.seed, run.loss, run.steps, run.tokens, run.spectral) == (3, 2.5, 4, 4096, "stock")
+    assert run.settings == {
+        "learning_rate": 1e-3,
+        "mlm_probability": 0.25,
+        "global_batch_size": 8,
+        "mixed_precision": "no",
+    }
+
+
+@pytest.mark.parametrize(
+    ("flags", "label"),
+    [
+        ({}, "stock"),
+        (IDENTITY, "identity, lambda 1"),
+        ({"spectral_conditioning": True}, "identity, lambda 10"),
+        ({"spectral_conditioning": True, "lambda_": "10", "spectral_method": "identity"}, "identity, lambda 10"),
+        (
+            {"spectral_conditioning": True, "lambda_": "key=2.5,query=10", "spectral_targets": ["query", "key"]},
+            "identity, lambda query=10 key=2.5, on query+key",
+        ),
+        (
+            {"spectral_conditioning": True, "spectral_method": "svd", "spectral_granularity": "head"}
+            | {"spectral_refresh_every": 5},
+            "svd, per head, refreshed every 5",
+        ),
+        (
+            {"spectral_conditioning": True, "spectral_method": "svd", "spectral_init": "preserve"},
+            "svd, preserve",
+        ),
+    ],
+)
+def test_names_the_spectral_settings(write_run, flags, label):
+    assert read_run(write_run("a", **flags)).spectral == label
+
+
+def test_a_run_from_a_conditioned_checkpoint_is_not_stock(write_run):
+    folder = write_run("a", facts={"model_type": "specattn_crammed_bert"})
+    assert read_run(folder).spectral == "conditioned as its checkpoint"
+
+
+def test_refuses_a_folder_without_a_record(tmp_path):
+    with pytest.raises(ComparisonError, match=f"{tmp_path} has no metrics.json"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", ['{"arguments": ', "{}", "[]", '"text"'])
+def test_refuses_a_damaged_record(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ComparisonError, match=r"metrics\.json is damaged or no record of a run"):
+        read_run(tmp_path)
+
+
+def edit(folder, change):
+    record = json.loads((folder / "metrics.json").read_text())
+    change(record)
+    (folder / "metrics.json").write_text(json.dumps(record))
+
+
+def test_refuses_an_unfinished_run(write_run):
+    folder = write_run("a")
+    edit(folder, lambda record: record.update(final={}))
+    with pytest.raises(ComparisonError, match=r"a/metrics\.json has no final result: the run is unfinished"):
+        read_run(folder)
+
+
+def test_refuses_a_record_of_something_else(write_run):
+    folder = write_run("a")
+    edit(folder, lambda record: record.update(facts={}))
+    with pytest.raises(ComparisonError, match="has no tokens_per_step, validation_fingerprint among its facts"):
+        read_run(folder)
+
+
+def test_refuses_spectral_settings_that_do_not_exist(write_run):
+    folder = write_run("a", spectral_conditioning=True, lambda_="-1")
+    with pytest.raises(ComparisonError, match=r"a/metrics\.json records spectral settings.*lambda_=-1"):
+        read_run(folder)
+
+
+def test_refuses_a_folder_given_twice(write_run, tmp_path):
+    folder = write_run("a")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ComparisonError, match="link is given twice"):
+        read_runs([folder, tmp_path / "link"])
+
+
+# --- grouping --------------------------------------------------------------------------------------------------------
+
+
+def test_groups_differ_in_more_than_the_seed(write_run):
+    folders = [
+        write_run("i0", 0, 2.0, **IDENTITY),
+        write_run("s0", 0, 3.0),
+        write_run("s1", 1, 4.0, logging_steps=7, eval_steps=3),
+        write_run("i1", 1, 2.5, **IDENTITY),
+    ]
+    identity, stock = group_runs(read_runs(folders))
+    assert (identity.label, stock.label) == ("identity, lambda 1", "stock")
+    assert stock.losses == {0: 3.0, 1: 4.0}
+    assert stock.mean_loss == 3.5
+    assert stock.loss_deviation == pytest.approx(math.sqrt(0.5))
+    assert stock.tokens_per_second == 300.0  # of 200, 400, 200, 400
+
+
+def test_other_differences_are_in_the_label(write_run):
+    folders = write_run("a"), write_run("b", learning_rate=0.002), write_run("c", warmup=5)
+    assert labels_of(*folders) == [
+        "stock, learning_rate 0.001, warmup not recorded",
+        "stock, learning_rate 0.002, warmup not recorded",
+        "stock, learning_rate 0.001, warmup 5",
+    ]
+
+
+def test_the_batch_counts_and_not_how_it_was_made(write_run):
+    accumulated = write_run("b", seed=1, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    halved = write_run("c", seed=2, facts={"global_batch_size": 4})
+    assert labels_of(write_run("a"), accumulated) == ["stock"]
+    assert labels_of(accumulated, halved) == ["stock, global_batch_size 8", "stock, global_batch_size 4"]
+
+
+def test_a_precision_that_the_launcher_chose_counts(write_run):
+    folders = write_run("a"), write_run("b", facts={"mixed_precision": "bf16"})
+    assert labels_of(*folders) == ["stock, mixed_precision no", "stock, mixed_precision bf16"]
+
+
+def test_refuses_two_runs_of_one_seed(write_run):
+    runs = read_runs([write_run("a", seed=5), write_run("b", seed=5)])
+    with pytest.raises(ComparisonError, match=r"/a and .*/b are runs of one seed \(5\)"):
+        group_runs(runs)
+
+
+def test_own_labels(write_run):
+    runs = read_runs([write_run("a"), write_run("b", **IDENTITY)])
+    assert [group.label for group in group_runs(runs, ["x", "y"])] == ["x", "y"]
+    for labels in (["x"], ["x", "x"], ["x", "y", "z"]):
+        with pytest.raises(ComparisonError, match="the runs form 2 groups, in this order: stock; identity, lambda 1"):
+            group_runs(runs, labels)
+
+
+def test_the_reference_is_stock_or_the_first(write_run):
+    identity, stock = group_runs(read_runs([write_run("a", **IDENTITY), write_run("b")]))
+    assert find_reference([identity, stock]) is stock
+    assert find_reference([identity]) is identity
+    assert find_reference([identity, stock], "identity, lambda 1") is identity
+    with pytest.raises(
+        ComparisonError, match="--reference 'svd' is no group; the groups are: identity, lambda 1; stock"
+    ):
+        find_reference([identity, stock], "svd")
+
+
+def test_finds_what_must_be_equal_and_is_not(write_run):
+    plain = write_run("a")
+    assert find_differences(read_runs([plain, write_run("b", seed=1, learning_rate=1.0)])) == []
+    other_data = write_run("c", facts={"validation_fingerprint": "xyz"}, mlm_probability=0.15)
+    data, share = find_differences(read_runs([plain, other_data]))
+    assert data == f"validation data (fingerprint): abc in {plain}; xyz in {other_data}"
+    assert share.startswith("share of predicted tokens: 0.25 in ")
+    (tokens,) = find_differences(read_runs([plain, write_run("d", facts={"tokens_per_step": 512})]))
+    assert tokens.startswith("training tokens: 4096 in ")
+    longer = write_run("e")
+    edit(longer, lambda record: record["final"].update(step=5))
+    assert [line.split(":")[0] for line in find_differences(read_runs([plain, longer]))] == [
+        "steps",
+        "training tokens",
+    ]
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+STOCK_LOSSES = {0: 3.10, 1: 3.40, 2: 3.05, 3: 3.30, 9: 100.0}
+IDENTITY_LOSSES = {3: 3.21, 1: 3.33, 0: 3.08, 2: 3.02, 7: -100.0}
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.8])
+def test_paired_difference_equals_scipy(confidence):
+    result = paired_difference(IDENTITY_LOSSES, STOCK_LOSSES, confidence)
+    assert result.seeds == (0, 1, 2, 3)
+    test = stats.ttest_rel([IDENTITY_LOSSES[s] for s in result.seeds], [STOCK_LOSSES[s] for s in result.seeds])
+    assert result.interval == pytest.approx(tuple(test.confidence_interval(confidence)), rel=1e-12)
+
+
+def test_paired_difference_by_hand():
+    """Differences 1 and 3: mean 2, deviation sqrt(2), standard error 1; t of one degree of freedom is 12.706."""
+    result = paired_difference({0: 2.0, 1: 5.0}, {0: 1.0, 1: 2.0})
+    assert result.mean == 2.0
+    assert result.interval == pytest.approx((2 - 12.7062047, 2 + 12.7062047), rel=1e-7)
+    assert result.contains_zero
+    assert not paired_difference({0: 2.0, 1: 5.0}, {0: 1.0, 1: 4.0}).contains_zero  # always 1
+
+
+def test_one_or_no_common_seed_gives_no_interval(monkeypatch):
+    def no_scipy(name, *arguments, **keywords):
+        raise ImportError(name)
+
+    monkeypatch.setattr(builtins, "__import__", no_scipy)  # none is needed
+    result = paired_difference({0: 1.5, 1: 2.0}, {1: 1.0, 2: 0.0})
+    assert (result.mean, result.seeds, result.interval, result.contains_zero) == (1.0, (1,), None, False)
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+    with pytest.raises(ImportError, match="The intervals need scipy, which is not installed: pip install scipy"):
+        paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0})
+
+
+def test_mean_curve_over_the_steps_that_all_have():
+    assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
+    assert mean_curve([[(1, 2.0)]]) == [(1, 2.0)]
+    assert mean_curve([]) == []
+
+
+def test_colours_and_markers_are_distinct():
+    assert COLORS[:4] == tuple(OKABE_ITO.values())
+    assert len(set(COLORS)) == len(COLORS) == 7
+    assert len(set(MARKERS)) == len(MARKERS) == 8
