@@ -5,6 +5,7 @@ Run as a program, `test_checkpointing.py STOCK SVD`, it continues the runs in tw
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -14,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,12 @@ from hf_specattn.training.schedules import linear_schedule
 DESCRIPTION = {"seed": 0, "data": "1f3a", "lambda_": None, "betas": (0.9, 0.98), "logging_steps": 10}
 STEPS = 30
 DYNAMIC_SVD = SpectralConfig(method="svd", refresh_every=3)
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here to start processes quickly")
+# Processes are forked from a server that has the imports done. Not from this process: autograd's threads, which other
+# tests may have started, do not survive a fork.
+needs_fork = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(),
+    reason="there is no fork here to start processes quickly",
+)
 each_conditioning = pytest.mark.parametrize("spectral", [None, DYNAMIC_SVD], ids=["stock", "dynamic-svd"])
 
 
@@ -162,8 +168,10 @@ def test_two_processes_continue_bit_for_bit_sharded_or_not(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [fork(lambda rank=rank: two_processes(tmp_path, rank, port)) for rank in range(2)]
-    assert [os.waitpid(process, 0)[1] for process in processes] == [0, 0]
+    processes = [start_process(two_processes, tmp_path, rank, port) for rank in range(2)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
     for kind in ("ddp", "fsdp"):
         # What two processes wrote loads in one, except for the second one's random numbers.
         alone = make_checkpoints(tmp_path / kind, DYNAMIC_SVD, seed=9)
@@ -554,17 +562,17 @@ def test_a_small_disk(tmp_path, monkeypatch, estimate):
 
 @needs_fork
 def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path):
-    checkpoints = make_checkpoints(tmp_path, DYNAMIC_SVD, keep_last=2)
     randomness, interrupted, reached = random.Random(0), 0, 0
     for _ in range(12):
-        process = fork(lambda: train_and_save_until_killed(checkpoints))
-        deadline = time.monotonic() + 30
+        process = start_process(train_and_save_until_killed, tmp_path)
+        deadline = time.monotonic() + 60
         # The moment is random among those at which something is being written.
         while not list(tmp_path.glob(".*")) and time.monotonic() < deadline:
             time.sleep(0.001)
         time.sleep(randomness.uniform(0, 0.08))
-        os.kill(process, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         interrupted += bool(list(tmp_path.glob(".*")))
 
         resumed = make_checkpoints(tmp_path, DYNAMIC_SVD, keep_last=2)
@@ -586,7 +594,9 @@ def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path):
     )
 
 
-def train_and_save_until_killed(checkpoints: Checkpoints) -> None:
+def train_and_save_until_killed(folder: Path) -> None:
+    torch.set_num_threads(1)
+    checkpoints = make_checkpoints(folder, DYNAMIC_SVD, keep_last=2)
     progress = checkpoints.resume() or Progress()
     while True:
         progress = train(checkpoints, progress, progress.step + 1)
@@ -596,19 +606,12 @@ def train_and_save_until_killed(checkpoints: Checkpoints) -> None:
 # --- the jobs of other processes -------------------------------------------------------------------------------------
 
 
-def fork(work: Callable[[], object]) -> int:
-    """Run `work` in a copy of this process; return its number."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-        finally:
-            os._exit(status)  # no tests and no reports in here; and gloo's threads sometimes abort a process that ends
+def start_process(work: Callable[..., None], *arguments: object) -> BaseProcess:
+    """Run `work`, a function of this module, in another process."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["accelerate", "pytest", "hf_specattn.training.checkpointing"])
+    process = server.Process(target=work, args=arguments)
+    process.start()
     return process
 
 
@@ -622,6 +625,7 @@ def continue_to_step_15(stock: Path, svd: Path) -> None:
 
 def two_processes(folder: Path, rank: int, port: int) -> None:
     """Of each of two processes: continue from step 4 to 8, and refuse, both sharded and replicated."""
+    torch.set_num_threads(1)
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1"}
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
