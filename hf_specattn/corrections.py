@@ -27,7 +27,8 @@ def identity_correction(weight: Tensor, lambda_: float) -> Tensor:
     """
     rows, columns = weight.shape[-2:]
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    return (lambda_ * torch.eye(rows, columns, dtype=dtype, device=weight.device)).expand(weight.shape)
+    # In place: the forward pass comes here, and a second matrix would be memory traffic for nothing.
+    return torch.eye(rows, columns, dtype=dtype, device=weight.device).mul_(lambda_).expand(weight.shape)
 
 
 def svd_correction(weight: Tensor) -> Tensor:

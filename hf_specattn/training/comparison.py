@@ -30,6 +30,9 @@ REPORTING = frozenset(
         "per_device_eval_batch_size",
         "report_to",
         "disable_tqdm",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
     }
 )
 # Arguments whose effect depends on how the run was launched or on what a file held: the facts count instead.
