@@ -2,7 +2,7 @@
 
     python scripts/demo.py
 
-Three runs of `pretrain_mlm.py` on the documentation that every Python carries, some eight minutes on two CPU cores. It
+Three runs of `pretrain_mlm.py` on the documentation that every Python carries, some six minutes on two CPU cores. It
 ends with a table (`comparison.md`) and a picture (`comparison.png`, `.svg`): validation loss, condition numbers of W and
 of W + C before and after training, attention entropy, and what `fold` changes. At this size the losses say little.
 """
