@@ -418,9 +418,9 @@ def describe_run(
         "validation_sequences": len(data.validation),
         "validation_tokens": data.validation.size,
         "validation_fingerprint": data.validation_fingerprint,
-        "global_batch_size": order.global_batch_size,
-        "tokens_per_step": order.global_batch_size * length,
-        "epochs": round(arguments.max_steps / order.steps_per_epoch, 3),
+        "global_batch_size": global_batch(arguments, accelerator),
+        "tokens_per_step": global_batch(arguments, accelerator) * length,
+        "epochs": round(order.epochs(arguments.max_steps * global_batch(arguments, accelerator)), 3),
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
@@ -432,7 +432,7 @@ def describe_run(
         f"{facts['validation_tokens']:,} tokens in {facts['validation_sequences']:,}."
     )
     logger.info(
-        f"{arguments.max_steps} steps of {order.global_batch_size} sequences ({facts['tokens_per_step']:,} tokens) are "
+        f"{arguments.max_steps} steps of {global_batch(arguments, accelerator)} sequences ({facts['tokens_per_step']:,} tokens) are "
         f"{facts['epochs']} epochs, on {facts['processes']} {facts['device']} process(es) with {facts['threads']} "
         f"thread(s), mixed precision {facts['mixed_precision']}."
     )
@@ -458,7 +458,7 @@ def settings_to_keep(
         **model_description(model.config),
         **{name: getattr(arguments, name) for name in RUN_SETTINGS},
         "warmup_steps": resolved_warmup(arguments),
-        "global_batch_size": task.order.global_batch_size,
+        "global_batch_size": global_batch(arguments, accelerator),
         "mixed_precision": accelerator.mixed_precision,
         "spectral_init": spectral.init,
         "train_fingerprint": sequences_fingerprint(task.data.train),
@@ -505,6 +505,12 @@ def prepare_training(
     return Training(wrapped, prepared, schedule, sparse, checkpoints)
 
 
+def global_batch(arguments: PretrainArguments, accelerator: Accelerator) -> int:
+    """Sequences per optimizer step, over all processes."""
+    per_process = arguments.per_device_train_batch_size * accelerator.gradient_accumulation_steps
+    return per_process * accelerator.num_processes
+
+
 def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
     """Whether the run to be resumed came to its end: `metrics.json` is written then, after the model."""
     metrics_file = Path(arguments.output_dir) / METRICS_FILE
@@ -537,7 +543,7 @@ def train(
 ) -> Progress:
     """Run the loop from `begun` on; returns how far it came: to the end, unless a signal stopped it."""
     metrics.history, metrics.validation = begun.record.get("history", []), begun.record.get("validation", [])
-    window = LossWindow(task.order.global_batch_size * arguments.max_seq_length)
+    window = LossWindow(global_batch(arguments, accelerator) * arguments.max_seq_length)
     window.restore(begun.record.get("loss_window"))
     step, started = begun.step, time.perf_counter() - begun.seconds
     refresh_every = refresh_interval(model)
@@ -590,10 +596,11 @@ def train_step(
     """Take one optimizer step; returns its loss over all processes, and the epoch."""
     micro_steps = accelerator.gradient_accumulation_steps
     rank, processes = accelerator.process_index, accelerator.num_processes
+    size = arguments.per_device_train_batch_size * processes * micro_steps
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(micro_steps):
-        indices, epoch = task.order.local_batch(step - 1, micro_step, micro_steps, rank, processes)
-        batch = task.rule.apply(task.data.train[indices], indices, seed=arguments.seed, epoch=epoch)
+        rows = task.order.batch((step - 1) * size, size).share(micro_step, micro_steps, rank, processes)
+        batch = task.rule.apply(task.data.train[rows.indices], rows.indices, seed=arguments.seed, epoch=rows.epochs)
         with accelerator.accumulate(training.wrapped):
             loss = training.wrapped(**batch.model_inputs(accelerator.device, training.sparse)).loss
             accelerator.backward(loss)
@@ -607,7 +614,7 @@ def train_step(
                     require_finite_gradient(float(norm), step)
             training.optimizer.step()
             training.optimizer.zero_grad()
-    return step_loss.item(), epoch
+    return step_loss.item(), int(task.order.epochs(step * size))
 
 
 def validate(
@@ -652,12 +659,9 @@ def evaluate_saved(
 
 def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
     """The whole run: data, model, loop, saving, and the saved model's validation loss."""
-    global_batch_size = (
-        arguments.per_device_train_batch_size * accelerator.num_processes * accelerator.gradient_accumulation_steps
-    )
-    data = load_data(arguments, accelerator, global_batch_size)
+    data = load_data(arguments, accelerator, global_batch(arguments, accelerator))
     rule = MaskingRule(data.tokenizer.mask_token_id, len(data.tokenizer), arguments.mlm_probability)
-    task = MlmTask(data, BatchOrder(len(data.train), global_batch_size, arguments.seed), rule)
+    task = MlmTask(data, BatchOrder(len(data.train), arguments.seed), rule)
     model = build_model(arguments, spectral, len(data.tokenizer))
     metrics = RunMetrics(arguments=asdict(arguments) | asdict(spectral))
     metrics.facts = describe_run(arguments, accelerator, model, task)

@@ -1,7 +1,8 @@
-"""Which sequences form which batch: a pure function of (seed, step), whatever the number of processes.
+"""Which sequences a step trains on: a pure function of (seed, position), whatever the number of processes.
 
-A step's global batch is cut among micro-batches and processes afterwards, so runs with the same global batch size see the
-same data on one process or on many, and a resumed run continues where it stopped without replaying anything.
+Training reads one endless stream of sequences, pass after pass over the corpus; a step takes the next so many of it. So
+batches may grow while training (the published ramp), runs with the same batch sizes see the same data on one process or on
+many, and a resumed run continues from the position where it stopped without replaying anything.
 """
 
 from dataclasses import dataclass
@@ -14,53 +15,62 @@ from .randomness import Purpose, random_words
 
 
 @dataclass(frozen=True)
-class BatchOrder:
-    """The order of batches over a corpus; the incomplete last batch of each epoch is left out.
+class Batch:
+    """Sequences of the stream, `(rows,)` each.
 
     Attributes:
-        sequences: The number of sequences in the corpus.
-        global_batch_size: Sequences per optimizer step, over all processes and accumulation steps.
-        seed: With the epoch it decides the permutation.
-        shuffle: False reads the corpus in its own order, every epoch.
+        indices: Which sequences of the corpus, int64.
+        epochs: In which pass over the corpus (from 0) each one is read, int64.
+    """
+
+    indices: NDArray[np.int64]
+    epochs: NDArray[np.int64]
+
+    def share(self, micro_step: int, micro_steps: int, rank: int, processes: int) -> "Batch":
+        """Return one process's rows of one accumulation step; `micro_steps * processes` must divide the rows."""
+        indices, epochs = (
+            rows.reshape(micro_steps, processes, -1)[micro_step, rank] for rows in (self.indices, self.epochs)
+        )
+        return Batch(indices, epochs)
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The endless stream of sequences.
+
+    Attributes:
+        sequences: The number of sequences in the corpus, at least 1.
+        seed: With the pass it decides the permutation.
+        shuffle: False reads the corpus in its own order, in every pass.
     """
 
     sequences: int
-    global_batch_size: int
     seed: int
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        if self.global_batch_size < 1 or self.sequences < self.global_batch_size:
-            raise ValueError(
-                f"{self.sequences} sequences do not fill one global batch of {self.global_batch_size}; the batch must "
-                "be at least 1 and at most the corpus."
-            )
+        if self.sequences < 1:
+            raise ValueError(f"A corpus of {self.sequences} sequences has no batches; it must have one or more.")
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Return how many whole batches an epoch has."""
-        return self.sequences // self.global_batch_size
+    def epochs(self, position: int) -> float:
+        """Return how often the corpus has been read when `position` sequences of the stream have been."""
+        return position / self.sequences
 
-    def batch(self, step: int) -> tuple[NDArray[np.int64], int]:
-        """Return the sequence indices, `(global_batch_size,)`, of optimizer step `step` (from 0), and its epoch."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        start = batch * self.global_batch_size
-        stop = start + self.global_batch_size
+    def batch(self, position: int, count: int) -> Batch:
+        """Return the `count` sequences of the stream from `position` (from 0) on."""
+        epochs, places = np.divmod(np.arange(position, position + count), self.sequences)
         if not self.shuffle:
-            return np.arange(start, stop), epoch
-        return epoch_permutation(self.seed, epoch, self.sequences)[start:stop], epoch
-
-    def local_batch(
-        self, step: int, micro_step: int, micro_steps: int, rank: int, processes: int
-    ) -> tuple[NDArray[np.int64], int]:
-        """Return one process's share of one accumulation step: indices, `(per_device,)`, and the epoch."""
-        indices, epoch = self.batch(step)
-        return indices.reshape(micro_steps, processes, -1)[micro_step, rank], epoch
+            return Batch(places, epochs)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            indices[rows] = epoch_permutation(self.seed, int(epoch), self.sequences)[places[rows]]
+        return Batch(indices, epochs)
 
 
-@lru_cache(maxsize=2)  # consecutive steps share an epoch, whose permutation is sorted once
+@lru_cache(maxsize=2)  # a batch may lie across the end of a pass, whose permutations are sorted once each
 def epoch_permutation(seed: int, epoch: int, sequences: int) -> NDArray[np.int64]:
-    """Return the (read-only) permutation of `range(sequences)` that an epoch follows."""
+    """Return the (read-only) permutation of `range(sequences)` that a pass follows."""
     words = random_words(seed, epoch, Purpose.BATCH_ORDER, 0, sequences)
     permutation = np.argsort(words, kind="stable")
     permutation.setflags(write=False)

@@ -57,7 +57,7 @@ class MaskingRule:
         """Return how many positions of a sequence of `length` tokens are predicted."""
         return round(self.probability * length)
 
-    def apply(self, tokens: NDArray[np.integer], indices: ArrayLike, *, seed: int, epoch: int) -> MaskedBatch:
+    def apply(self, tokens: NDArray[np.integer], indices: ArrayLike, *, seed: int, epoch: ArrayLike) -> MaskedBatch:
         """Corrupt a batch.
 
         Args:
@@ -65,7 +65,7 @@ class MaskingRule:
             indices: `(batch,)`, each row's index in the corpus: with seed and epoch it decides the row's corruption,
                 whatever else is in the batch.
             seed: The run's seed.
-            epoch: How often the corpus has been passed; each pass is corrupted anew.
+            epoch: How often the corpus has been passed, one number or `(batch,)`; each pass is corrupted anew.
 
         Raises:
             ValueError: if no position would be predicted.
@@ -76,11 +76,9 @@ class MaskingRule:
             raise ValueError(
                 f"Masking {self.probability} of {length} tokens predicts none; raise the probability or the length."
             )
+        rows = zip(*np.broadcast_arrays(epoch, indices))
         words = np.stack(
-            [
-                random_words(seed, epoch, Purpose.MASKING, int(index), length + 2 * count)
-                for index in np.asarray(indices)
-            ]
+            [random_words(seed, int(passed), Purpose.MASKING, int(row), length + 2 * count) for passed, row in rows]
         )
         scores, decisions, replacements = np.split(words, [length, length + count], axis=1)
         # The positions of the smallest scores are a uniform subset; stable, so that even a tie has one outcome.

@@ -47,6 +47,14 @@ def test_corruption_of_a_row_depends_on_seed_epoch_and_index_alone(tokens):
         assert not (other.masked_positions == whole.masked_positions).all(dim=1).any()
 
 
+def test_rows_of_one_batch_may_be_read_in_different_passes(tokens):
+    mixed = RULE.apply(tokens[:6], np.arange(6), seed=5, epoch=np.array([2, 2, 2, 3, 3, 3]))
+    for epoch, rows in ((2, slice(0, 3)), (3, slice(3, 6))):
+        alone = RULE.apply(tokens[rows], np.arange(6)[rows], seed=5, epoch=epoch)
+        for name in ("input_ids", "labels", "masked_positions"):
+            assert torch.equal(getattr(mixed, name)[rows], getattr(alone, name))
+
+
 def test_eighty_ten_ten(tokens):
     shown, labels = [], []
     for epoch in range(4):

@@ -238,7 +238,7 @@ def test_published_order_is_a_stable_sort_by_periods(tokenizer, tmp_path, monkey
     assert np.array_equal(published.in_order("shuffled")[everything], packed)
     assert np.load(cache.folder / "order.npy").dtype == np.int64
     # How the batch order uses it: unshuffled, and so in the order of the numbers.
-    indices, _ = BatchOrder(len(published), 4, seed=0, shuffle=False).batch(1)
+    indices = BatchOrder(len(published), seed=0, shuffle=False).batch(4, 4).indices
     assert np.array_equal(published[indices], packed[expected[4:8]])
     copy = pickle.loads(pickle.dumps(published))
     assert np.array_equal(copy[everything], packed[expected])
