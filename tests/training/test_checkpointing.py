@@ -4,7 +4,6 @@ Run as a program, `test_checkpointing.py STOCK SVD`, it continues the runs in tw
 """
 
 import errno
-import json
 import multiprocessing
 import os
 import random
@@ -19,11 +18,11 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from models import ARCHITECTURES, assert_bit_equal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -35,11 +34,10 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertTokenizer,
-    ViTConfig,
     ViTForImageClassification,
 )
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition, refresh
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.refreshing import steps_since_refresh
 from hf_specattn.training import checkpointing
@@ -70,12 +68,9 @@ needs_fork = pytest.mark.skipif(
 each_conditioning = pytest.mark.parametrize("spectral", [None, DYNAMIC_SVD], ids=["stock", "dynamic-svd"])
 
 
-def make_model(spectral: SpectralConfig | None = None, seed: int = 0, width: int = 16) -> CrammedBertForMaskedLM:
+def make_model(spectral: SpectralConfig | None = None, seed: int = 0, **changes) -> CrammedBertForMaskedLM:
     torch.manual_seed(seed)
-    config = CrammedBertConfig(
-        vocab_size=40, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * width
-    )
-    model = CrammedBertForMaskedLM(config)
+    model = CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config(**changes))
     if spectral is not None:
         condition(model, spectral)
     return model
@@ -124,11 +119,6 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
 # --- continuing ------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +147,8 @@ def test_a_new_process_continues_bit_for_bit(tmp_path):
         shutil.copytree(original.save(middle), tmp_path / f"{name}-resumed" / "checkpoint-000005")
         uninterrupted[name] = original.save(train(original, middle, 15))
     command = [sys.executable, __file__, str(tmp_path / "stock-resumed"), str(tmp_path / "svd-resumed")]
-    subprocess.run(command, check=True, timeout=300)
+    paths = os.pathsep.join(sys.path)  # among them that of `models`
+    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PYTHONPATH": paths})
     for name, folder in uninterrupted.items():
         assert contents(tmp_path / f"{name}-resumed" / "checkpoint-000015") == contents(folder)
 
@@ -178,7 +169,7 @@ def test_two_processes_continue_bit_for_bit_sharded_or_not(tmp_path):
         progress = alone.resume()
         assert progress is not None
         assert progress.step == 8
-        assert_same(weights(alone.parts.model), load_whole(tmp_path / kind / "checkpoint-000008"))
+        assert_bit_equal(weights(alone.parts.model), load_whole(tmp_path / kind / "checkpoint-000008"))
 
 
 def load_whole(folder: Path) -> dict[str, torch.Tensor]:
@@ -194,7 +185,7 @@ def test_a_checkpoint_is_a_model_for_the_auto_classes(tmp_path):
     folder = checkpoints.save(train(checkpoints, Progress(), 3))
     loaded = AutoModelForMaskedLM.from_pretrained(folder)
     assert type(loaded) is type(checkpoints.parts.model)
-    assert_same(weights(loaded), weights(checkpoints.parts.model))
+    assert_bit_equal(weights(loaded), weights(checkpoints.parts.model))
     assert loaded.decoder.weight is loaded.get_input_embeddings().weight
     assert len(AutoTokenizer.from_pretrained(folder)) == 6
     stored = load_file(folder / "model.safetensors")
@@ -202,85 +193,19 @@ def test_a_checkpoint_is_a_model_for_the_auto_classes(tmp_path):
 
 
 def test_a_vision_transformer_whose_checkpoints_have_other_names_comes_back(tmp_path):
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    first, second = (condition_vit(config, seed) for seed in (0, 1))
+    first, second = (conditioned_vit(seed) for seed in (0, 1))
     make = [Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(model), {}) for model in (first, second)]
     folder = make[0].save(Progress(1))
     assert make[1].resume() == Progress(1)
-    assert_same(weights(second), weights(first))
-    assert_same(weights(AutoModelForImageClassification.from_pretrained(folder)), weights(first))
+    assert_bit_equal(weights(second), weights(first))
+    assert_bit_equal(weights(AutoModelForImageClassification.from_pretrained(folder)), weights(first))
 
 
-def condition_vit(config: ViTConfig, seed: int) -> ViTForImageClassification:
+def conditioned_vit(seed: int) -> ViTForImageClassification:
     torch.manual_seed(seed)
-    model = ViTForImageClassification(config)
+    model = ViTForImageClassification(ARCHITECTURES["vit"].config())
     condition(model, SpectralConfig(method="svd"))
     return model
-
-
-def test_random_numbers_of_every_kind_go_on(tmp_path):
-    checkpoints = make_checkpoints(tmp_path)
-    checkpoints.save(Progress(1))
-    drawn = random.random(), np.random.rand(), np.random.randn(), torch.rand(1)  # noqa: NPY002
-    make_checkpoints(tmp_path).resume()
-    assert drawn == (random.random(), np.random.rand(), np.random.randn(), torch.rand(1))  # noqa: NPY002
-
-
-def test_the_loss_scaler_is_restored(tmp_path):
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    parts = make_parts(make_model(), scaler=scaler)
-    scaler.scale(
-        parts.model(input_ids=torch.ones(1, 2, dtype=int), labels=torch.ones(1, 2, dtype=int)).loss
-    ).backward()
-    scaler.step(parts.optimizer)
-    scaler.update()
-    assert scaler.get_scale() == 16
-    Checkpoints(tmp_path, Accelerator(cpu=True), parts, {}).save(Progress(1))
-    new_scaler = torch.amp.GradScaler("cpu")
-    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model(), scaler=new_scaler), {}).resume()
-    assert new_scaler.state_dict() == scaler.state_dict()
-
-
-def test_other_optimizers_and_parameters_that_were_never_stepped(tmp_path):
-    def parts_of(model):
-        rest = [parameter for parameter in model.parameters() if parameter is not model.decoder.weight]
-        groups = [{"params": [model.decoder.weight], "lr": torch.tensor(0.3), "momentum": 0.5}, {"params": rest}]
-        return TrainingParts(model, torch.optim.SGD(groups, lr=0.1))
-
-    parts = parts_of(make_model())
-    parts.model.decoder.weight.grad = torch.ones_like(parts.model.decoder.weight)
-    parts.optimizer.step()
-    Checkpoints(tmp_path, Accelerator(cpu=True), parts, {}).save(Progress(1))
-    restored = parts_of(make_model(seed=3))
-    Checkpoints(tmp_path, Accelerator(cpu=True), restored, {}).resume()
-    assert restored.optimizer.param_groups[0]["lr"] == torch.tensor(0.3)
-    momentum = restored.optimizer.state[restored.model.decoder.weight]["momentum_buffer"]
-    assert torch.equal(momentum, parts.optimizer.state[parts.model.decoder.weight]["momentum_buffer"])
-    assert len(restored.optimizer.state) == len(parts.optimizer.state) == 1
-
-
-def test_a_checkpoint_before_the_first_step_changes_nothing(tmp_path):
-    # (Some ways to collect an optimizer's state make one where there is none.)
-    reference = make_checkpoints(tmp_path / "a")
-    train(reference, Progress(), 2)
-    saved = make_checkpoints(tmp_path / "b")
-    saved.save(Progress())
-    assert not saved.parts.optimizer.state
-    train(saved, Progress(), 2)
-    assert_same(weights(saved.parts.model), weights(reference.parts.model))
-
-
-def test_a_wrapped_model_is_refused():
-    with pytest.raises(ValueError, match=r"before accelerator\.prepare"):
-        make_parts(nn.Sequential(make_model()))
 
 
 def test_nothing_else_than_numbers_text_and_tensors_is_saved(tmp_path):
@@ -288,17 +213,7 @@ def test_nothing_else_than_numbers_text_and_tensors_is_saved(tmp_path):
     checkpoints.parts.optimizer.param_groups[1]["note"] = {"a": object()}
     with pytest.raises(TypeError, match="optimizer/groups/1/note/a is a object"):
         checkpoints.save(Progress(1))
-
-
-def test_json_keeps_kinds_and_keys():
-    tree = {1: (True, None, [0.1, float("inf")]), "a": {}, "tuple": [], "t": torch.arange(2)}
-    tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps(checkpointing.to_json(tree, tensors, ""))
-    restored = checkpointing.from_json(json.loads(text), tensors)
-    assert torch.equal(restored.pop("t"), tree.pop("t"))
-    assert restored == tree
-    assert isinstance(restored[1], tuple)
-    assert list(tensors) == ["t"]
+    assert names(tmp_path) == []
 
 
 # --- keeping the last ones -------------------------------------------------------------------------------------------
@@ -442,7 +357,7 @@ def test_other_settings_are_refused_with_the_differences(tmp_path):
         '  new: "(not recorded)" -> true',
         "To continue that run, give its settings; to train with these, start a new run in another folder.",
     ]
-    assert_same(weights(parts.model), before)
+    assert_bit_equal(weights(parts.model), before)
 
 
 def test_settings_declared_free_may_change(tmp_path):
@@ -451,31 +366,6 @@ def test_settings_declared_free_may_change(tmp_path):
     parts = make_parts(make_model())
     free = Checkpoints(tmp_path, Accelerator(cpu=True), parts, description, free_to_change=["logging_steps"])
     assert free.resume() == Progress(1)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: make_parts(make_model(width=24)), r"for embeddings\S*, .*, it has \(40, 16\)|another one: for"),
-        (lambda: make_parts(make_model(SpectralConfig(method="svd"))), "correction, .* it has nothing"),
-        (
-            lambda: TrainingParts(model := make_model(), torch.optim.AdamW(model.parameters())),
-            "groups its parameters otherwise",
-        ),
-    ],
-    ids=["width", "corrections", "groups"],
-)
-def test_parts_that_do_not_fit_are_refused(tmp_path, make, message):
-    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model()), {}).save(Progress(1))
-    with pytest.raises(CheckpointError, match=message):
-        Checkpoints(tmp_path, Accelerator(cpu=True), make(), {}).resume()
-
-
-def test_a_checkpoint_with_more_than_the_model_is_refused(tmp_path):
-    model = make_model(SpectralConfig(method="svd"))
-    Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(model), {}).save(Progress(1))
-    with pytest.raises(CheckpointError, match=r"this model has no .*correction"):
-        Checkpoints(tmp_path, Accelerator(cpu=True), make_parts(make_model()), {}).resume()
 
 
 # --- full disks ------------------------------------------------------------------------------------------------------
@@ -539,7 +429,8 @@ def test_a_small_disk(tmp_path, monkeypatch, estimate):
         if not estimate:
             monkeypatch.setattr(checkpointing, "bytes_of", lambda _: 0)
             monkeypatch.setattr(checkpointing, "SMALL_FILES_BYTES", 0)
-        checkpoints = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(width=128)), {}, keep_last=5)
+        width = {"hidden_size": 128, "intermediate_size": 256}
+        checkpoints = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(**width)), {}, keep_last=5)
         progress = train(checkpoints, Progress(), 1)  # so that there are moments to save
         saved = []
         with pytest.raises(DiskFullError, match="Free at least") as refusal:  # noqa: PT012  how many fit is the disk's affair
@@ -551,7 +442,7 @@ def test_a_small_disk(tmp_path, monkeypatch, estimate):
         assert names(disk) == [checkpointing.checkpoint_name(step) for step in saved]
         if not estimate:
             assert saved
-            resumed = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(width=128)), {})
+            resumed = Checkpoints(disk, Accelerator(cpu=True), make_parts(make_model(**width)), {})
             assert resumed.resume().step == saved[-1]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -587,7 +478,7 @@ def test_kills_at_random_moments_leave_only_whole_checkpoints(tmp_path):
     # Every life continued where the one before had been saved.
     reference = make_checkpoints(tmp_path / "reference", DYNAMIC_SVD)
     train(reference, Progress(), reached)
-    assert_same(weights(resumed.parts.model), weights(reference.parts.model))
+    assert_bit_equal(weights(resumed.parts.model), weights(reference.parts.model))
     assert (
         progress.record["losses"]
         == train(make_checkpoints(tmp_path / "b", DYNAMIC_SVD), Progress(), reached).record["losses"]
