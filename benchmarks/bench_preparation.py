@@ -22,8 +22,9 @@ from typing import Any
 
 from hf_specattn.training.atomic_files import write_bytes, write_json
 from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING
+from hf_specattn.training.streams import file_stream, split_stream
 from hf_specattn.training.text_files import file_documents
-from hf_specattn.training.token_cache import file_stream, prepare_tokenizer, prepare_tokens, split_stream
+from hf_specattn.training.token_cache import prepare_tokenizer, prepare_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20

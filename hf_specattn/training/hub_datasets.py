@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .documents import CorpusError, Document
-from .token_cache import CorpusStream, estimated_characters, file_digest, limit_documents
+from .streams import CorpusStream, estimated_characters, file_digest, limit_documents
 
 ROWS_PER_BATCH = 100  # of some kilobytes to some megabytes each
 

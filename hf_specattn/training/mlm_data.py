@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from .cleaning import NO_CLEANING, Cleaning
 from .corpora import load_corpora
 from .packing import pack_documents, require_sequences
-from .token_cache import CorpusStream, TokenCache, prepare_tokenizer, prepare_tokens, split_stream
+from .streams import CorpusStream, split_stream
+from .token_cache import TokenCache, prepare_tokenizer, prepare_tokens
 from .tokenization import load_tokenizer, train_wordpiece
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from hf_specattn.training.documents import CorpusError
 from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_cached_mlm_data, prepare_mlm_data
-from hf_specattn.training.token_cache import file_stream
+from hf_specattn.training.streams import file_stream
 
 
 @pytest.fixture

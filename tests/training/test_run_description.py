@@ -5,7 +5,8 @@ from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfi
 from hf_specattn.training import run_description
 from hf_specattn.training.mlm_data import MlmData
 from hf_specattn.training.run_description import model_description, sequences_fingerprint
-from hf_specattn.training.token_cache import TokenCache, file_stream, prepare_tokens
+from hf_specattn.training.streams import file_stream
+from hf_specattn.training.token_cache import TokenCache, prepare_tokens
 
 
 def test_a_fingerprint_tells_shapes_and_values_apart_and_not_integer_widths(monkeypatch):

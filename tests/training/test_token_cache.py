@@ -13,24 +13,15 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_specattn.training import packing, token_cache
+from hf_specattn.training import packing, streams, token_cache
 from hf_specattn.training.batching import BatchOrder
 from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
-from hf_specattn.training.corpora import split_documents
 from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.mlm_data import MlmData
 from hf_specattn.training.packing import pack_documents
+from hf_specattn.training.run_description import sequences_fingerprint
+from hf_specattn.training.streams import CorpusStream, file_stream, split_stream
 from hf_specattn.training.text_files import file_documents
-from hf_specattn.training.token_cache import (
-    CorpusStream,
-    TokenCache,
-    file_stream,
-    limit_documents,
-    prepare_tokenizer,
-    prepare_tokens,
-    split_stream,
-    training_sample,
-)
+from hf_specattn.training.token_cache import TokenCache, prepare_tokenizer, prepare_tokens
 from hf_specattn.training.tokenization import train_wordpiece
 
 TEXTS = [
@@ -131,7 +122,6 @@ def test_documents_in_parts_are_one_document(tokenizer, tmp_path):
     cache = prepare_tokens(memory_stream(parts), tokenizer, 8, cache_dir=tmp_path)
     assert np.array_equal(cache.tokens, pack_documents(DOCUMENTS, tokenizer, 8))
     assert cache.manifest["documents"] == len(DOCUMENTS)
-    assert list(limit_documents(parts, 5)) == [part for part in parts if int(part.name[2:]) < 5]
 
 
 def test_a_tokenizer_with_spaces_in_its_tokens_sees_whole_documents(tmp_path, monkeypatch):
@@ -152,11 +142,10 @@ def test_a_tokenizer_with_spaces_in_its_tokens_sees_whole_documents(tmp_path, mo
         assert np.array(cache.tokens).flatten().tolist() == ids
 
 
-def test_a_long_document_of_a_file_comes_in_parts(tokenizer, tmp_path, monkeypatch):
+def test_a_long_document_of_a_file_is_one_document(tokenizer, tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(TEXTS))
-    monkeypatch.setattr(token_cache, "PART_CHARACTERS", 50)
-    assert len(list(file_stream([path]).documents())) > 20
+    monkeypatch.setattr(streams, "PART_CHARACTERS", 50)
     cache = prepare_tokens(file_stream([path]), tokenizer, 8, cache_dir=tmp_path / "cache")
     assert cache.manifest["documents"] == 1
     assert np.array_equal(cache.tokens, pack_documents(list(file_documents(path)), tokenizer, 8))
@@ -168,12 +157,7 @@ def test_several_files_follow_each_other(tokenizer, tmp_path):
     paths.append(tmp_path / "b.txt.gz")
     paths[2].write_bytes(gzip.compress(b"zipped. " * 50))
     documents = [document for path in paths for document in file_documents(path)]
-    stream = file_stream(paths)
-    assert [document.text for document in stream.documents()] == [document.text for document in documents]
-    names = [document.name for document in stream.documents()]
-    assert len(set(names)) == len(names)
-    assert (names[0], names[60], names[120]) == ("a.txt:0", "1/a.txt:0", "b.txt.gz:0")
-    cache = prepare_tokens(stream, tokenizer, 8, cache_dir=tmp_path / "cache")
+    cache = prepare_tokens(file_stream(paths), tokenizer, 8, cache_dir=tmp_path / "cache")
     assert np.array_equal(cache.tokens, pack_documents(documents, tokenizer, 8))
 
 
@@ -218,7 +202,7 @@ def test_fingerprint_is_that_of_sequences_in_memory(tokenizer, tmp_path, monkeyp
     monkeypatch.setattr(token_cache, "SCAN_TOKENS", 40)
     cache = prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)
     packed = pack_documents(DOCUMENTS, tokenizer, 8)
-    assert cache.fingerprint == MlmData(tokenizer, packed, packed, "").validation_fingerprint
+    assert cache.fingerprint == sequences_fingerprint(packed)
 
 
 # ------------------------------------------------------------------------------------------------- order
@@ -304,21 +288,6 @@ def test_the_key_changes_with_each_ingredient(tokenizer, tmp_path, encoded):
     before = encoded[0]
     assert prepare_tokens(file_stream([tmp_path / "moved" / "a.txt"]), tokenizer, 8, cache_dir=cache_dir)
     assert encoded[0] == before
-
-
-def test_large_files_are_told_apart_by_blocks_size_and_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "WHOLE_DIGEST_BYTES", 1000)
-    monkeypatch.setattr(token_cache, "DIGEST_BLOCK_BYTES", 64)
-    path = tmp_path / "a.txt"
-    digests = []
-    for content, changed in ((b"a" * 50_000, 1), (b"a" * 50_001, 1), (b"a" * 50_000, 2), (b"a" * 49_999 + b"b", 1)):
-        path.write_bytes(content)
-        os.utime(path, (changed, changed))
-        digests.append(token_cache.file_digest(path))
-    assert len(set(digests)) == 4
-    path.write_bytes(b"a" * 50_000)
-    os.utime(path, (1, 1))
-    assert token_cache.file_digest(path) == digests[0]
 
 
 # ------------------------------------------------------------------------------------------------- faults
@@ -444,40 +413,6 @@ def test_others_preparations_are_no_leftovers(tokenizer, tmp_path):
         assert token_cache._partial(busy).is_dir()
     prepare_tokens(memory_stream(), tokenizer, 9, cache_dir=tmp_path)
     assert not token_cache._partial(busy).exists()
-
-
-# ------------------------------------------------------------------------------------------------- streams
-
-
-@pytest.mark.parametrize("fraction", [0.1, 0.5, 1e-9, 1 - 1e-9])
-@pytest.mark.parametrize("count", [2, 7, 60])
-def test_split_of_a_stream_is_that_of_a_list(fraction, count):
-    train, validation = split_stream(memory_stream(DOCUMENTS[:count]), fraction)
-    expected = split_documents(DOCUMENTS[:count], fraction)
-    assert (list(train.documents()), list(validation.documents())) == expected
-
-
-def test_a_single_document_in_parts_cannot_be_split():
-    parts = [Document("d", "a\n"), Document("d", "b\n")]
-    train, _ = split_stream(memory_stream(parts), 0.5)
-    with pytest.raises(CorpusError, match=r"memory is a single document.*--validation_file"):
-        list(train.documents())
-
-
-def test_a_missing_file_is_named_at_once(tmp_path):
-    with pytest.raises(CorpusError, match=r"gone\.txt does not exist"):
-        file_stream([corpus_file(tmp_path / "a.txt"), tmp_path / "gone.txt"])
-
-
-def test_the_sample_is_spread_over_the_corpus():
-    documents = [Document(f"d:{index}", "x" * 100) for index in range(1000)]
-    numbers = [int(document.name[2:]) for document in training_sample(memory_stream(documents), 10_000)]
-    assert len(numbers) == 100
-    assert max(np.diff(numbers)) <= 11
-    assert numbers[-1] > 950
-    assert list(training_sample(memory_stream(documents), 10**9)) == documents
-    unknown = CorpusStream(lambda: iter(documents), {}, "stream")
-    assert list(training_sample(unknown, 1000)) == documents[:10]
 
 
 def test_a_trained_tokenizer_is_kept(tmp_path, monkeypatch):
