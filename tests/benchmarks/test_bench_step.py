@@ -1,22 +1,21 @@
 """bench_step.py at its tiny scale: statistics and counts against numbers worked out by hand. Times are never asserted."""
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
+from scripts_loading import REPOSITORY, load_script
 
 from hf_specattn import fold
 from hf_specattn.layers import SpectralLayer
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_step.py"
+SCRIPT = REPOSITORY / "benchmarks" / "bench_step.py"
 TINY = ["--scale", "tiny", "--device", "cpu", "--rounds", "6", "--batch_size", "2"]
 TINY += ["--sequence_length", "8", "--image_size", "32"]
 WIDTH, FEED_FORWARD, LAYERS, VOCABULARY = 32, 64, 2, 128  # of bert at that scale
@@ -25,12 +24,7 @@ BATCH, LENGTH = 2, 8
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_step", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their types up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(SCRIPT)
 
 
 @pytest.fixture

@@ -1,26 +1,20 @@
 """The table and picture of compare_runs.py on small records, and all that it refuses."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from scipy import stats
+from scripts_loading import REPOSITORY, load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compare_runs.py"
+SCRIPT = REPOSITORY / "scripts" / "compare_runs.py"
 
 LOSSES = {"stock": (3.10, 3.40, 3.05), "identity": (3.00, 3.35, 2.99)}
 
 
 @pytest.fixture(scope="module")
 def compare_runs():
-    spec = importlib.util.spec_from_file_location("compare_runs", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their types up there
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(SCRIPT)
 
 
 def write_run(folder, seed, loss, facts=(), **arguments):

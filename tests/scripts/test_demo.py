@@ -1,9 +1,7 @@
 """The demonstration: the numbers of its table, and the whole of it in small."""
 
-import importlib.util
 import json
 import math
-import pathlib
 import sys
 
 import numpy as np
@@ -11,22 +9,18 @@ import pytest
 import torch
 from accelerate.utils import set_seed
 from PIL import Image
+from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition, fold
 from hf_specattn.layers import spectral_layers
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "demo.py"
 
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def tiny_model():

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import pathlib
@@ -9,13 +8,13 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
 
 from hf_specattn.training.evaluation import evaluate_mlm
 from hf_specattn.training.masking import MaskingRule
 from hf_specattn.training.mlm_data import MlmDataSettings, prepare_mlm_data
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "pretrain_mlm.py"
 
 MODEL = ["--hidden_size", "16", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--intermediate_size", "32"]
@@ -28,11 +27,7 @@ IDENTITY = ["--spectral_conditioning", "--lambda_", "1.0"]
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("pretrain_mlm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_mlm"] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(autouse=True)

@@ -19,11 +19,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
+from scripts_loading import REPOSITORY, load_script
 from test_pretrain_mlm import (  # noqa: F401  fixtures among them
     DYNAMIC,
     IDENTITY,
     MODEL,
-    REPOSITORY,
     SCRIPT,
     corpus,
     fresh_accelerator_state,
@@ -89,7 +89,8 @@ class Moment(NamedTuple):
 def users_environment() -> dict[str, str]:
     """Return the environment without the test suite's setting that makes products independent of where weights lie."""
     variables = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
-    return variables | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    return variables | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
 class Server:
@@ -142,10 +143,7 @@ class Server:
 
 def serve() -> None:
     """For each line, an order in JSON, fork a process that runs the script; print its number, then its wait status."""
-    spec = importlib.util.spec_from_file_location("pretrain_mlm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pretrain_mlm"] = module
-    spec.loader.exec_module(module)
+    module = load_script(SCRIPT)
     for line in sys.stdin:
         order = json.loads(line)
         process = os.fork()
