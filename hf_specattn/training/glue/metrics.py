@@ -1,0 +1,183 @@
+"""GLUE's metrics as pure functions of predictions and labels, and the scores of a task by them.
+
+Definitions are scikit-learn's and SciPy's; nothing but NumPy is needed. `glue_metric` offers the same scores through the API
+of the `evaluate` library.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .tasks import HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueTask
+
+
+class UndefinedScoreError(ValueError):
+    """The metric has no value for these predictions and labels; the message says why."""
+
+
+def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return the share of predictions that equal their label."""
+    predicted, expected = _classes(predictions, labels)
+    return float((predicted == expected).mean())
+
+
+def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return the harmonic mean of precision and recall of class 1, `2 TP / (2 TP + FP + FN)`.
+
+    0 where neither predictions nor labels have a 1, as in scikit-learn: nothing was found.
+    """
+    true_positives, false_positives, false_negatives, _ = _confusion(predictions, labels)
+    found = 2 * true_positives + false_positives + false_negatives
+    return 2 * true_positives / found if found else 0.0
+
+
+def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return Pearson's correlation of two binary variables (Matthews, 1975), between -1 and 1.
+
+    0 where predictions or labels are of one class only, as in scikit-learn: they tell nothing.
+    """
+    true_positives, false_positives, false_negatives, true_negatives = _confusion(predictions, labels)
+    covariance = true_positives * true_negatives - false_positives * false_negatives
+    product = (
+        (true_positives + false_positives)
+        * (true_positives + false_negatives)
+        * (true_negatives + false_positives)
+        * (true_negatives + false_negatives)
+    )
+    return covariance / math.sqrt(product) if product else 0.0
+
+
+def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return Pearson's correlation, between -1 and 1.
+
+    Raises:
+        UndefinedScoreError: if all predictions or all labels are equal, or there is one example only.
+    """
+    predicted, expected = _scores(predictions, labels)
+    return _correlation(predicted, expected)
+
+
+def spearmanr(predictions: ArrayLike, labels: ArrayLike) -> float:
+    """Return Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs.
+
+    Raises:
+        UndefinedScoreError: as in `pearson`.
+    """
+    predicted, expected = _scores(predictions, labels)
+    return _correlation(_mean_ranks(predicted), _mean_ranks(expected))
+
+
+FUNCTIONS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews_correlation": matthews_correlation,
+    "pearson": pearson,
+    "spearmanr": spearmanr,
+}
+
+
+def score(task: GlueTask, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Return all metrics of a task, by name, as fractions of 1.
+
+    Args:
+        task: From `TASKS`.
+        predictions, labels: `(examples,)`: class numbers, or scores for a regression.
+
+    Raises:
+        UndefinedScoreError: where a metric has no value for these predictions; the message says why.
+        ValueError: for unequal numbers of both, none, a class that the task does not have, nan and infinities.
+    """
+    if not task.is_regression:
+        _require_classes_below(task, predictions, "predictions")
+        _require_classes_below(task, labels, "labels")
+    try:
+        return {name: FUNCTIONS[name](predictions, labels) for name in task.metrics}
+    except UndefinedScoreError as error:
+        raise UndefinedScoreError(f"{task.title}: {error}") from error
+
+
+def predictions_from_logits(task: GlueTask, logits: NDArray[np.floating]) -> NDArray[Any]:
+    """Return what a model predicts, `(examples,)`: the class of the largest logit, or the score within its range.
+
+    Scores of a regression are cut to the range of its labels, as submissions must be.
+
+    Args:
+        task: From `TASKS`.
+        logits: `(examples, outputs)`.
+    """
+    if task.is_regression:
+        return np.clip(logits[:, 0].astype(np.float64), LOWEST_SIMILARITY, HIGHEST_SIMILARITY)
+    return logits.argmax(axis=1)
+
+
+def _pair(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
+    predicted, expected = np.asarray(predictions), np.asarray(labels)
+    if predicted.shape != expected.shape or predicted.ndim != 1:
+        raise ValueError(
+            f"Predictions have the shape {predicted.shape} and labels {expected.shape}; give one number per example to both."
+        )
+    if predicted.size == 0:
+        raise ValueError("There is no example to score.")
+    return predicted, expected
+
+
+def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    predicted, expected = _pair(predictions, labels)
+    for name, values in (("predictions", predicted), ("labels", expected)):
+        if not np.issubdtype(values.dtype, np.integer):
+            raise ValueError(f"The {name} are of type {values.dtype}; classes are whole numbers.")
+    return predicted, expected
+
+
+def _require_classes_below(task: GlueTask, values: ArrayLike, name: str) -> None:
+    classes = np.asarray(values)
+    if classes.size and not (classes.min() >= 0 and classes.max() < len(task.labels)):
+        raise ValueError(
+            f"{task.title} has the classes 0 to {len(task.labels) - 1}, but the {name} reach from {classes.min()} to "
+            f"{classes.max()}."
+        )
+
+
+def _confusion(predictions: ArrayLike, labels: ArrayLike) -> tuple[int, int, int, int]:
+    """Return true positives, false positives, false negatives and true negatives of class 1, as unbounded integers."""
+    predicted, expected = _classes(predictions, labels)
+    found = np.union1d(predicted, expected)
+    if not np.isin(found, (0, 1)).all():
+        raise ValueError(f"This metric is for the classes 0 and 1; got {', '.join(map(str, found))}.")
+    positive, is_one = predicted == 1, expected == 1
+    pairs = (positive & is_one, positive & ~is_one, ~positive & is_one, ~positive & ~is_one)
+    true_positives, false_positives, false_negatives, true_negatives = (int(found.sum()) for found in pairs)
+    return true_positives, false_positives, false_negatives, true_negatives
+
+
+def _scores(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    predicted, expected = (np.asarray(values, dtype=np.float64) for values in _pair(predictions, labels))
+    for name, values in (("predictions", predicted), ("labels", expected)):
+        if not np.isfinite(values).all():
+            raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} {name} are nan or infinite.")
+        if (values == values[0]).all():
+            raise UndefinedScoreError(
+                f"all {values.size} {name} are {values[0]:g}, and a correlation with a constant is not defined"
+            )
+    return predicted, expected
+
+
+def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
+    left, right = _direction(left), _direction(right)
+    return min(1.0, max(-1.0, float(left @ right)))
+
+
+def _direction(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the deviations from the mean, with norm 1."""
+    deviations = values - values.mean()
+    deviations /= np.abs(deviations).max()  # first, so that no square underflows
+    return deviations / np.linalg.norm(deviations)
+
+
+def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[groups]
