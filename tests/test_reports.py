@@ -6,16 +6,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from models import ARCHITECTURES, HEADS, WIDTH
+from transformers import BertModel
 
 from hf_specattn import SpectralConfig, condition, format_reports
 
 
 def bert(scale=1.0):
-    config = BertConfig(
-        vocab_size=30, hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
-    )
-    model = BertModel(config).double()
+    model = BertModel(ARCHITECTURES["bert"].config(num_hidden_layers=1)).double()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("query.weight", "key.weight", "value.weight")):
@@ -33,12 +31,12 @@ def test_values(granularity, scale):
     assert [report.projection for report in reports] == ["query", "key", "value"]
     for report in reports:
         weight = stock.get_submodule(report.name).weight.detach().numpy()
-        blocks = np.split(weight, 4)
+        blocks = np.split(weight, HEADS)
         lambda_ = config.lambda_for(report.projection)
         corrected = (
-            np.concatenate([block + lambda_ * np.eye(6, 24) for block in blocks])
+            np.concatenate([block + lambda_ * np.eye(WIDTH // HEADS, WIDTH) for block in blocks])
             if granularity == "head"
-            else weight + lambda_ * np.eye(24)
+            else weight + lambda_ * np.eye(WIDTH)
         )
         sigma = np.linalg.svd(weight, compute_uv=False)
         assert (report.sigma_max, report.sigma_min) == pytest.approx((sigma[0], sigma[-1]), rel=1e-9)
@@ -46,7 +44,7 @@ def test_values(granularity, scale):
         assert report.kappa_after == pytest.approx(np.linalg.cond(corrected), rel=1e-9)
         assert report.before.head_kappa == pytest.approx([np.linalg.cond(block) for block in blocks], rel=1e-9)
         assert report.after.head_kappa == pytest.approx(
-            [np.linalg.cond(block) for block in np.split(corrected, 4)], rel=1e-9
+            [np.linalg.cond(block) for block in np.split(corrected, HEADS)], rel=1e-9
         )
         assert report.kappa_fell == (np.linalg.cond(corrected) < np.linalg.cond(weight))
         largest = max(np.linalg.norm(block, 2) for block in (blocks if granularity == "head" else [weight]))

@@ -4,23 +4,15 @@ import math
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from models import ARCHITECTURES
+from transformers import BertModel
 
 from hf_specattn import SpectralConfig, condition
 from hf_specattn.diagnostics import attention_entropy
 
 
 def bert(**settings):
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=16,
-        **settings,
-    )
-    return BertModel(config)
+    return BertModel(ARCHITECTURES["bert"].config(**settings))
 
 
 def test_zero_logits_give_uniform_attention():

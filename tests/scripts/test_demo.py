@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
+from models import ARCHITECTURES, VOCABULARY, WIDTH
 from PIL import Image
 from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition, fold
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, fold
 from hf_specattn.layers import spectral_layers
 
 SCRIPT = REPOSITORY / "scripts" / "demo.py"
@@ -24,18 +25,7 @@ def demo():
 
 
 def tiny_model():
-    return CrammedBertForMaskedLM(
-        CrammedBertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=12,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-    ).eval()
+    return CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config(num_hidden_layers=3)).eval()
 
 
 def test_median_kappas(demo):
@@ -44,12 +34,12 @@ def test_median_kappas(demo):
     condition(model, SpectralConfig(lambda_=1.0))
     raw, effective = demo.median_kappas(model)["key"]
     assert raw == pytest.approx(np.median([np.linalg.cond(weight) for weight in weights]), rel=1e-6)
-    corrected = [np.linalg.cond(weight + np.eye(16)) for weight in weights]
+    corrected = [np.linalg.cond(weight + np.eye(WIDTH)) for weight in weights]
     assert effective == pytest.approx(np.median(corrected), rel=1e-4)
 
 
 def test_fold_difference(demo):
-    batch = {"input_ids": torch.randint(0, 40, (2, 12))}
+    batch = {"input_ids": torch.randint(0, VOCABULARY, (2, 12))}
     assert demo.fold_difference(tiny_model(), batch) == 0.0
     model = tiny_model()
     condition(model, SpectralConfig("svd"))
@@ -71,7 +61,7 @@ def test_fold_difference_sees_a_wrong_fold(demo, monkeypatch):
     monkeypatch.setattr(demo, "fold", fold_and_lose_the_corrections)
     model = tiny_model()
     condition(model, SpectralConfig(lambda_=1.0))
-    assert demo.fold_difference(model, {"input_ids": torch.randint(0, 40, (2, 12))}) > 1e-2
+    assert demo.fold_difference(model, {"input_ids": torch.randint(0, VOCABULARY, (2, 12))}) > 1e-2
 
 
 @pytest.mark.parametrize("settings", [{}, {"lambda_": 1.0}, {"method": "svd"}])

@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from models import ARCHITECTURES
 from scripts_loading import REPOSITORY, load_script
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, pipeline
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, pipeline
 
 from hf_specattn.training.evaluation import evaluate_mlm
 from hf_specattn.training.masking import MaskingRule
@@ -225,14 +226,7 @@ def test_a_stock_checkpoint_is_conditioned_while_loading(pretrain):
 def test_other_architectures_train_too(pretrain, tmp_path):
     first = pretrain(name="tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(first)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
+    config = ARCHITECTURES["bert"].config(vocab_size=len(tokenizer))
     BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     folder = pretrain("--model_name_or_path", str(tmp_path / "bert"), *SVD, name="second", new_model=False)

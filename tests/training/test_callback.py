@@ -1,16 +1,14 @@
 import pytest
 import torch
+from models import ARCHITECTURES
 from transformers import Trainer, TrainingArguments
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.training.callback import SpectralCallback
 
 
 def tiny_model() -> CrammedBertForMaskedLM:
-    config = CrammedBertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    return CrammedBertForMaskedLM(config)
+    return CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config(num_hidden_layers=1))
 
 
 def train(model, folder, *, max_steps: int, accumulation: int = 1) -> None:

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from models import ARCHITECTURES, VOCABULARY
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_specattn.training.evaluation import (
     EVALUATION_EPOCH,
     EVALUATION_SEED,
@@ -12,28 +11,17 @@ from hf_specattn.training.evaluation import (
 )
 from hf_specattn.training.masking import MaskingRule
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "pad_token_id": 0,
-}
-RULE = MaskingRule(mask_token_id=4, vocab_size=50)
+RULE = MaskingRule(mask_token_id=4, vocab_size=VOCABULARY)
 
 
 @pytest.fixture(scope="module")
 def sequences():
-    return np.random.default_rng(0).integers(5, 50, size=(23, 16), dtype=np.uint16)
+    return np.random.default_rng(0).integers(5, VOCABULARY, size=(23, 16), dtype=np.uint16)
 
 
 @pytest.fixture(params=["crammed_bert", "bert"])
 def model(request):
-    torch.manual_seed(0)
-    if request.param == "bert":
-        return BertForMaskedLM(BertConfig(**SIZES, max_position_embeddings=16))
-    return CrammedBertForMaskedLM(CrammedBertConfig(**SIZES))
+    return ARCHITECTURES[request.param].model("AutoModelForMaskedLM", torch.float32)
 
 
 def test_the_loss_is_the_mean_over_all_predictions(model, sequences):
@@ -98,8 +86,8 @@ def test_training_mode_is_left_as_it_was_and_dropout_is_off(model, sequences, tr
 
 
 def test_only_crammed_bert_takes_positions():
-    assert accepts_masked_positions(CrammedBertForMaskedLM(CrammedBertConfig(**SIZES)))
-    assert not accepts_masked_positions(BertForMaskedLM(BertConfig(**SIZES)))
+    assert accepts_masked_positions(ARCHITECTURES["crammed_bert"].model("AutoModelForMaskedLM"))
+    assert not accepts_masked_positions(ARCHITECTURES["bert"].model("AutoModelForMaskedLM"))
 
 
 def test_no_sequence_is_refused(model):

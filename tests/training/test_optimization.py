@@ -1,14 +1,12 @@
 import torch
+from models import ARCHITECTURES, VOCABULARY
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.training.optimization import build_adamw, parameter_groups
 
 
 def tiny_model() -> CrammedBertForMaskedLM:
-    config = CrammedBertConfig(
-        vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16
-    )
-    model = CrammedBertForMaskedLM(config)
+    model = CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config())
     condition(model, SpectralConfig(method="svd"))
     return model
 
@@ -24,7 +22,7 @@ def test_each_parameter_is_in_one_group_once_tied_weights_included():
 
 def test_norms_biases_and_scalars_are_exempt_and_matrices_are_not():
     model = tiny_model()
-    model.decoder.bias = torch.nn.Parameter(torch.zeros(30))
+    model.decoder.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
     decayed, exempt = parameter_groups(model, 0.01)
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.01, 0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}

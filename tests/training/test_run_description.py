@@ -1,7 +1,8 @@
 import numpy as np
+from models import ARCHITECTURES, WIDTH
 from transformers import BertTokenizer
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.training import run_description
 from hf_specattn.training.mlm_data import MlmData
 from hf_specattn.training.run_description import model_description, sequences_fingerprint
@@ -35,12 +36,9 @@ def test_data_in_memory_and_in_a_cache_have_one_fingerprint(tmp_path):
 
 
 def test_a_model_is_described_by_what_it_computes(tmp_path):
-    config = CrammedBertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
-    model = CrammedBertForMaskedLM(config)
+    model = CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config())
     stock = model_description(model.config)
-    assert (stock["hidden_size"], stock["model_type"]) == (16, "crammed_bert")
+    assert (stock["hidden_size"], stock["model_type"]) == (WIDTH, "crammed_bert")
     model.save_pretrained(tmp_path)
     assert model_description(CrammedBertForMaskedLM.from_pretrained(tmp_path).config) == stock
     condition(model, SpectralConfig(lambda_=2.0))

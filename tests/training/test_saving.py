@@ -2,9 +2,10 @@ import os
 
 import pytest
 import torch
+from models import ARCHITECTURES
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.training.documents import Document
 from hf_specattn.training.saving import save_pretrained
 from hf_specattn.training.tokenization import train_wordpiece
@@ -13,10 +14,7 @@ from hf_specattn.training.tokenization import train_wordpiece
 @pytest.fixture
 def model_and_tokenizer():
     tokenizer = train_wordpiece([Document("d", "some words to save")], 60)
-    config = CrammedBertConfig(
-        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    model = CrammedBertForMaskedLM(config).eval()
+    model = CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config(vocab_size=len(tokenizer))).eval()
     condition(model, SpectralConfig(method="svd"))
     return model, tokenizer
 
