@@ -29,26 +29,25 @@ import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, set_seed
-from torch.optim.lr_scheduler import LRScheduler
+from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
-from transformers import AutoConfig, AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_specattn import condition, refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
-from hf_specattn.training.arguments import SpectralArguments, explicitly_given
-from hf_specattn.training.batching import BatchOrder
+from hf_specattn.training.arguments import SpectralArguments
+from hf_specattn.training.batching import Batch, BatchOrder
 from hf_specattn.training.checkpointing import (
     CheckpointError,
     Checkpoints,
@@ -69,41 +68,25 @@ from hf_specattn.training.metrics import (
     require_finite_gradient,
     require_finite_loss,
 )
-from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
+from hf_specattn.training.mlm_data import MlmData, prepare_mlm_data
 from hf_specattn.training.optimization import build_adamw
+from hf_specattn.training.plan import describe_plan, training_tokens
+from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arguments
 from hf_specattn.training.run_description import model_description, sequences_fingerprint
 from hf_specattn.training.saving import save_pretrained
-from hf_specattn.training.schedules import linear_schedule
+from hf_specattn.training.schedules import BudgetSchedule, learning_rate_factor, ramped_micro_steps
+from hf_specattn.training.sharding import configure_sharding
 from hf_specattn.training.throughput import LossWindow
+from hf_specattn.training.training_state import gather_weights
 
 logger = logging.getLogger("pretrain_mlm")
 
-# What decides the validation data of a run: --eval_only takes these from the run's metrics.json.
-DATA_SETTINGS = (
-    "train_file",
-    "validation_file",
-    "text_column",
-    "validation_fraction",
-    "max_seq_length",
-    "mlm_probability",
-)
-# Flags that shape a new model or tokenizer, and say nothing about a checkpoint.
-NEW_MODEL_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-AT_LEAST_ONE = (
-    *NEW_MODEL_SETTINGS,
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "max_seq_length",
-    "save_total_limit",
-)
 # What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
-# and forward passes may change, and so may everything about reporting and saving.
+# and forward passes may change (unless it grows by them), and so may everything about reporting and saving.
 RUN_SETTINGS = (
     "seed",
-    "max_steps",
+    "max_train_hours",
+    "batch_size_ramp",
     "learning_rate",
     "weight_decay",
     "max_grad_norm",
@@ -114,205 +97,18 @@ RUN_SETTINGS = (
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-@dataclass
-class PretrainArguments:
-    """Arguments of the run; the defaults are the demonstration."""
-
-    # Data.
-    train_file: str | None = field(
-        default=None,
-        metadata={"help": "Corpus: .txt, .jsonl, .json (each also .gz) or .parquet. None: embedded text."},
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "Validation corpus. None: documents held out from the training corpus."}
-    )
-    text_column: str = field(default="text", metadata={"help": "Key or column with the text (JSON, Parquet)."})
-    # A tenth of the embedded corpus is some 440 sequences, 14,000 predictions; of a large corpus take less.
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of documents held out for validation."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer to load. None: train WordPiece."})
-    vocab_size: int = field(default=4096, metadata={"help": "Largest vocabulary of a trained tokenizer."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens per packed sequence."})  # as in cramming
-    mlm_probability: float = field(default=0.25, metadata={"help": "Share of positions to predict."})  # cramming
-
-    # Model: 3.7 million parameters, so that 300 steps take three to four minutes on two cores.
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of a new model."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of a new model."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of a new model."})
-    # Four times the width, halved by the gate: cramming's proportions.
-    intermediate_size: int = field(
-        default=1024, metadata={"help": "Feed-forward width of a new model, gate included."}
-    )
-
-    # Optimization: cramming's values (see hf_specattn.training.optimization) at a batch that a CPU can do.
-    max_steps: int = field(default=300, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per process and forward pass."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same, for validation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    warmup_steps: int | None = field(default=None, metadata={"help": "Steps of linear warmup. None: a tenth."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled decay; biases and norms are exempt."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Clip the gradient's norm here; 0: never."})
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={"help": "no or bf16. None: what accelerate is configured for.", "choices": ["no", "bf16"]},
-    )
-    seed: int = field(default=0, metadata={"help": "Decides initialization, batch order and masking."})
-
-    # Reporting and saving.
-    output_dir: str = field(default="runs/pretrain_mlm", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
-    )
-    resume_from_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
-        },
-    )
-    # A checkpoint of the demonstration has 46 MB: weights, and twice as much of the optimizer's.
-    save_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
-        },
-    )
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
-    eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
-    report_to: list[str] | None = field(
-        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
-    eval_only: bool = field(
-        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation data; write nothing."}
-    )
-
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        if self.eval_only and self.model_name_or_path is None:
-            raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise ValueError(
-                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
-            )
-        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(
-                f"--warmup_steps {self.warmup_steps} must lie between 0 and --max_steps {self.max_steps}."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"--hidden_size {self.hidden_size} must be a multiple of --num_attention_heads {self.num_attention_heads}."
-            )
-        for name in ("hidden_size", "intermediate_size"):
-            if getattr(self, name) % 2:
-                raise ValueError(f"--{name} {getattr(self, name)} must be even (position table, gated feed-forward).")
-        if round(self.mlm_probability * self.max_seq_length) < 1:
-            raise ValueError(
-                f"--mlm_probability {self.mlm_probability} of --max_seq_length {self.max_seq_length} predicts no token."
-            )
-        available = [str(tracker) for tracker in get_available_trackers()]
-        if missing := sorted(set(self.report_to or ()) - {*available, "all"}):
-            raise ValueError(
-                f"--report_to {' '.join(missing)}: unknown or not installed; available here: "
-                f"{', '.join(available) or 'none'}."
-            )
-
-    def _check_numbers(self) -> None:
-        # Infinities and nan fail each comparison with an upper end.
-        bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
-        bounds += [
-            ("eval_steps", 0, 2**31),
-            ("save_steps", 0, 2**31),
-            ("seed", 0, 2**32 - 1),
-            ("weight_decay", 0, 1e9),
-            ("max_grad_norm", 0, 1e9),
-        ]
-        for name, low, high in bounds:
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:g}.")
-        if not 0 < self.learning_rate < 1e9:
-            raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
-        if not 0 < self.mlm_probability <= 1:
-            raise ValueError(f"--mlm_probability {self.mlm_probability} must be above 0 and at most 1.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
-
-
-def parse_arguments(argv: list[str]) -> tuple[PretrainArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
-    dataclasses: Any = (PretrainArguments, SpectralArguments)
-    parser = HfArgumentParser(dataclasses, description=__doc__.splitlines()[0])
-    try:
-        arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        if arguments.eval_only:
-            parser.set_defaults(**recorded_data_settings(arguments.model_name_or_path))
-            arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        else:
-            check_output_dir(arguments)
-        if arguments.model_name_or_path is not None:
-            if given := explicitly_given(parser, NEW_MODEL_SETTINGS, argv):
-                flags = ", ".join(f"--{name}" for name in sorted(given))
-                raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
-            check_checkpoint(arguments, spectral)
-        elif arguments.tokenizer_name is not None and explicitly_given(parser, ["vocab_size"], argv):
-            raise ValueError("--vocab_size: for a trained tokenizer only; leave it out beside --tokenizer_name.")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return arguments, spectral
-
-
-def check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
-    """Refuse a checkpoint that does not exist, is conditioned otherwise, or is too short, by its config alone."""
-    if arguments.eval_only and spectral.spectral_conditioning:
-        raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
-    path = str(arguments.model_name_or_path)
-    config = AutoConfig.from_pretrained(path, **spectral.to_loading_kwargs())
-    positions = getattr(config, "max_position_embeddings", arguments.max_seq_length)
-    if arguments.max_seq_length > positions:
-        raise ValueError(f"--max_seq_length {arguments.max_seq_length} exceeds the {positions} positions of {path}.")
-
-
-def check_output_dir(arguments: PretrainArguments) -> None:
-    """Refuse a folder in which files would be replaced that nobody said could be."""
-    directory = Path(arguments.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--output_dir {directory} is a file; name a folder.")
-    if arguments.overwrite_output_dir or not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not arguments.resume_from_checkpoint:
-        raise ValueError(
-            f"--output_dir {directory} is not empty. Name another folder, add --resume_from_checkpoint to continue the run "
-            "in it, or add --overwrite_output_dir to replace the files of an earlier run."
-        )
-    # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
-    if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
-        raise ValueError(
-            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
-            "folder, or give --overwrite_output_dir instead to train anew in this one."
-        )
-
-
-def recorded_data_settings(model_path: str) -> dict[str, Any]:
-    """Read which data a saved model was validated on; empty for a model that no run of this script wrote."""
-    file = Path(model_path) / METRICS_FILE
-    if not file.is_file():
-        return {}
-    recorded = json.loads(file.read_text(encoding="utf-8")).get("arguments", {})
-    return {name: recorded[name] for name in DATA_SETTINGS if name in recorded}
-
-
 def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         log_with=arguments.report_to,
         project_dir=arguments.output_dir,
+        dynamo_backend="inductor" if arguments.torch_compile else None,
         # One process prepares the data while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    for name in ("pretrain_mlm", "hf_specattn"):  # of the package: what it prepares, and skips
+        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not show_progress(arguments, accelerator):
         transformers_logging.disable_progress_bar()
     return accelerator
@@ -320,6 +116,22 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
 
 def show_progress(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
     return accelerator.is_main_process and sys.stderr.isatty() and not arguments.disable_tqdm
+
+
+def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
+    """Log what the run will do, before any of it is done."""
+    if not accelerator.is_main_process:
+        return
+    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
+    plan = describe_plan(
+        arguments,
+        spectral,
+        processes=accelerator.num_processes,
+        mixed_precision=accelerator.mixed_precision,
+        autocast=lambda: torch.autocast("cpu", half_precision) if half_precision else nullcontext(),
+    )
+    for line in plan:
+        logger.info(line)
 
 
 @dataclass(frozen=True)
@@ -332,20 +144,14 @@ class MlmTask:
 
 
 def load_data(arguments: PretrainArguments, accelerator: Accelerator, global_batch_size: int) -> MlmData:
-    """Prepare the data on the main process and hand it to all; a global batch of 0 leaves out the training part."""
-    settings = MlmDataSettings(
-        train_file=arguments.train_file,
-        validation_file=arguments.validation_file,
-        text_column=arguments.text_column,
-        validation_fraction=arguments.validation_fraction,
-        tokenizer_name=arguments.tokenizer_name or arguments.model_name_or_path,
-        vocab_size=arguments.vocab_size,
-        max_seq_length=arguments.max_seq_length,
-    )
-    progress = show_progress(arguments, accelerator)
-    data = run_on_main_process(
-        accelerator,
-        lambda: prepare_mlm_data(settings, training_sequences=global_batch_size, show_progress=progress),
+    """Prepare the data, or find them prepared; a global batch of 0 leaves out the training part.
+
+    Every process asks for them: behind a lock the first one on each machine makes them.
+    """
+    data = prepare_mlm_data(
+        arguments.data_settings(),
+        training_sequences=global_batch_size,
+        show_progress=show_progress(arguments, accelerator),
     )
     logger.info(f"Corpus: {data.origin}.")
     return data
@@ -359,17 +165,7 @@ def build_model(arguments: PretrainArguments, spectral: SpectralArguments, vocab
     set_seed(arguments.seed)
     if arguments.model_name_or_path is not None:
         return load_model(arguments.model_name_or_path, spectral, vocab_size)
-    config = CrammedBertConfig(
-        vocab_size=vocab_size,
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.num_attention_heads,
-        intermediate_size=arguments.intermediate_size,
-        max_position_embeddings=arguments.max_seq_length,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = CrammedBertForMaskedLM(config)
+    model = CrammedBertForMaskedLM(arguments.new_model_config(vocab_size))
     if (settings := spectral.to_config()) is not None:
         reports = condition(model, settings, init=spectral.init)
         before, after = (
@@ -407,7 +203,9 @@ def describe_run(
     arguments: PretrainArguments, accelerator: Accelerator, model: PreTrainedModel, task: MlmTask
 ) -> dict[str, Any]:
     """Log what is about to happen, and return it for `metrics.json`."""
-    data, order, length = task.data, task.order, arguments.max_seq_length
+    data, length = task.data, arguments.max_seq_length
+    batch = global_batch(arguments, accelerator)
+    planned = training_tokens(arguments, micro_batch(arguments, accelerator) * length)
     facts = {
         "corpus": data.origin,
         "model_type": model.config.model_type,
@@ -418,11 +216,14 @@ def describe_run(
         "validation_sequences": len(data.validation),
         "validation_tokens": data.validation.size,
         "validation_fingerprint": data.validation_fingerprint,
-        "global_batch_size": global_batch(arguments, accelerator),
-        "tokens_per_step": global_batch(arguments, accelerator) * length,
-        "epochs": round(order.epochs(arguments.max_steps * global_batch(arguments, accelerator)), 3),
+        "global_batch_size": batch,
+        "tokens_per_step": batch * length,
+        "planned_tokens": planned,
+        "epochs": None if planned is None else round(planned / data.train.size, 3),
+        "lr_scheduler_type": arguments.schedule_kind,
         "device": accelerator.device.type,
         "processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),
         "mixed_precision": accelerator.mixed_precision,
     }
@@ -431,16 +232,13 @@ def describe_run(
         f"{facts['train_tokens']:,} tokens in {facts['train_sequences']:,} sequences of {length}; validation: "
         f"{facts['validation_tokens']:,} tokens in {facts['validation_sequences']:,}."
     )
+    amount = f"{arguments.max_train_hours:g} hours" if planned is None else f"{arguments.budget.steps:,} steps"
+    passes = "" if planned is None else f" are {facts['epochs']} passes over the training data"
     logger.info(
-        f"{arguments.max_steps} steps of {global_batch(arguments, accelerator)} sequences ({facts['tokens_per_step']:,} tokens) are "
-        f"{facts['epochs']} epochs, on {facts['processes']} {facts['device']} process(es) with {facts['threads']} "
-        f"thread(s), mixed precision {facts['mixed_precision']}."
+        f"{amount} of {batch:,} sequences ({batch * length:,} tokens){passes}, on {facts['processes']} {facts['device']} "
+        f"process(es) with {facts['threads']} thread(s), mixed precision {facts['mixed_precision']}."
     )
     return facts
-
-
-def resolved_warmup(arguments: PretrainArguments) -> int:
-    return arguments.max_steps // 10 if arguments.warmup_steps is None else arguments.warmup_steps
 
 
 def settings_to_keep(
@@ -457,8 +255,12 @@ def settings_to_keep(
     return {
         **model_description(model.config),
         **{name: getattr(arguments, name) for name in RUN_SETTINGS},
-        "warmup_steps": resolved_warmup(arguments),
+        "max_steps": arguments.budget.steps,
+        "lr_scheduler_type": arguments.schedule_kind,
+        "warmup_steps": arguments.warmup,
         "global_batch_size": global_batch(arguments, accelerator),
+        # Under a ramp the batch grows by this.
+        "micro_batch_size": micro_batch(arguments, accelerator) if arguments.batch_size_ramp else None,
         "mixed_precision": accelerator.mixed_precision,
         "spectral_init": spectral.init,
         "train_fingerprint": sequences_fingerprint(task.data.train),
@@ -468,21 +270,33 @@ def settings_to_keep(
     }
 
 
+def micro_batch(arguments: PretrainArguments, accelerator: Accelerator) -> int:
+    """Sequences per forward pass, over all processes."""
+    return arguments.per_device_train_batch_size * accelerator.num_processes
+
+
+def global_batch(arguments: PretrainArguments, accelerator: Accelerator) -> int:
+    """Sequences per optimizer step, over all processes, where no ramp makes them fewer."""
+    return micro_batch(arguments, accelerator) * arguments.gradient_accumulation_steps
+
+
 @dataclass(frozen=True)
 class Training:
     """What a step of training moves, and what saves it.
 
     Attributes:
+        model: The model itself; sharded in place where the run is.
         wrapped: The model as accelerate wrapped it.
         optimizer: As accelerate wrapped it.
-        schedule: On the bare optimizer.
+        schedule: Of the learning rate.
         sparse: Whether the model computes logits at the masked positions only.
-        checkpoints: Of the model, optimizer and schedule.
+        checkpoints: Of the model and optimizer.
     """
 
+    model: PreTrainedModel
     wrapped: torch.nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: LRScheduler
+    schedule: BudgetSchedule
     sparse: bool
     checkpoints: Checkpoints
 
@@ -495,20 +309,16 @@ def prepare_training(
     description: dict[str, Any],
 ) -> Training:
     sparse = accepts_masked_positions(model)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     optimizer = build_adamw(model, arguments.learning_rate, weight_decay=arguments.weight_decay)
-    # On the bare optimizer and not through prepare(), which would step the schedule once per process.
-    schedule = linear_schedule(optimizer, resolved_warmup(arguments), arguments.max_steps)
+    factor = learning_rate_factor(arguments.schedule_kind, arguments.budget, arguments.warmup)
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    parts = TrainingParts(model, prepared, schedule, accelerator.scaler, data.tokenizer)
+    schedule = BudgetSchedule(prepared, factor)
+    parts = TrainingParts(model, prepared, scaler=accelerator.scaler, processor=data.tokenizer)
     limit = arguments.save_total_limit
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
-    return Training(wrapped, prepared, schedule, sparse, checkpoints)
-
-
-def global_batch(arguments: PretrainArguments, accelerator: Accelerator) -> int:
-    """Sequences per optimizer step, over all processes."""
-    per_process = arguments.per_device_train_batch_size * accelerator.gradient_accumulation_steps
-    return per_process * accelerator.num_processes
+    return Training(model, wrapped, prepared, schedule, sparse, checkpoints)
 
 
 def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
@@ -535,7 +345,6 @@ def begin(arguments: PretrainArguments, accelerator: Accelerator, checkpoints: C
 def train(
     arguments: PretrainArguments,
     accelerator: Accelerator,
-    model: PreTrainedModel,
     task: MlmTask,
     training: Training,
     metrics: RunMetrics,
@@ -543,46 +352,62 @@ def train(
 ) -> Progress:
     """Run the loop from `begun` on; returns how far it came: to the end, unless a signal stopped it."""
     metrics.history, metrics.validation = begun.record.get("history", []), begun.record.get("validation", [])
-    window = LossWindow(global_batch(arguments, accelerator) * arguments.max_seq_length)
+    window = LossWindow()
     window.restore(begun.record.get("loss_window"))
-    step, started = begun.step, time.perf_counter() - begun.seconds
-    refresh_every = refresh_interval(model)
+    budget, length = arguments.budget, arguments.max_seq_length
+    step, position, started = begun.step, begun.record.get("position", 0), time.perf_counter() - begun.seconds
+    seconds = begun.seconds
+    refresh_every = refresh_interval(training.model)
     with_bar = show_progress(arguments, accelerator)
-    progress = tqdm(total=arguments.max_steps, initial=step, desc="Training", unit="step", disable=not with_bar)
+    progress = tqdm(total=budget.steps, initial=step, desc="Training", unit="step", disable=not with_bar)
     training.wrapped.train()
     with stop_on_signals(accelerator) as stop:
-        for step in range(begun.step + 1, arguments.max_steps + 1):
-            loss, epoch = train_step(arguments, accelerator, task, training, step)
-            learning_rate = training.schedule.get_last_lr()[0]
-            if not accelerator.optimizer_step_was_skipped:  # fp16's loss scaling skips steps whose gradient overflowed
-                training.schedule.step()
+        while budget.share(step, seconds) < 1:
+            learning_rate = training.schedule.set(budget.used(step, seconds))
+            share, ramp = budget.share(step, seconds), arguments.batch_size_ramp
+            micro_steps = ramped_micro_steps(share, arguments.gradient_accumulation_steps, ramp)
+            batch = task.order.batch(position, micro_steps * micro_batch(arguments, accelerator))
+            step += 1
+            announce_new_pass(task, step, batch)
+            loss = train_step(arguments, accelerator, task, training, batch, micro_steps, step)
             if refresh_every is not None and step % refresh_every == 0:
-                refresh(model)
+                refresh(training.model)
+            position += len(batch.indices)
+            seconds = common_seconds(arguments, accelerator, started)
+            last = budget.share(step, seconds) >= 1
 
-            window.add(loss)
+            window.add(loss, tokens=len(batch.indices) * length)
             progress.update()
-            if is_due(step, arguments.logging_steps) or step == arguments.max_steps:
+            if is_due(step, arguments.logging_steps) or last:
                 train_loss, speed = window.take()
-                values = {"train_loss": train_loss, "learning_rate": learning_rate, "tokens_per_second": speed}
-                metrics.history.append({"step": step, "epoch": epoch, **values})
-                accelerator.log(values, step=step)
+                values = {
+                    "epoch": round(task.order.epochs(position), 4),
+                    "train_loss": train_loss,
+                    "learning_rate": learning_rate,
+                    "batch_size": len(batch.indices),
+                    "train_tokens_seen": position * length,
+                    "tokens_per_second": speed,
+                }
+                report_training(arguments, accelerator, metrics, step, values, with_bar)
                 progress.set_postfix_str(f"loss {train_loss:.4f}, {speed:,.0f} tokens/s")
-                if not with_bar:
-                    logger.info(f"step {step}/{arguments.max_steps}: loss {train_loss:.4f}, {speed:,.0f} tokens/s")
-            if is_due(step, arguments.eval_steps) and step < arguments.max_steps:
+            if is_due(step, arguments.eval_steps) and not last:
                 with window.paused():
                     metrics.validation.append(validate(arguments, accelerator, training.wrapped, task, step))
 
             stopping = stop.requested()
-            last = step == arguments.max_steps and arguments.save_steps > 0
-            if stopping or last or is_due(step, arguments.save_steps):
-                record = {"history": metrics.history, "validation": metrics.validation, "loss_window": window.state()}
+            if stopping or is_due(step, arguments.save_steps) or (last and arguments.save_steps > 0):
+                record = {
+                    "history": metrics.history,
+                    "validation": metrics.validation,
+                    "loss_window": window.state(),
+                    "position": position,
+                }
                 with window.paused():
-                    training.checkpoints.save(Progress(step, time.perf_counter() - started, record))
+                    training.checkpoints.save(Progress(step, seconds, record))
             if stopping:
                 break
     progress.close()
-    return Progress(step, time.perf_counter() - started)
+    return Progress(step, seconds, {"position": position})
 
 
 def is_due(step: int, every: int) -> bool:
@@ -590,31 +415,76 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+def common_seconds(arguments: PretrainArguments, accelerator: Accelerator, started: float) -> float:
+    """Seconds of training; where the schedule follows the clock, that of the main process on every process."""
+    seconds = time.perf_counter() - started
+    if arguments.max_train_hours is None or accelerator.num_processes == 1:
+        return seconds
+    return broadcast(torch.tensor(seconds, dtype=torch.float64, device=accelerator.device)).item()
+
+
+def announce_new_pass(task: MlmTask, step: int, batch: Batch) -> None:
+    """Say that training reaches the end of the corpus and begins it again: its loss is no longer that of unread text."""
+    passed = int(batch.epochs[-1])
+    if batch.begins_pass and passed > 0:
+        order = "in another order" if task.order.shuffle else "in the same order"
+        logger.warning(
+            f"step {step}: the training data ({len(task.data.train):,} sequences) have been read {passed} time(s) and are "
+            f"repeated from here on, {order} and masked anew."
+        )
+
+
+def report_training(
+    arguments: PretrainArguments,
+    accelerator: Accelerator,
+    metrics: RunMetrics,
+    step: int,
+    values: dict[str, Any],
+    with_bar: bool,
+) -> None:
+    """Record the values since the last record, and hand them to the trackers by the same names."""
+    first = not metrics.history
+    metrics.history.append({"step": step, **values})
+    accelerator.log(values, step=step)
+    speed, steps = values["tokens_per_second"], arguments.budget.steps
+    if not with_bar:
+        of = "" if steps is None else f"/{steps}"
+        logger.info(f"step {step}{of}: loss {values['train_loss']:.4f}, {speed:,.0f} tokens/s")
+    if first and steps is None:
+        tokens = speed * arguments.budget.size
+        logger.info(f"At {speed:,.0f} tokens/s the {arguments.max_train_hours:g} hours are {tokens:,.0f} tokens.")
+
+
 def train_step(
-    arguments: PretrainArguments, accelerator: Accelerator, task: MlmTask, training: Training, step: int
-) -> tuple[float, int]:
-    """Take one optimizer step; returns its loss over all processes, and the epoch."""
-    micro_steps = accelerator.gradient_accumulation_steps
+    arguments: PretrainArguments,
+    accelerator: Accelerator,
+    task: MlmTask,
+    training: Training,
+    batch: Batch,
+    micro_steps: int,
+    step: int,
+) -> float:
+    """Take one optimizer step, its batch cut into micro-batches; returns its loss over all processes."""
     rank, processes = accelerator.process_index, accelerator.num_processes
-    size = arguments.per_device_train_batch_size * processes * micro_steps
     step_loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(micro_steps):
-        rows = task.order.batch((step - 1) * size, size).share(micro_step, micro_steps, rank, processes)
-        batch = task.rule.apply(task.data.train[rows.indices], rows.indices, seed=arguments.seed, epoch=rows.epochs)
-        with accelerator.accumulate(training.wrapped):
-            loss = training.wrapped(**batch.model_inputs(accelerator.device, training.sparse)).loss
+        rows = batch.share(micro_step, micro_steps, rank, processes)
+        masked = task.rule.apply(task.data.train[rows.indices], rows.indices, seed=arguments.seed, epoch=rows.epochs)
+        # Gradients are exchanged once, in the last backward pass.
+        accumulating = micro_step < micro_steps - 1
+        with accelerator.no_sync(training.wrapped) if accumulating else nullcontext():
+            loss = training.wrapped(**masked.model_inputs(accelerator.device, training.sparse)).loss / micro_steps
             accelerator.backward(loss)
-            step_loss += loss.detach() / micro_steps
-            if accelerator.sync_gradients:
-                # Every process and micro-batch predicts equally many tokens: the mean of their means is the mean.
-                step_loss = accelerator.reduce(step_loss, reduction="mean")
-                require_finite_loss(step_loss.item(), step)
-                norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), arguments.max_grad_norm or math.inf)
-                if accelerator.scaler is None:  # fp16's loss scaling skips a step whose gradient overflowed
-                    require_finite_gradient(float(norm), step)
-            training.optimizer.step()
-            training.optimizer.zero_grad()
-    return step_loss.item(), int(task.order.epochs(step * size))
+        step_loss += loss.detach()
+    # Every process and micro-batch predicts equally many tokens: the mean of their means is the mean.
+    step_loss = accelerator.reduce(step_loss, reduction="mean")
+    require_finite_loss(step_loss.item(), step)
+    norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), arguments.max_grad_norm or math.inf)
+    if accelerator.scaler is None:  # fp16's loss scaling skips a step whose gradient overflowed
+        require_finite_gradient(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm), step)
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    return step_loss.item()
 
 
 def validate(
@@ -636,17 +506,13 @@ def report_validation(accelerator: Accelerator, result: MlmEvaluation, step: int
     return {"step": step, **values}
 
 
-def save(
-    arguments: PretrainArguments, accelerator: Accelerator, wrapped: torch.nn.Module, data: MlmData
-) -> PreTrainedModel:
-    """Save model and tokenizer, the config with the dropout that fine-tuning expects; returns the unwrapped model."""
-    state_dict = accelerator.get_state_dict(wrapped)  # on every process: sharded weights are gathered
-    model = accelerator.unwrap_model(wrapped)
+def save(arguments: PretrainArguments, accelerator: Accelerator, training: Training, data: MlmData) -> None:
+    """Save model and tokenizer, the config with the dropout that fine-tuning expects."""
+    weights = gather_weights(training.model, accelerator)  # on every process: sharded weights are gathered
     for name, rate in fine_tuning_dropout(arguments).items():
-        setattr(model.config, name, rate)
+        setattr(training.model.config, name, rate)
     if accelerator.is_main_process:
-        save_pretrained(model, data.tokenizer, arguments.output_dir, state_dict)
-    return model
+        save_pretrained(training.model, data.tokenizer, arguments.output_dir, weights)
 
 
 def evaluate_saved(
@@ -659,10 +525,15 @@ def evaluate_saved(
 
 def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
     """The whole run: data, model, loop, saving, and the saved model's validation loss."""
+    show_plan(arguments, spectral, accelerator)
+    if arguments.show_plan:
+        return
     data = load_data(arguments, accelerator, global_batch(arguments, accelerator))
     rule = MaskingRule(data.tokenizer.mask_token_id, len(data.tokenizer), arguments.mlm_probability)
-    task = MlmTask(data, BatchOrder(len(data.train), arguments.seed), rule)
+    order = BatchOrder(len(data.train), arguments.seed, shuffle=arguments.sequence_order == "shuffled")
+    task = MlmTask(data, order, rule)
     model = build_model(arguments, spectral, len(data.tokenizer))
+    configure_sharding(accelerator, model)
     metrics = RunMetrics(arguments=asdict(arguments) | asdict(spectral))
     metrics.facts = describe_run(arguments, accelerator, model, task)
 
@@ -676,41 +547,45 @@ def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelera
     if finished:
         logger.info(f"The run in {arguments.output_dir} is finished; there is nothing to continue.")
     else:
-        done = train(arguments, accelerator, model, task, training, metrics, begun)
-        if done.step < arguments.max_steps:
-            report_stop(arguments, done.step)
+        done = train(arguments, accelerator, task, training, metrics, begun)
+        if arguments.budget.share(done.step, done.seconds) < 1:
+            report_stop(arguments, done)
         else:
-            finish(arguments, accelerator, training.wrapped, task, metrics, done.seconds)
+            finish(arguments, accelerator, training, task, metrics, done)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
-def report_stop(arguments: PretrainArguments, step: int) -> None:
+def report_stop(arguments: PretrainArguments, done: Progress) -> None:
     instead = " in place of --overwrite_output_dir" if arguments.overwrite_output_dir else ""
     logger.info(
-        f"Stopped after step {step} of {arguments.max_steps}, with a checkpoint in {arguments.output_dir}. The same "
-        f"command with --resume_from_checkpoint{instead} continues."
+        f"Stopped after step {done.step}, {arguments.budget.share(done.step, done.seconds):.1%} of the run, with a "
+        f"checkpoint in {arguments.output_dir}. The same command with --resume_from_checkpoint{instead} continues."
     )
 
 
 def finish(
     arguments: PretrainArguments,
     accelerator: Accelerator,
-    wrapped: torch.nn.Module,
+    training: Training,
     task: MlmTask,
     metrics: RunMetrics,
-    seconds: float,
+    done: Progress,
 ) -> None:
     """Save the model, measure what was saved, and write the record."""
-    save(arguments, accelerator, wrapped, task.data)
+    save(arguments, accelerator, training, task.data)
     if accelerator.is_main_process:
         path, batch_size = arguments.output_dir, arguments.per_device_eval_batch_size
         result = evaluate_saved(path, accelerator, task.data, task.rule, batch_size)
-        metrics.validation.append(report_validation(accelerator, result, arguments.max_steps))
-        metrics.final = {**metrics.validation[-1], "seconds": seconds}
+        metrics.validation.append(report_validation(accelerator, result, done.step))
+        tokens = done.record["position"] * arguments.max_seq_length
+        metrics.final = {**metrics.validation[-1], "train_tokens_seen": tokens, "seconds": done.seconds}
+        if accelerator.device.type == "cuda":
+            metrics.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
         metrics.write(path)
         logger.info(
-            f"Trained for {seconds:.1f} s. Model, tokenizer, {METRICS_FILE} and {LOSS_CURVE_FILE} are in {path}."
+            f"Trained for {done.seconds:.1f} s on {tokens:,} tokens. Model, tokenizer, {METRICS_FILE} and "
+            f"{LOSS_CURVE_FILE} are in {path}."
         )
 
 
@@ -738,8 +613,11 @@ def evaluate_only(arguments: PretrainArguments, accelerator: Accelerator) -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv)
-    accelerator = build_accelerator(arguments)
+    arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
+    try:
+        accelerator = build_accelerator(arguments)
+    except ValueError as error:  # what accelerate refuses on this machine
+        raise SystemExit(f"error: {error}") from error
     try:
         with logging_redirect_tqdm():
             if arguments.eval_only:

@@ -21,10 +21,12 @@ class Batch:
     Attributes:
         indices: Which sequences of the corpus, int64.
         epochs: In which pass over the corpus (from 0) each one is read, int64.
+        begins_pass: Whether the first sequence of a pass is among them.
     """
 
     indices: NDArray[np.int64]
     epochs: NDArray[np.int64]
+    begins_pass: bool = False
 
     def share(self, micro_step: int, micro_steps: int, rank: int, processes: int) -> "Batch":
         """Return one process's rows of one accumulation step; `micro_steps * processes` must divide the rows."""
@@ -59,13 +61,14 @@ class BatchOrder:
     def batch(self, position: int, count: int) -> Batch:
         """Return the `count` sequences of the stream from `position` (from 0) on."""
         epochs, places = np.divmod(np.arange(position, position + count), self.sequences)
+        begins_pass = bool((places == 0).any())
         if not self.shuffle:
-            return Batch(places, epochs)
+            return Batch(places, epochs, begins_pass)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
             indices[rows] = epoch_permutation(self.seed, int(epoch), self.sequences)[places[rows]]
-        return Batch(indices, epochs)
+        return Batch(indices, epochs, begins_pass)
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the end of a pass, whose permutations are sorted once each

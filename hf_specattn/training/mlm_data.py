@@ -1,20 +1,21 @@
 """From a run's data settings to its tokenizer and packed sequences."""
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub.constants import HF_HOME
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from .cleaning import NO_CLEANING, Cleaning
-from .corpora import load_corpora
-from .packing import pack_documents, require_sequences
-from .streams import CorpusStream, split_stream
+from .cleaning import Cleaning
+from .packing import require_sequences, token_dtype
+from .run_description import sequences_fingerprint
+from .sources import corpus_streams
 from .token_cache import TokenCache, prepare_tokenizer, prepare_tokens
-from .tokenization import load_tokenizer, train_wordpiece
+from .tokenization import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -36,39 +37,59 @@ class MlmData:
     @property
     def validation_fingerprint(self) -> str:
         """Return a hash that tells whether two runs are evaluated on the same tokens."""
-        if isinstance(self.validation, TokenCache):
-            return self.validation.fingerprint
-        content = np.ascontiguousarray(self.validation.astype("<i4"))
-        return hashlib.sha256(repr(content.shape).encode() + content.tobytes()).hexdigest()[:16]
+        return sequences_fingerprint(self.validation)
 
 
 @dataclass(frozen=True)
 class MlmDataSettings:
-    """Everything that decides the data of a run.
+    """Everything that decides the data of a run, and where it is kept.
 
     Attributes:
-        train_file, validation_file, text_column, validation_fraction: As in `load_corpora`.
+        train_file: Files to train on, read in this order; None with no `dataset_name` is the embedded corpus.
+        validation_file: Files to validate on.
+        dataset_name, dataset_config_name, dataset_revision: A dataset of the Hub or a folder, as in `hub_stream`.
+        dataset_split, dataset_validation_split: Its splits to train and to validate on.
+        streaming: Read the dataset while downloading it.
+        max_documents: Train on the first so many documents (those held out count).
+        text_column: The key or column with the text.
+        validation_documents: Where there is no other validation corpus: hold out the first so many documents.
+        validation_fraction: Else the share of documents to hold out by the hash of their names, in (0, 1).
+        normalize_text, max_tokens_per_character: As in `Cleaning`, for both parts.
         tokenizer_name: A folder or Hub name; None trains a WordPiece tokenizer on the training documents.
         vocab_size: The largest vocabulary of a trained tokenizer.
         max_seq_length: Tokens per sequence.
+        sequence_order: How the training sequences are numbered, as in `TokenCache`.
+        cache_dir: The folder of the prepared data; None is `hf_specattn` in the home of the Hugging Face libraries
+            (`HF_HOME`).
     """
 
-    train_file: str | None = None
-    validation_file: str | None = None
+    train_file: Sequence[str] | None = None
+    validation_file: Sequence[str] | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    dataset_split: str = "train"
+    dataset_validation_split: str | None = None
+    streaming: bool = False
+    max_documents: int | None = None
     text_column: str = "text"
+    validation_documents: int | None = None
     validation_fraction: float = 0.1
+    normalize_text: bool = False
+    max_tokens_per_character: float | None = None
     tokenizer_name: str | None = None
     vocab_size: int = 4096
     max_seq_length: int = 128
+    sequence_order: str = "shuffled"
+    cache_dir: str | None = None
+
+    def resolved_cache_dir(self) -> Path:
+        """Return the folder of the prepared data."""
+        return Path(HF_HOME) / "hf_specattn" if self.cache_dir is None else Path(self.cache_dir)
 
 
-def prepare_mlm_data(
-    settings: MlmDataSettings,
-    *,
-    training_sequences: int,
-    show_progress: bool = False,
-) -> MlmData:
-    """Read the documents, train or load the tokenizer, and pack both parts.
+def prepare_mlm_data(settings: MlmDataSettings, *, training_sequences: int, show_progress: bool = False) -> MlmData:
+    """Return the tokenizer and both packed parts, from the cache what it holds; every process may call it.
 
     Args:
         settings: What to read and how.
@@ -79,79 +100,21 @@ def prepare_mlm_data(
     Raises:
         CorpusError: for data that cannot be read, or is too short.
     """
-    corpora = load_corpora(
-        settings.train_file, settings.validation_file, settings.text_column, settings.validation_fraction
-    )
-    if settings.tokenizer_name is None:
-        tokenizer = train_wordpiece(
-            corpora.train,
-            settings.vocab_size,
-            max_seq_length=settings.max_seq_length,
-            show_progress=show_progress,
-        )
-    else:
-        tokenizer = load_tokenizer(settings.tokenizer_name)
-
-    def pack(documents: list, part: str) -> NDArray[np.integer]:
-        return pack_documents(
-            documents,
-            tokenizer,
-            settings.max_seq_length,
-            description=f"Tokenizing {part}",
-            show_progress=show_progress,
-        )
-
-    train = pack(corpora.train if training_sequences else [], "training text")
-    source = settings.train_file or "the embedded corpus"
-    require_sequences(train, training_sequences, source, f"one batch of {training_sequences} sequences")
-    validation = pack(corpora.validation, "validation text")
-    held_out = settings.validation_file or f"the part of {source} held out for validation"
-    require_sequences(validation, 1, held_out, "validation")
-    return MlmData(tokenizer, train, validation, corpora.origin)
-
-
-def prepare_cached_mlm_data(
-    settings: MlmDataSettings,
-    train: CorpusStream,
-    validation: CorpusStream | None,
-    *,
-    cache_dir: str | Path,
-    training_sequences: int,
-    cleaning: Cleaning = NO_CLEANING,
-    order: str = "shuffled",
-    show_progress: bool = False,
-) -> MlmData:
-    """Do what `prepare_mlm_data` does for a corpus of any size, through the cache; every process may call it.
-
-    Args:
-        settings: Of these the tokenizer, its size, the length and the held-out fraction count.
-        train: The training corpus.
-        validation: The validation corpus; None holds documents of the training corpus out.
-        cache_dir: The folder of all caches.
-        training_sequences: How many training sequences are needed at least (one global batch); with 0 the training
-            part is empty, for evaluation.
-        cleaning: Normalization and filter of both parts.
-        order: How the training sequences are numbered, as in `TokenCache`.
-        show_progress: Whether to draw progress bars.
-
-    Raises:
-        CorpusError: for data that cannot be read, or is too short.
-    """
-    origin = (
-        f"{train.origin}; validation on {validation.origin}" if validation else f"{train.origin}; held out by name"
-    )
-    if validation is None:
-        train, validation = split_stream(train, settings.validation_fraction)
+    train, validation, origin = corpus_streams(settings, show_progress=show_progress)
     length = settings.max_seq_length
-    common: dict[str, Any] = {"cache_dir": cache_dir, "cleaning": cleaning, "show_progress": show_progress}
+    common: dict[str, Any] = {
+        "cache_dir": settings.resolved_cache_dir(),
+        "cleaning": Cleaning(settings.normalize_text, settings.max_tokens_per_character),
+        "show_progress": show_progress,
+    }
     if settings.tokenizer_name is None:
         tokenizer = prepare_tokenizer(train, settings.vocab_size, max_seq_length=length, **common)
     else:
         tokenizer = load_tokenizer(settings.tokenizer_name)
-    sequences: NDArray[np.integer] | TokenCache = np.empty((0, length), dtype=np.uint16)
+    sequences: NDArray[np.integer] | TokenCache = np.empty((0, length), token_dtype(len(tokenizer)))
     if training_sequences:
         packed = prepare_tokens(train, tokenizer, length, description="Tokenizing training text", **common)
-        sequences = packed.in_order(order)
         require_sequences(packed, training_sequences, train.origin, f"one batch of {training_sequences} sequences")
+        sequences = packed.in_order(settings.sequence_order)
     held_out = prepare_tokens(validation, tokenizer, length, description="Tokenizing validation text", **common)
     return MlmData(tokenizer, sequences, held_out, origin)

@@ -1,22 +1,124 @@
-"""Learning-rate schedules, as functions of the optimizer step."""
+"""How far a run has come in its budget of steps or time, and what follows from it: learning rate and batch size."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
+
+SCHEDULES = ("linear", "triangle")
 
 
-def linear_schedule(optimizer: Optimizer, warmup_steps: int, total_steps: int) -> LRScheduler:
-    """Rise linearly from 0 over `warmup_steps`, then fall linearly to 0 at `total_steps`.
+@dataclass(frozen=True)
+class Budget:
+    """What a run may use up: optimizer steps, or seconds of wall-clock time. One of the two is given.
 
-    Call its `step()` once after each optimizer step. (Not through `accelerator.prepare`, which would step it once per
-    process.)
+    Attributes:
+        steps: Optimizer steps, at least 1.
+        seconds: Time from the first step on, over all lives of a run, above 0.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.seconds is None):
+            raise ValueError(
+                f"A budget of steps or of seconds is needed, one of them; got steps={self.steps}, seconds={self.seconds}."
+            )
+        if not self.size > 0:
+            raise ValueError(f"A budget of {self.size} lets no step be taken; it must be above 0.")
+
+    @property
+    def size(self) -> float:
+        """The budget in its own unit: steps or seconds."""
+        size = self.steps if self.steps is not None else self.seconds
+        assert size is not None
+        return size
+
+    def used(self, steps: int, seconds: float) -> float:
+        """Return how much of it is used up, in its own unit, after so many steps and seconds."""
+        return steps if self.steps is not None else seconds
+
+    def share(self, steps: int, seconds: float) -> float:
+        """Return which share of it is used up; 1 or more is the end."""
+        return self.used(steps, seconds) / self.size
+
+
+def linear_factor(used: float, warmup: float, size: float) -> float:
+    """Rise linearly from 0 to 1 while `warmup` of the budget is used, then fall linearly to 0 at its end.
+
+    Args:
+        used, warmup, size: In the same unit, steps or seconds. Of steps the values are those of transformers' linear
+            schedule, bit for bit.
 
     Raises:
-        ValueError: unless 0 <= warmup_steps <= total_steps and total_steps >= 1.
+        ValueError: unless 0 <= warmup <= size.
     """
-    if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"A schedule of {total_steps} steps with {warmup_steps} of warmup is impossible; warmup must lie between 0 "
-            "and the number of steps, of which there must be one or more."
-        )
-    return get_scheduler("linear", optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)
+    if not 0 <= warmup <= size:
+        raise ValueError(f"A warmup of {warmup} in a budget of {size} is impossible; it must lie between 0 and that.")
+    if used < warmup:
+        return used / max(1, warmup)
+    return max(0.0, (size - used) / max(1, size - warmup))
+
+
+def triangle_factor(share: float) -> float:
+    """Rise from 1/4 to 1 at three quarters of the budget, then fall to 0 at its end: cramming's schedule.
+
+    Args:
+        share: The share of the budget that is used up.
+    """
+    return max(0.0, min(0.25 + share, 4 * (1 - share)))
+
+
+def learning_rate_factor(kind: str, budget: Budget, warmup: float) -> Callable[[float], float]:
+    """Return the function from what is used of the budget, in its own unit, to the factor of the peak learning rate.
+
+    Args:
+        kind: "linear" or "triangle".
+        warmup: Of the linear schedule, in the budget's unit; the triangle has its own.
+
+    Raises:
+        ValueError: for another kind, and as in `linear_factor`.
+    """
+    if kind == "triangle":
+        return lambda used: triangle_factor(used / budget.size)
+    if kind != "linear":
+        raise ValueError(f"The schedule {kind!r} is unknown; allowed are {', '.join(SCHEDULES)}.")
+    linear_factor(0, warmup, budget.size)  # refuses an impossible warmup now
+    return lambda used: linear_factor(used, warmup, budget.size)
+
+
+class BudgetSchedule:
+    """Sets the learning rates of an optimizer before each step, from what is used of the budget.
+
+    It has no state of its own, so a resumed run needs none: what is used is part of its progress.
+
+    Args:
+        optimizer: Whose groups hold the peak learning rates now.
+        factor: From what is used to the factor of the peak.
+    """
+
+    def __init__(self, optimizer: Optimizer, factor: Callable[[float], float]) -> None:
+        self.optimizer = optimizer
+        self.factor = factor
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+
+    def set(self, used: float) -> float:
+        """Set the learning rates, and return that of the first group."""
+        factor = self.factor(used)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        return self.optimizer.param_groups[0]["lr"]
+
+
+def ramped_micro_steps(share: float, micro_steps: int, ramp: float) -> int:
+    """Return how many micro-batches the next step accumulates, from 1 at the start to all of them: cramming's ramp.
+
+    Args:
+        share: The share of the budget that is used up.
+        micro_steps: Micro-batches of the full batch, at least 1.
+        ramp: The share of the budget over which the batch grows linearly, in [0, 1]; 0 starts with the full batch.
+    """
+    if share >= ramp:
+        return micro_steps
+    return min(micro_steps, 1 + int(share / ramp * micro_steps))

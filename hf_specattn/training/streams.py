@@ -154,6 +154,50 @@ def split_stream(stream: CorpusStream, validation_fraction: float) -> tuple[Corp
     return part(False), part(True)
 
 
+def split_first(stream: CorpusStream, validation_documents: int) -> tuple[CorpusStream, CorpusStream]:
+    """Hold out the first documents: where reading is a download, the validation part then costs no second one.
+
+    Args:
+        stream: Of the whole corpus.
+        validation_documents: How many to hold out, at least 1.
+
+    Returns:
+        The training stream, without them, and the validation stream, which reads no further than them.
+
+    Raises:
+        CorpusError: while the training stream is read, if nothing is left for it.
+    """
+
+    def training() -> Iterator[Document]:
+        count, name, left = 0, None, False
+        for document in stream.documents():
+            count += document.name != name
+            name = document.name
+            if count > validation_documents:
+                left = True
+                yield document
+        if not left:
+            raise CorpusError(
+                f"{stream.origin} has {count} documents, all of which --validation_documents {validation_documents} holds "
+                "out. Hold out fewer, or give a larger corpus."
+            )
+
+    ingredients = {"part_of": stream.ingredients, "validation_documents": validation_documents}
+    return (
+        CorpusStream(
+            training,
+            {**ingredients, "held_out": False},
+            f"the training part of {stream.origin}",
+            stream.characters,
+        ),
+        CorpusStream(
+            lambda: limit_documents(stream.documents(), validation_documents),
+            {**ingredients, "held_out": True},
+            f"the validation part of {stream.origin}",
+        ),
+    )
+
+
 def training_sample(stream: CorpusStream, max_characters: int = SAMPLE_CHARACTERS) -> Iterator[Document]:
     """Yield documents (or parts of them) of at most about `max_characters` in all, spread evenly over the corpus.
 

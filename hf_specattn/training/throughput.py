@@ -7,19 +7,15 @@ from typing import Any
 
 
 class LossWindow:
-    """Collect the losses of steps since the last entry, and the time they took.
+    """Collect the losses of steps since the last entry, their tokens, and the time they took."""
 
-    Args:
-        tokens_per_step: Tokens that one optimizer step reads, over all processes.
-    """
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self) -> None:
         self._restart()
 
-    def add(self, loss: float) -> None:
-        """Count one optimizer step with its loss."""
+    def add(self, loss: float, tokens: int) -> None:
+        """Count one optimizer step with its loss, and the tokens that it read over all processes."""
         self._losses.append(loss)
+        self._tokens += tokens
 
     def take(self) -> tuple[float, float]:
         """Return the mean loss and the tokens per second of the steps since the last call, and start anew.
@@ -32,7 +28,7 @@ class LossWindow:
         # A clock may stand still between two fast steps.
         seconds = max(time.perf_counter() - self._started, 1e-9)
         loss = sum(self._losses) / len(self._losses)
-        speed = len(self._losses) * self.tokens_per_step / seconds
+        speed = self._tokens / seconds
         self._restart()
         return loss, speed
 
@@ -47,15 +43,17 @@ class LossWindow:
 
     def state(self) -> dict[str, Any]:
         """Return what was collected since the last entry, in values that JSON holds, for `restore`."""
-        return {"losses": list(self._losses), "seconds": time.perf_counter() - self._started}
+        return {"losses": list(self._losses), "tokens": self._tokens, "seconds": time.perf_counter() - self._started}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from what `state` returned, in this process or an earlier one; None starts anew."""
         self._restart()
         if state is not None:
             self._losses.extend(state["losses"])
+            self._tokens = state["tokens"]
             self._started -= state["seconds"]
 
     def _restart(self) -> None:
         self._losses: list[float] = []
+        self._tokens = 0
         self._started = time.perf_counter()

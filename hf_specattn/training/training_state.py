@@ -72,15 +72,8 @@ def gather_state(parts: TrainingParts, accelerator: Accelerator) -> tuple[Tensor
         whole and on the CPU, and may share memory with the live ones. On other processes: without the tensors.
     """
 
-    def gathered(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        whole = value.full_tensor() if isinstance(value, DTensor) else value  # a collective, on every process
-        return whole.detach().cpu().contiguous() if accelerator.is_main_process else None
-
-    weights: Tensors = {}
-    for names, target in tied_groups(parts.model):
-        weights.update(dict.fromkeys(names, gathered(target)))
+    gathered = gathering(accelerator)
+    weights = gather_weights(parts.model, accelerator)
     state = {
         "optimizer": gather_optimizer(parts, gathered),
         "schedule": None if parts.schedule is None else parts.schedule.state_dict(),
@@ -89,6 +82,30 @@ def gather_state(parts: TrainingParts, accelerator: Accelerator) -> tuple[Tensor
         "random": gather_object([random_state(accelerator.device)]),  # of every process
     }
     return weights, state
+
+
+def gather_weights(model: PreTrainedModel, accelerator: Accelerator) -> Tensors:
+    """Return whole weights and persistent buffers by name, as `gather_state` does; every process calls it."""
+    gathered = gathering(accelerator)
+    weights: Tensors = {}
+    for names, target in tied_groups(model):
+        weights.update(dict.fromkeys(names, gathered(target)))
+    return weights
+
+
+def gathering(accelerator: Accelerator) -> Callable[[Any], Any]:
+    """Return the function that makes one tensor whole on the main process, and None of it on the others.
+
+    What is no tensor it returns as it is.
+    """
+
+    def gathered(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value  # a collective, on every process
+        return whole.detach().cpu().contiguous() if accelerator.is_main_process else None
+
+    return gathered
 
 
 def gather_optimizer(parts: TrainingParts, gathered: Callable[[Any], Any]) -> dict[str, Any]:

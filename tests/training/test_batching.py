@@ -60,6 +60,13 @@ def test_without_shuffling_the_corpus_is_read_in_order_in_every_pass():
     assert [batch.epochs.tolist() for batch in batches] == [[0] * 4, [0] * 4, [0, 0, 1, 1]]
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_batch_in_which_a_pass_begins_says_so(shuffle):
+    order = BatchOrder(10, seed=0, shuffle=shuffle)
+    starts = [order.batch(start, 4).begins_pass for start in range(0, 24, 4)]
+    assert starts == [True, False, True, False, False, True]
+
+
 def test_epochs_passed():
     assert BatchOrder(10, seed=0).epochs(25) == 2.5
 

@@ -1,26 +1,85 @@
 import pytest
 import torch
+from transformers import get_scheduler
 
-from hf_specattn.training.schedules import linear_schedule
-
-
-def factors(warmup_steps: int, total_steps: int) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = linear_schedule(optimizer, warmup_steps, total_steps)
-    rates = []
-    for _ in range(total_steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    return [*rates, optimizer.param_groups[0]["lr"]]
+from hf_specattn.training.schedules import (
+    Budget,
+    BudgetSchedule,
+    learning_rate_factor,
+    linear_factor,
+    ramped_micro_steps,
+    triangle_factor,
+)
 
 
-def test_linear_up_then_linear_down_to_zero():
-    assert factors(2, 6) == pytest.approx([0, 0.5, 1, 0.75, 0.5, 0.25, 0])
-    assert factors(0, 4) == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+def make_optimizer(rate: float = 1.0) -> torch.optim.Optimizer:
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": [torch.nn.Parameter(torch.zeros(1))]}]
+    groups[1]["lr"] = rate / 10
+    return torch.optim.SGD(groups, lr=rate)
 
 
-@pytest.mark.parametrize(("warmup_steps", "total_steps"), [(5, 4), (-1, 4), (0, 0)])
-def test_impossible_schedules_are_refused(warmup_steps, total_steps):
-    with pytest.raises(ValueError, match=f"{total_steps} steps with {warmup_steps} of warmup is impossible"):
-        factors(warmup_steps, total_steps)
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 4), (2, 6), (30, 300), (7, 7), (200, 2000)])
+def test_linear_over_steps_is_that_of_transformers_bit_for_bit(warmup, steps):
+    ours, theirs = make_optimizer(1e-3), make_optimizer(1e-3)
+    schedule = BudgetSchedule(ours, learning_rate_factor("linear", Budget(steps=steps), warmup))
+    reference = get_scheduler("linear", theirs, num_warmup_steps=warmup, num_training_steps=steps)
+    for step in range(steps):
+        schedule.set(step)
+        assert [group["lr"] for group in ours.param_groups] == [group["lr"] for group in theirs.param_groups]
+        theirs.step()
+        reference.step()
+
+
+def test_linear_over_time():
+    assert [linear_factor(used, 360.0, 3600.0) for used in (0, 180, 360, 1980, 3600, 4000)] == [0, 0.5, 1, 0.5, 0, 0]
+
+
+def test_the_published_triangle():
+    shares = (0, 0.25, 0.5, 0.75, 0.875, 1, 1.1)
+    assert [triangle_factor(share) for share in shares] == [0.25, 0.5, 0.75, 1, 0.5, 0, 0]
+    day = learning_rate_factor("triangle", Budget(seconds=86400.0), 0)
+    assert day(64800.0) == 1
+    assert learning_rate_factor("triangle", Budget(steps=8), 0)(7) == 0.5
+
+
+def test_every_group_keeps_its_own_peak():
+    optimizer = make_optimizer(1.0)
+    schedule = BudgetSchedule(optimizer, triangle_factor)
+    assert schedule.set(0.0) == 0.25
+    assert schedule.set(0.75) == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
+    # As after a resume, which replaces the groups.
+    optimizer.load_state_dict(optimizer.state_dict())
+    schedule.set(0.875)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+
+
+def test_the_batch_grows_linearly_to_the_full_one():
+    assert [ramped_micro_steps(share / 10, 4, 0.6) for share in range(11)] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 4, 4]
+    assert ramped_micro_steps(0, 16, 0) == 16
+    counts = [ramped_micro_steps(step / 1000, 16, 0.6) for step in range(1000)]
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[599] == 16
+    # Each size has an equal part of the ramp.
+    assert {counts[:600].count(size) for size in range(1, 17)} <= {37, 38}
+
+
+def test_shares_of_budgets():
+    assert Budget(steps=8).share(2, 1e9) == 0.25
+    assert Budget(seconds=10.0).share(10**9, 5.0) == 0.5
+    assert Budget(seconds=10.0).used(3, 5.0) == 5.0
+
+
+@pytest.mark.parametrize("values", [{}, {"steps": 5, "seconds": 1.0}, {"steps": 0}, {"seconds": float("nan")}])
+def test_impossible_budgets_are_refused(values):
+    with pytest.raises(ValueError, match=r"[Aa] budget of"):
+        Budget(**values)
+
+
+def test_impossible_schedules_are_refused():
+    for warmup in (5, -1):
+        with pytest.raises(ValueError, match=f"A warmup of {warmup} in a budget of 4 is impossible"):
+            learning_rate_factor("linear", Budget(steps=4), warmup)
+    with pytest.raises(ValueError, match="'cosine' is unknown; allowed are linear, triangle"):
+        learning_rate_factor("cosine", Budget(steps=4), 0)

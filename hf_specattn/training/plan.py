@@ -1,0 +1,174 @@
+"""What a pretraining run is about to do, in sentences, before any data is read."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+
+from ..conditioning import find_projections
+from ..crammed_bert import CrammedBertForMaskedLM
+from .arguments import SpectralArguments
+from .evaluation import accepts_masked_positions
+from .memory import MemoryEstimate, estimate_training_memory
+from .presets import PRESETS, deviations
+from .pretrain_arguments import PretrainArguments
+from .schedules import ramped_micro_steps
+
+SVD_BYTES = 4  # corrections are float32
+
+
+def training_tokens(arguments: PretrainArguments, micro_batch_tokens: int) -> int | None:
+    """Return the tokens that a run of so many steps reads, its ramp included; None where the clock decides.
+
+    Args:
+        arguments: Of the run.
+        micro_batch_tokens: Tokens of one forward pass of all processes.
+    """
+    steps = arguments.budget.steps
+    if steps is None:
+        return None
+    full, ramp = arguments.gradient_accumulation_steps, arguments.batch_size_ramp
+    return micro_batch_tokens * sum(ramped_micro_steps(step / steps, full, ramp) for step in range(steps))
+
+
+def describe_plan(
+    arguments: PretrainArguments,
+    spectral: SpectralArguments,
+    *,
+    processes: int,
+    mixed_precision: str,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> list[str]:
+    """Say what the run will do: one sentence or two for each of model, steps, schedule, data and memory.
+
+    For the presets of the published recipe the deviations from it follow, one line each.
+
+    Args:
+        arguments, spectral: Of the run.
+        processes: How many share the work.
+        mixed_precision: As accelerate resolved it.
+        autocast: The context of the forward pass on a CPU, where the memory is estimated.
+    """
+    model = stock_model(arguments)
+    micro_batch = arguments.per_device_train_batch_size * processes
+    lines = [
+        _model_line(arguments, spectral, model),
+        _steps_line(arguments, micro_batch),
+        _schedule_line(arguments),
+        _data_line(arguments),
+        _memory_line(arguments, spectral, model, mixed_precision, autocast),
+    ]
+    if PRESETS.get(arguments.preset or "demo"):
+        changed = deviations(
+            vars(arguments), micro_batch * arguments.gradient_accumulation_steps, conditioning(spectral)
+        )
+        lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
+        lines += [f"  - {line}" for line in changed]
+    return lines
+
+
+def conditioning(spectral: SpectralArguments) -> str | None:
+    """Return the spectral conditioning that the flags ask for, in words; None where they ask for none."""
+    config = spectral.to_config()
+    return None if config is None else f"{config.describe()}, init {spectral.init}"
+
+
+def stock_model(arguments: PretrainArguments) -> PreTrainedModel:
+    """Build the run's model before anything is loaded: random weights, no conditioning, the largest vocabulary."""
+    if arguments.model_name_or_path is None:
+        model: PreTrainedModel = CrammedBertForMaskedLM(arguments.new_model_config(arguments.vocab_size))
+    else:
+        model = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(arguments.model_name_or_path))
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model: PreTrainedModel) -> str:
+    origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
+    vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
+    return (
+        f"Model: {model.config.model_type}, {origin}, {model.num_parameters():,} parameters, vocabulary of {vocabulary}; "
+        f"spectral conditioning: {conditioning(spectral) or 'as it stands, none added'}."
+    )
+
+
+def _steps_line(arguments: PretrainArguments, micro_batch: int) -> str:
+    full, length = micro_batch * arguments.gradient_accumulation_steps, arguments.max_seq_length
+    step = f"{full * length:,} tokens a step ({full:,} sequences of {length})"
+    if arguments.batch_size_ramp and arguments.gradient_accumulation_steps > 1:
+        step = f"{micro_batch * length:,} tokens a step ({micro_batch:,} sequences) at first, growing to {step} " + (
+            f"at {arguments.batch_size_ramp:.0%} of the run"
+        )
+    tokens = training_tokens(arguments, micro_batch * length)
+    if tokens is None:
+        return (
+            f"Steps: {step}, for {arguments.max_train_hours:g} hours; tokens in all: what the machine reads in that time, "
+            "estimated after the first steps."
+        )
+    return f"Steps: {arguments.budget.steps:,} of {step}; {tokens:,} tokens in all."
+
+
+def _schedule_line(arguments: PretrainArguments) -> str:
+    peak, warmup, budget = arguments.learning_rate, arguments.warmup, arguments.budget
+    if arguments.schedule_kind == "triangle":
+        shape = f"from {peak / 4:g} up to {peak:g} at 75 % of the run, then down to 0"
+    else:
+        shape = f"from 0 up to {peak:g} at {warmup / budget.size:.0%} of the run, then down to 0"
+    follows = "the clock" if budget.steps is None else "the steps"
+    return f"Learning rate: {shape}, following {follows}; weight decay {arguments.weight_decay:g}."
+
+
+def _data_line(arguments: PretrainArguments) -> str:
+    if arguments.dataset_name is not None:
+        source = f"{arguments.dataset_name}{', streamed' if arguments.streaming else ''}"
+    else:
+        source = ", ".join(arguments.train_file or ["the embedded corpus"])
+    if arguments.max_documents is not None:
+        source += f", the first {arguments.max_documents:,} documents"
+    cleaned = ["normalized"] * arguments.normalize_text
+    if arguments.max_tokens_per_character is not None:
+        cleaned.append(f"documents below {arguments.max_tokens_per_character:g} tokens per character")
+    return f"Data: {source}; {', '.join([*cleaned, f'{arguments.sequence_order} order'])}."
+
+
+def _memory_line(
+    arguments: PretrainArguments,
+    spectral: SpectralArguments,
+    model: PreTrainedModel,
+    mixed_precision: str,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> str:
+    estimate = expected_memory(arguments, model, autocast)
+    config = spectral.to_config()
+    extra = 0
+    if config is not None and config.method == "svd":
+        extra = SVD_BYTES * sum(projection.module.weight.numel() for projection in find_projections(model))
+    corrections = f", stored corrections {extra / 1e9:.2f} GB" if extra else ""
+    return (
+        f"Memory of a process, expected at least (uncompiled, unsharded, mixed precision {mixed_precision}): "
+        f"{(estimate.total + extra) / 1e9:.2f} GB: weights, gradients and AdamW "
+        f"{(estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9:.2f} GB, activations "
+        f"{estimate.activations / 1e9:.2f} GB ({estimate.activations_per_sequence / 1e6:.2f} MB a sequence){corrections}; "
+        "temporary tensors come on top."
+    )
+
+
+def expected_memory(
+    arguments: PretrainArguments, model: PreTrainedModel, autocast: Callable[[], AbstractContextManager[Any]]
+) -> MemoryEstimate:
+    """Estimate what one process needs for a micro-batch, from forward passes of one and two sequences."""
+    length = arguments.max_seq_length
+    predictions = round(arguments.mlm_probability * length)
+    sparse = accepts_masked_positions(model)
+
+    def run_batch(sequences: int) -> Any:
+        tokens = torch.zeros(sequences, length, dtype=torch.int64)
+        inputs = {"input_ids": tokens, "labels": tokens}
+        if sparse:
+            inputs["masked_positions"] = torch.arange(predictions).expand(sequences, -1)
+        return model(**inputs).loss
+
+    return estimate_training_memory(model, run_batch, arguments.per_device_train_batch_size, autocast=autocast)
