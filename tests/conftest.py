@@ -13,6 +13,8 @@ import importlib.util
 import logging
 import pathlib
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +72,14 @@ def warning_log():
     yield handler
     for logger in loggers:
         logger.removeHandler(handler)
+
+
+@pytest.fixture(scope="session")
+def ended_process():
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,35 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all.
 
+They are written under a hidden temporary name with the number of the writing process, `.<name>.tmp-<process>`, and renamed.
+By that number what killed processes left is told from what others are writing.
+"""
+
+import contextlib
 import json
 import os
+import re
+import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The second group: eight characters of `tempfile`, or what a folder that is being replaced bears.
+TEMPORARY_NAME = re.compile(r"\..+\.tmp-(\d+)(-[a-z0-9_]{8})?")
+
+# What a process number that is in use names is another run's work, unless nothing in it changed for so long: then the
+# number has been given to another process since.
+ABANDONED_AFTER_SECONDS = 3600
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write to a temporary name in the same folder, force it to the disk and rename it to `path`."""
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{temporary_name(path.name)}-")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
@@ -30,6 +49,55 @@ def write_json(path: str | Path, content: Any) -> None:
         ValueError: for nan and infinities, which JSON does not have.
     """
     write_bytes(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def temporary_name(name: str) -> str:
+    """Return the hidden name under which this process writes `name`; a hyphen and eight characters may follow."""
+    return f".{name}.tmp-{os.getpid()}"
+
+
+def remove_leftovers(directory: str | Path) -> None:
+    """Remove the temporary files and folders in `directory` that processes left which are no more.
+
+    Those of this process's own number count as left, too: numbers recur, in containers at every start. So call it before
+    anything is written. The folder must be this machine's affair, because processes of another are not seen.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        if match and not is_being_written(path, int(match[1])):
+            logger.info(f"Removing {path}, which an interrupted run left.")
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def is_being_written(temporary: Path, process: int) -> bool:
+    """Whether another living process seems to be at work on a temporary file or in a temporary folder."""
+    if process == os.getpid() or not is_alive(process):
+        return False
+    try:
+        changed = max(path.stat().st_mtime for path in [temporary, *temporary.rglob("*")])
+    except FileNotFoundError:  # it changes while we look
+        return True
+    return time.time() - changed < ABANDONED_AFTER_SECONDS
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of that number exists on this machine; taken for granted where there is no harmless way to ask."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):  # the latter: no process can have that number
+        return False
+    except OSError:  # it exists, but is another user's
+        return True
+    return True
 
 
 def _umask() -> int:

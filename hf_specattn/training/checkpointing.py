@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from .atomic_files import remove_leftovers, temporary_name
 from .distributed import run_on_main_process
 from .training_state import (
     CheckpointError,
@@ -51,11 +51,6 @@ STATE_TENSORS_FILE = "training_state.safetensors"
 FORMAT = 1
 
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})")
-TEMPORARY_NAME = re.compile(r"\.checkpoint-\d{6,}\.tmp-(\d+)(-replaced)?")
-
-# A temporary folder of a process number that is in use is another run's work, unless nothing in it changed for so long:
-# then the number has been given to another process since.
-ABANDONED_AFTER_SECONDS = 3600
 
 # Configuration, tokenizer and the file system's own needs, beyond the tensors.
 SMALL_FILES_BYTES = 4 * 2**20
@@ -394,7 +389,7 @@ def sync(path: Path) -> None:
 
 def temporary_folder(folder: Path) -> Path:
     """Return the hidden name beside `folder` under which this process writes or removes it."""
-    return folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    return folder.with_name(temporary_name(folder.name))
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
@@ -413,41 +408,6 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     os.rename(folder, temporary)
     shutil.rmtree(temporary)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove the temporary folders that processes left which are no more."""
-    if not directory.is_dir():
-        return
-    for path in directory.iterdir():
-        match = TEMPORARY_NAME.fullmatch(path.name)
-        if match and not is_being_written(path, int(match[1])):
-            logger.info(f"Removing {path}, which an interrupted run left.")
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_being_written(temporary: Path, process: int) -> bool:
-    """Whether another living process seems to be at work in a temporary folder."""
-    if process == os.getpid() or not is_alive(process):
-        return False
-    try:
-        changed = max(path.stat().st_mtime for path in [temporary, *temporary.rglob("*")])
-    except FileNotFoundError:  # it changes while we look
-        return True
-    return time.time() - changed < ABANDONED_AFTER_SECONDS
-
-
-def is_alive(process: int) -> bool:
-    """Whether a process of that number exists on this machine; taken for granted where there is no harmless way to ask."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it exists, but is another user's
-        return True
-    return True
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic_files import remove_leftovers, temporary_name
+
 
 def save_pretrained(
     model: PreTrainedModel,
@@ -16,7 +18,8 @@ def save_pretrained(
 ) -> None:
     """Save model and tokenizer into `directory`, from which the Auto classes load them.
 
-    All files are written to a temporary folder inside it first and renamed then, the configuration last.
+    All files are written to a temporary folder inside it first and renamed then, the configuration last. What processes
+    that were killed while they wrote there left is removed.
 
     Args:
         model: The unwrapped model.
@@ -26,7 +29,8 @@ def save_pretrained(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+    remove_leftovers(directory)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=f"{temporary_name('saving')}-") as temporary:
         tokenizer.save_pretrained(temporary)
         model.save_pretrained(temporary, state_dict=state_dict)
         files = sorted(Path(temporary).iterdir(), key=lambda path: (path.name == "config.json", path.name))

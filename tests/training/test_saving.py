@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from models import ARCHITECTURES
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn.training.atomic_files import TEMPORARY_NAME
 from hf_specattn.training.documents import Document
 from hf_specattn.training.saving import save_pretrained
 from hf_specattn.training.tokenization import train_wordpiece
@@ -52,3 +54,27 @@ def test_an_interrupted_save_leaves_the_earlier_model(model_and_tokenizer, tmp_p
     with pytest.raises(OSError, match="No space left"):
         save_pretrained(model, tokenizer, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_what_killed_processes_left_is_removed(model_and_tokenizer, tmp_path, ended_process, monkeypatch):
+    left = [
+        tmp_path / f".saving.tmp-{ended_process}-abcd_123",
+        tmp_path / f".config.json.tmp-{ended_process}-abcd_123",
+    ]
+    busy = tmp_path / f".saving.tmp-{os.getppid()}-abcd_123"
+    for folder in (left[0], busy):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+    left[1].touch()
+    rename, temporary = os.replace, set()
+
+    def observed(source, target):
+        if Path(target).parent == tmp_path:
+            temporary.add(Path(source).parent.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", observed)
+    save_pretrained(*model_and_tokenizer, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [busy.name]
+    (name,) = temporary  # what this save would leave is found by the next
+    assert TEMPORARY_NAME.fullmatch(name)[1] == str(os.getpid())

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from models import ARCHITECTURES, assert_bit_equal
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import get_linear_schedule_with_warmup
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, refresh
 from hf_specattn.refreshing import steps_since_refresh
 from hf_specattn.training.optimization import build_adamw
-from hf_specattn.training.schedules import linear_schedule
 from hf_specattn.training.training_state import (
     CheckpointError,
     TrainingParts,
@@ -42,7 +42,7 @@ def make_model(spectral: SpectralConfig | None = None, seed: int = 0, **changes)
 
 def make_parts(model: nn.Module, **others) -> TrainingParts:
     optimizer = build_adamw(model, 1e-2)
-    return TrainingParts(model, optimizer, linear_schedule(optimizer, 3, 30), **others)
+    return TrainingParts(model, optimizer, get_linear_schedule_with_warmup(optimizer, 3, 30), **others)
 
 
 def train(parts: TrainingParts, steps: int) -> None:
