@@ -5,11 +5,12 @@
 Runs that differ in their seed alone form a group. The table has for each group the final validation loss (mean and
 standard deviation), perplexity, speed, and the difference to a reference group, paired over the seeds that both have,
 with its 95 % interval. With `--output_dir` it is written there as `comparison.md`, with `comparison.png` and `.svg`.
+
+Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """
 
-import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,28 @@ from transformers import HfArgumentParser
 from hf_specattn.training import atomic_files
 from hf_specattn.training.comparison import (
     COLORS,
+    HARDWARE,
     MARKERS,
     ComparisonError,
     PairedDifference,
     Run,
     RunGroup,
+    columns,
     derived_labels,
     find_differences,
     find_reference,
     group_runs,
+    hardware,
     mean_curve,
     paired_difference,
     read_runs,
+    shared_time_budget,
 )
 from hf_specattn.training.metrics import perplexity
+from hf_specattn.training.presentation import markdown_table, new_figure, render
 
 NAME = "comparison"
 NOTHING = "–"
-HARDWARE = ("device", "processes", "threads")
 
 
 @dataclass
@@ -79,16 +84,14 @@ def table(groups: Sequence[RunGroup], reference: RunGroup) -> str:
         f"loss minus that of {reference.label}, mean (seeds)",
         "95 % interval",
     ]
-    lines = [f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}"]
-    lines += [f"| {' | '.join(row(group, reference))} |" for group in groups]
-    return "\n".join(lines) + "\n"
+    return markdown_table(header, [row(group, reference) for group in groups])
 
 
 def row(group: RunGroup, reference: RunGroup) -> list[str]:
     value, speed = perplexity(group.mean_loss), group.tokens_per_second
     difference = None if group is reference else paired_difference(group.losses, reference.losses)
     return [
-        group.label.replace("|", "\\|"),
+        group.label,
         str(len(group.runs)),
         f"{group.mean_loss:.4f}",
         NOTHING if group.loss_deviation is None else f"{group.loss_deviation:.4f}",
@@ -111,11 +114,15 @@ def describe_difference(difference: PairedDifference | None, is_reference: bool)
 def notes(groups: Sequence[RunGroup], reference: RunGroup, arguments: CompareArguments) -> list[str]:
     """What the reader of the table has to know, one paragraph each."""
     runs = [run for group in groups for run in group.runs]
+    budget = shared_time_budget(runs)
     lines = [f"**Caution, these runs differ where they should not.** {line}." for line in find_differences(runs)]
     if not lines:
         tokens = runs[0].record.facts.get("validation_tokens")
         data = "the same validation data" if tokens is None else f"the same {tokens:,} validation tokens"
-        lines = [f"Every run: {runs[0].steps:,} steps, {runs[0].tokens:,} training tokens, {data}."]
+        training = f"{runs[0].steps:,} steps, {runs[0].tokens:,} training tokens"
+        lines = [f"Every run: {training if budget is None else f'{budget:g} h of training'}, {data}."]
+    if budget is not None:
+        lines.append(time_budget_note(budget, groups))
     if arguments.labels is not None:
         settings = derived_labels([group.runs[0] for group in groups])
         lines += [f"{group.label}: {setting}." for group, setting in zip(groups, settings)]
@@ -125,40 +132,55 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, arguments: CompareArg
         lines.append(
             "The interval is that of the mean difference over seeds (Student's t, paired: a seed fixes the initial weights "
             "and the batches of both). One that contains 0 means that these seeds do not tell which of the two is better, "
-            "not that they are equal. One that does not speaks for this model, corpus and number of steps alone."
+            "not that they are equal. One that does not speaks for this model, corpus and "
+            f"{'number of steps' if budget is None else 'time on this machine'} alone."
         )
         if len(others) > 1:
             lines.append("Each interval stands by itself: among many comparisons some leave out 0 by chance.")
     if any(difference is not None and difference.interval is None for difference in differences):
         lines.append("A difference of one seed has no interval and is no evidence for either side.")
-    hardware = {tuple(run.record.facts.get(name) for name in HARDWARE) for run in runs}
-    if len(hardware) > 1:
+    if len({hardware(run) for run in runs}) > 1:
         lines.append(f"Speeds do not compare: the runs differ in {', '.join(HARDWARE)}.")
     else:
         lines.append("Speeds compare only if nothing else ran on the machine; for a measured ratio see benchmarks/.")
     return lines
 
 
-def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
-    """Training loss, validation loss over steps, and the final validation losses; file ending -> image."""
-    try:
-        # Without pyplot: no display is needed.
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The picture needs matplotlib, which is not installed: pip install matplotlib.") from error
+def time_budget_note(hours: float, groups: Sequence[RunGroup]) -> str:
+    read = [
+        f"{group.label}: {span(run.tokens for run in group.runs)} training tokens in {span(run.steps for run in group.runs)} "
+        "steps"
+        for group in groups
+    ]
+    return (
+        f"These runs share a time budget of {hours:g} h, not a number of steps. {'; '.join(read)}. So the comparison "
+        "includes speed: what makes a step slower, another program on the machine included, makes the training shorter, "
+        "and elsewhere the losses may stand in another order."
+    )
 
-    figure = Figure(figsize=(14, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+
+def span(numbers: Iterable[int]) -> str:
+    """The least and the greatest number, or the one."""
+    least, *_, greatest = sorted(numbers) * 2
+    return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
+
+
+def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
+    """Training loss, validation loss over steps, and the final validation losses; file ending -> image.
+
+    Runs under a time budget come to different steps in the same time, so theirs are drawn over training tokens.
+    """
+    figure = new_figure(14, 4.6)
     training, validation, final = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    over_tokens = any(run.time_budget is not None for group in groups for run in group.runs)
     for index, group in enumerate(groups):
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        draw_curves(training, group, "train_loss", color, None)
-        draw_curves(validation, group, "validation_loss", color, marker)
+        draw_curves(training, group, "train_loss", over_tokens, color, None)
+        draw_curves(validation, group, "validation_loss", over_tokens, color, marker)
         draw_final(final, index, group, color, marker)
-    training.set(xlabel="optimizer step", ylabel="training loss (nats per predicted token)", title="Training")
-    validation.set(xlabel="optimizer step", ylabel="validation loss (nats per predicted token)", title="Validation")
+    x = "training tokens" if over_tokens else "optimizer step"
+    training.set(xlabel=x, ylabel="training loss (nats per predicted token)", title="Training")
+    validation.set(xlabel=x, ylabel="validation loss (nats per predicted token)", title="Validation")
     final.set(ylabel="final validation loss (nats per predicted token)", title="Final: runs, mean, deviation")
     final.set_xticks(range(len(groups)), [group.label.replace(", ", "\n") for group in groups], fontsize=7)
     final.set_xlabel("group")
@@ -166,29 +188,19 @@ def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
     for axes in (training, validation, final):
         axes.grid(alpha=0.3)
     validation.legend(fontsize=8)
-    images = {}
-    # Without a date and with fixed identifiers, the same runs give the same files.
-    with rc_context({"svg.hashsalt": NAME}):
-        for ending, metadata in (("png", None), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=ending, metadata=metadata)
-            images[ending] = buffer.getvalue()
-    return images
+    return render(figure, NAME)
 
 
-def draw_curves(axes: Any, group: RunGroup, key: str, color: str, marker: str | None) -> None:
+def draw_curves(axes: Any, group: RunGroup, key: str, over_tokens: bool, color: str, marker: str | None) -> None:
     """Every run of a group thin, their mean thick."""
-    curves = [curve(run, key) for run in group.runs]
+    curves = [run.curve(key, over_tokens) for run in group.runs]
     for points in curves:
-        if points:  # no step was logged otherwise
-            axes.plot(*zip(*points), color=color, linewidth=0.6, alpha=0.5)
-    if mean := mean_curve(curves):
-        axes.plot(*zip(*mean), color=color, linewidth=2, marker=marker, markersize=5, label=group.label)
-
-
-def curve(run: Run, key: str) -> list[tuple[int, float]]:
-    records = run.record.history if key == "train_loss" else run.record.validation
-    return [(record["step"], record[key]) for record in records]
+        # Without a marker a single point would not show.
+        style = {"color": color, "marker": marker or ("." if len(points) == 1 else None)}
+        axes.plot(*columns(points), linewidth=0.6, markersize=2.5, alpha=0.5, **style)
+    # An empty one, too, has its entry in the legend: the runs of a time budget may have no position in common.
+    style = {"color": color, "marker": marker, "label": group.label}
+    axes.plot(*columns(mean_curve(curves)), linewidth=2, markersize=5, **style)
 
 
 def draw_final(axes: Any, position: int, group: RunGroup, color: str, marker: str) -> None:

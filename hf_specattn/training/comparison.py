@@ -2,11 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
+
+import numpy as np
 
 from ..config import PROJECTIONS
 from .arguments import SpectralArguments
@@ -22,6 +24,10 @@ SPECTRAL_SETTINGS = frozenset(setting.name for setting in fields(SpectralArgumen
 # Arguments that say what is written where, and change nothing about the trained model.
 REPORTING = frozenset(
     {
+        "preset",  # its values stand in the other arguments
+        "show_plan",
+        "cache_dir",
+        "streaming",
         "output_dir",
         "overwrite_output_dir",
         "eval_steps",
@@ -35,9 +41,19 @@ REPORTING = frozenset(
         "resume_from_checkpoint",
     }
 )
+# Arguments that change a run's speed, and of what it computes only the rounding: compiled kernels sum in another order.
+# Under a time budget speed decides how far a run comes, so there they count.
+SPEED = frozenset({"torch_compile", "gradient_checkpointing"})
+# How a batch is cut among forward passes: rounding and speed again, and where a ramp begins.
+CUTTING = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 # Arguments whose effect depends on how the run was launched or on what a file held: the facts count instead.
-RESOLVED = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "mixed_precision"})
+RESOLVED = CUTTING | {"mixed_precision"}
 FACTS = ("global_batch_size", "mixed_precision", "train_sequences")
+# Facts on which a run's speed depends.
+HARDWARE = ("device", "processes", "threads")
+
+# A point of a curve: optimizer step or training tokens, and a loss.
+Point = tuple[float, float]
 
 ABSENT = "not recorded"
 
@@ -76,8 +92,36 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Training tokens read."""
-        return self.steps * self.record.facts["tokens_per_step"]
+        """Training tokens read until the end: as recorded, else those of equal steps."""
+        recorded = self.record.final.get("train_tokens_seen")
+        return self.steps * self.record.facts["tokens_per_step"] if recorded is None else recorded
+
+    @property
+    def time_budget(self) -> float | None:
+        """The hours of training that scheduled the run; None for one scheduled by a number of steps."""
+        return self.record.arguments.get("max_train_hours")
+
+    def curve(self, key: str, over_tokens: bool = False) -> list[Point]:
+        """Return the training or validation losses as points, in the order of the record.
+
+        Args:
+            key: "train_loss" or "validation_loss", in nats per predicted token.
+            over_tokens: over the training tokens read until then, not over optimizer steps. Where a record lacks them,
+                they lie on the line between its neighbours', the start and the end.
+        """
+        entries = self.record.history if key == "train_loss" else self.record.validation
+        steps = [entry["step"] for entry in entries]
+        positions = np.interp(steps, *columns(self._tokens_by_step())).tolist() if over_tokens else steps
+        return [(position, entry[key]) for position, entry in zip(positions, entries)]
+
+    def _tokens_by_step(self) -> list[Point]:
+        entries = [*self.record.history, *self.record.validation]
+        known = {
+            entry["step"]: entry["train_tokens_seen"]
+            for entry in entries
+            if entry.get("train_tokens_seen") is not None
+        }
+        return sorted(({0: 0} | known | {self.steps: self.tokens}).items())
 
 
 @dataclass(frozen=True)
@@ -181,8 +225,17 @@ def read_run(directory: str | Path) -> Run:
 
 def deciding_settings(record: RunMetrics) -> dict[str, Any]:
     """Return what decided the trained model apart from the seed and the spectral settings, by name."""
-    left_out = SPECTRAL_SETTINGS | REPORTING | RESOLVED | {"seed"}
-    settings = {name: value for name, value in record.arguments.items() if name not in left_out}
+    left_out = SPECTRAL_SETTINGS | REPORTING | SPEED | RESOLVED | {"seed"}
+    if record.arguments.get("max_train_hours") is not None:
+        left_out -= SPEED | CUTTING
+    if record.arguments.get("batch_size_ramp"):
+        left_out -= CUTTING
+    # One file is the same data whether it stands alone or in a list.
+    settings = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in record.arguments.items()
+        if name not in left_out
+    }
     return settings | {name: record.facts[name] for name in FACTS if name in record.facts}
 
 
@@ -251,9 +304,14 @@ def derived_labels(representatives: Sequence[Run]) -> list[str]:
     names = {name: None for run in representatives for name in run.settings}  # a set that keeps the order
     differing = [name for name in names if len({repr(run.settings.get(name, ABSENT)) for run in representatives}) > 1]
     return [
-        ", ".join([run.spectral, *(f"{name} {run.settings.get(name, ABSENT)}" for name in differing)])
+        ", ".join([run.spectral, *(f"{name} {_as_given(run.settings.get(name, ABSENT))}" for name in differing)])
         for run in representatives
     ]
+
+
+def _as_given(value: Any) -> str:
+    """A setting as it stands on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def find_reference(groups: Sequence[RunGroup], label: str | None = None) -> RunGroup:
@@ -272,17 +330,27 @@ def find_reference(groups: Sequence[RunGroup], label: str | None = None) -> RunG
     )
 
 
+def shared_time_budget(runs: Iterable[Run]) -> float | None:
+    """Return the time budget, in hours, that scheduled all of the runs; None where they have not one in common."""
+    budgets = {run.time_budget for run in runs}
+    return budgets.pop() if len(budgets) == 1 else None
+
+
 def find_differences(runs: Sequence[Run]) -> list[str]:
     """Return one line for everything that must be equal for losses to compare, and is not; empty where all is well.
 
-    That is the validation data with the share of it that is predicted, the steps, and the training tokens.
+    That is the validation data with the share of it that is predicted, and the training: steps and tokens, or for runs
+    that share a time budget the hardware, because there the steps are what came out.
     """
-    checked = {
+    checked: dict[str, Callable[[Run], Any]] = {
         "validation data (fingerprint)": lambda run: run.record.facts["validation_fingerprint"],
         "share of predicted tokens": lambda run: run.record.arguments.get("mlm_probability", ABSENT),
-        "steps": lambda run: run.steps,
-        "training tokens": lambda run: run.tokens,
+        "time budget (hours)": lambda run: run.time_budget,
     }
+    if shared_time_budget(runs) is None:
+        checked |= {"steps": lambda run: run.steps, "training tokens": lambda run: run.tokens}
+    else:
+        checked[f"hardware under a time budget ({', '.join(HARDWARE)})"] = hardware
     lines = []
     for name, value_of in checked.items():
         folders: dict[Any, list[str]] = {}
@@ -291,6 +359,11 @@ def find_differences(runs: Sequence[Run]) -> list[str]:
         if len(folders) > 1:
             lines.append(f"{name}: " + "; ".join(f"{value} in {', '.join(at)}" for value, at in folders.items()))
     return lines
+
+
+def hardware(run: Run) -> str:
+    """Return what a run's speed depends on, in words."""
+    return " ".join(str(run.record.facts.get(name, ABSENT)) for name in HARDWARE)
 
 
 def paired_difference(
@@ -333,8 +406,27 @@ def student_t(confidence: float, degrees: int) -> float:
     return float(stats.t.ppf((1 + confidence) / 2, degrees))
 
 
-def mean_curve(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
-    """Return `(step, mean value)` over the steps that every one of the `(step, value)` curves has."""
-    tables = [dict(curve) for curve in curves]
-    common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
-    return [(step, fmean(table[step] for table in tables)) for step in common]
+def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
+    """Return the mean of curves, at every position of any of them that lies within all; empty where none does.
+
+    Between its points a curve is joined by straight lines, as it is drawn. Where all curves have the same positions, the
+    means are those of recorded values alone.
+
+    Args:
+        curves: `(position, value)`, positions rising.
+    """
+    if not curves or not all(curves):
+        return []
+    begin, end = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
+    positions = sorted({position for curve in curves for position, _ in curve if begin <= position <= end})
+    values = [np.interp(positions, *columns(curve)) for curve in curves]
+    return [(position, fmean(column)) for position, column in zip(positions, zip(*values))]
+
+
+def columns(points: Iterable[Point]) -> tuple[list[float], list[float]]:
+    """Return the positions and the values of a curve."""
+    positions, values = [], []
+    for position, value in points:
+        positions.append(position)
+        values.append(value)
+    return positions, values

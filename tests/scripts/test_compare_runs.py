@@ -131,6 +131,68 @@ def test_the_picture_names_axes_and_units_and_shows_every_run(compare_runs, runs
     assert [label.get_text() for label in final.get_xticklabels()] == ["identity\nlambda 1", "stock", "svd"]
 
 
+def write_timed_run(folder, seed, loss, step, tokens, **arguments):
+    """A run that a budget of two hours ended at that step, its batch ramped so that steps and tokens are not proportional."""
+    directory = write_run(folder, seed, loss, max_train_hours=2.0, **arguments)
+    record = json.loads((folder / "metrics.json").read_text())
+    record["history"] = [
+        {"step": 1, "train_loss": loss + 4, "tokens_per_second": 1.0, "train_tokens_seen": 100},
+        {"step": step, "train_loss": loss, "tokens_per_second": 1.0, "train_tokens_seen": tokens},
+    ]
+    record["validation"] = [{"step": step, "validation_loss": loss}]
+    record["final"] = {"step": step, "validation_loss": loss, "train_tokens_seen": tokens}
+    (folder / "metrics.json").write_text(json.dumps(record))
+    return directory
+
+
+@pytest.fixture
+def timed_runs(tmp_path):
+    svd = {"spectral_conditioning": True, "spectral_method": "svd"}
+    return [
+        write_timed_run(tmp_path / "stock-0", 0, 3.0, 50, 50_000),
+        write_timed_run(tmp_path / "stock-1", 1, 3.2, 40, 40_000),
+        write_timed_run(tmp_path / "svd-0", 0, 3.1, 30, 20_000, **svd),
+        write_timed_run(tmp_path / "svd-1", 1, 3.1, 30, 20_000, **svd),
+    ]
+
+
+def test_runs_that_share_a_time_budget(compare_runs, timed_runs, capsys):
+    compare_runs.main(timed_runs)
+    text = capsys.readouterr().out
+    assert rows_of(text)["svd"][-2] == "+0.0000 (2)"
+    assert "Caution" not in text
+    assert "Every run: 2 h of training, the same 5,000 validation tokens." in text
+    assert (
+        "These runs share a time budget of 2 h, not a number of steps. stock: 40,000 to 50,000 training tokens in 40 to 50 "
+        "steps; svd: 20,000 training tokens in 30 steps. So the comparison includes speed"
+    ) in text
+    assert "speaks for this model, corpus and time on this machine alone" in text
+    assert "number of steps alone" not in text
+
+
+def test_runs_that_share_a_time_budget_are_drawn_over_tokens(compare_runs, timed_runs, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(timed_runs)))
+    training, validation, _ = figures[0].axes
+    assert training.get_xlabel() == validation.get_xlabel() == "training tokens"
+    mean = next(line for line in training.lines if line.get_label() == "stock")
+    assert list(mean.get_xdata()) == [100, 40_000]
+    # At 40,000 tokens one run has ended at 3.2; the other is on its way from 7 at 100 to 3 at 50,000.
+    assert mean.get_ydata()[1] == pytest.approx((3.2 + 7 - 4 * 39_900 / 49_900) / 2)
+    # The evaluations of stock have no position in common, and its name stands in the legend all the same.
+    legend = [text.get_text() for text in validation.get_legend().get_texts()]
+    assert legend == ["stock", "svd"]
+
+
+def test_different_time_budgets_are_refused(compare_runs, timed_runs, tmp_path):
+    other = write_run(tmp_path / "other", 9, 3.0)
+    with pytest.raises(SystemExit, match=r"do not compare(?s:.*)time budget \(hours\): 2\.0 in .*; None in .*other"):
+        compare_runs.main([*timed_runs, other])
+
+
 def test_more_groups_than_colours_and_runs_without_log_entries(compare_runs, tmp_path):
     folders = [write_run(tmp_path / f"{i}", 0, 3.0, learning_rate=0.1 * i) for i in range(9)]
     record = json.loads((tmp_path / "0" / "metrics.json").read_text())

@@ -18,6 +18,7 @@ from hf_specattn.training.comparison import (
     paired_difference,
     read_run,
     read_runs,
+    shared_time_budget,
 )
 from hf_specattn.training.metrics import OKABE_ITO
 
@@ -196,6 +197,61 @@ def test_a_precision_that_the_launcher_chose_counts(write_run):
     assert labels_of(*folders) == ["stock, mixed_precision no", "stock, mixed_precision bf16"]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("torch_compile", (False, True)),
+        ("gradient_checkpointing", (False, True)),
+        ("preset", (None, "demo")),
+        ("show_plan", (False, True)),
+        ("streaming", (False, True)),
+        ("cache_dir", (None, "cache")),
+    ],
+)
+def test_bookkeeping_and_what_changes_rounding_alone_form_no_groups(write_run, name, values):
+    folders = [write_run(f"r{seed}", seed, **{name: value}) for seed, value in enumerate(values)]
+    assert labels_of(*folders) == ["stock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("torch_compile", (False, True)),
+        ("gradient_checkpointing", (False, True)),
+        ("per_device_train_batch_size", (8, 4)),
+    ],
+)
+def test_under_a_time_budget_speed_counts(write_run, name, values):
+    folders = [write_run(f"r{seed}", seed, max_train_hours=2.0, **{name: v}) for seed, v in enumerate(values)]
+    assert labels_of(*folders) == [f"stock, {name} {value}" for value in values]
+
+
+def test_under_a_ramp_the_cut_of_the_batch_counts(write_run):
+    """It decides with which batch the ramp begins."""
+    folders = [
+        write_run(f"r{steps}", batch_size_ramp=0.6, gradient_accumulation_steps=steps, torch_compile=steps > 1)
+        for steps in (1, 2)
+    ]
+    assert labels_of(*folders) == [f"stock, gradient_accumulation_steps {steps}" for steps in (1, 2)]
+
+
+def test_several_files_in_labels(write_run):
+    folders = [
+        write_run("a", train_file=["x.txt"], validation_file=["v.txt", "w.txt"]),
+        write_run("b", train_file=["x.txt", "y z.txt"], validation_file=["v.txt", "w.txt"]),
+        write_run("c", train_file=None, validation_file=None),
+    ]
+    assert labels_of(*folders) == [
+        "stock, train_file x.txt, validation_file v.txt w.txt",
+        "stock, train_file x.txt y z.txt, validation_file v.txt w.txt",
+        "stock, train_file None, validation_file None",
+    ]
+
+
+def test_one_file_is_the_same_in_a_list_or_alone(write_run):
+    assert labels_of(write_run("a", 0, train_file="x.txt"), write_run("b", 1, train_file=["x.txt"])) == ["stock"]
+
+
 def test_refuses_two_runs_of_one_seed(write_run):
     runs = read_runs([write_run("a", seed=5), write_run("b", seed=5)])
     with pytest.raises(ComparisonError, match=r"/a and .*/b are runs of one seed \(5\)"):
@@ -238,6 +294,93 @@ def test_finds_what_must_be_equal_and_is_not(write_run):
     ]
 
 
+# --- tokens, and runs scheduled by the clock -------------------------------------------------------------------------
+
+
+def finish(folder, step, tokens=None):
+    """Let the run end at that step, with the tokens it records."""
+    seen = {} if tokens is None else {"train_tokens_seen": tokens}
+    edit(folder, lambda record: record["final"].update(step=step, **seen))
+    return folder
+
+
+def test_recorded_tokens_count(write_run):
+    """Under a ramp of the batch they are not steps times the full batch."""
+    ramped, plain = write_run("a"), write_run("b", seed=1)
+    assert read_run(finish(ramped, 4, 1500)).tokens == 1500
+    (line,) = find_differences(read_runs([ramped, plain]))
+    assert line == f"training tokens: 1500 in {ramped}; 4096 in {plain}"
+    assert find_differences(read_runs([ramped, finish(write_run("c", seed=2), 4, 1500)])) == []
+
+
+def test_a_shared_time_budget_allows_other_steps_and_tokens(write_run):
+    folders = [write_run(name, seed, max_train_hours=2.0) for seed, name in enumerate("ab")]
+    runs = read_runs([folders[0], finish(folders[1], 7, 900)])
+    assert [run.time_budget for run in runs] == [2.0, 2.0]
+    assert (runs[1].steps, runs[1].tokens) == (7, 900)
+    assert find_differences(runs) == []
+    assert shared_time_budget(runs) == 2.0
+
+
+def test_a_shared_time_budget_needs_the_same_data_and_hardware(write_run):
+    runs = read_runs(
+        [
+            write_run("a", max_train_hours=2.0, facts={"device": "cuda", "processes": 1}),
+            write_run(
+                "b", max_train_hours=2.0, facts={"device": "cpu", "processes": 1, "validation_fingerprint": "x"}
+            ),
+        ]
+    )
+    data, hardware = find_differences(runs)
+    assert data.startswith("validation data")
+    assert hardware.startswith("hardware under a time budget (device, processes, threads): cuda 1 not recorded in ")
+
+
+@pytest.mark.parametrize("other", [None, 3.0])
+def test_different_time_budgets_are_a_difference(write_run, other):
+    runs = read_runs([write_run("a", max_train_hours=2.0), finish(write_run("b", max_train_hours=other), 5)])
+    assert shared_time_budget(runs) is None
+    assert [line.split(":")[0] for line in find_differences(runs)] == [
+        "time budget (hours)",
+        "steps",
+        "training tokens",
+    ]
+    assert find_differences(runs)[0].startswith(f"time budget (hours): 2.0 in {runs[0].directory}; {other} in ")
+
+
+def test_no_time_budget_is_none_that_is_shared(write_run):
+    assert shared_time_budget(read_runs([write_run("a"), write_run("b", max_train_hours=None)])) is None
+
+
+def test_curves_over_steps_and_over_tokens(write_run):
+    run = read_run(write_run("a"))
+    assert run.curve("train_loss") == [(2, 7.0), (4, 5.0)]
+    assert run.curve("validation_loss") == [(4, 3.0)]
+    assert run.curve("train_loss", over_tokens=True) == [(2048, 7.0), (4096, 5.0)]
+    assert run.curve("validation_loss", over_tokens=True) == [(4096, 3.0)]
+
+
+def test_recorded_tokens_of_a_curve(write_run):
+    """Steps 1 to 4 of a ramp: 100, 300, 600, 1000; where an evaluation lacks them, on the line between 300 and 1000."""
+    folder = finish(write_run("a"), 4, 1000)
+    edit(
+        folder,
+        lambda record: record.update(
+            history=[
+                {"step": 1, "train_loss": 8.0, "tokens_per_second": 1.0},
+                {"step": 2, "train_loss": 7.0, "tokens_per_second": 1.0, "train_tokens_seen": 300},
+                {"step": 4, "train_loss": 5.0, "tokens_per_second": 1.0, "train_tokens_seen": 1000},
+            ],
+            validation=[{"step": step, "validation_loss": 9.0 - step} for step in (2, 3, 4)],
+        ),
+    )
+    run = read_run(folder)
+    assert run.curve("train_loss", over_tokens=True) == [(150, 8.0), (300, 7.0), (1000, 5.0)]
+    assert run.curve("validation_loss", over_tokens=True) == [(300, 7.0), (650, 6.0), (1000, 5.0)]
+    edit(folder, lambda record: record["validation"][1].update(train_tokens_seen=600))
+    assert read_run(folder).curve("validation_loss", over_tokens=True)[1] == (600, 6.0)
+
+
 # --- statistics ------------------------------------------------------------------------------------------------------
 
 STOCK_LOSSES = {0: 3.10, 1: 3.40, 2: 3.05, 3: 3.30, 9: 100.0}
@@ -273,10 +416,20 @@ def test_one_or_no_common_seed_gives_no_interval(monkeypatch):
         paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0})
 
 
-def test_mean_curve_over_the_steps_that_all_have():
-    assert mean_curve([[(1, 2.0), (2, 4.0)], [(2, 6.0), (3, 1.0)]]) == [(2, 5.0)]
+def test_mean_curve_where_all_have_the_same_positions():
+    assert mean_curve([[(1, 2.0), (2, 4.0)], [(1, 1.0), (2, 6.0)]]) == [(1, 1.5), (2, 5.0)]
     assert mean_curve([[(1, 2.0)]]) == [(1, 2.0)]
-    assert mean_curve([]) == []
+
+
+def test_mean_curve_joins_points_by_lines_within_all_curves():
+    """The second curve at 2 is 6, and at 4, half-way from 3 to 5, it is 8; nothing before 1.5 or after 4."""
+    curves = [[(0, 9.0), (2, 4.0), (4, 0.0)], [(1.5, 5.0), (2, 6.0), (3, 7.0), (5, 9.0)]]
+    assert mean_curve(curves) == [(1.5, (5.25 + 5) / 2), (2, 5.0), (3, (2 + 7) / 2), (4, 4.0)]
+
+
+@pytest.mark.parametrize("curves", [[], [[]], [[(1, 2.0)], []], [[(1, 2.0)], [(2, 3.0)]]])
+def test_mean_curve_of_curves_without_a_common_position(curves):
+    assert mean_curve(curves) == []
 
 
 def test_colours_and_markers_are_distinct():

@@ -1,0 +1,43 @@
+"""Markdown tables and pictures, as every report here has them."""
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table: the first column to the left, the others to the right; `|` within cells is escaped."""
+    lines = [_table_row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(_table_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _table_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty matplotlib figure of so many inches that needs no display.
+
+    Raises:
+        ImportError: if matplotlib is missing.
+    """
+    try:
+        # Imported here, and without pyplot: training must run where matplotlib or a display is missing.
+        from matplotlib import figure
+    except ImportError as error:
+        raise ImportError("The picture needs matplotlib, which is not installed: pip install matplotlib.") from error
+    return figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def render(figure: Any, name: str) -> dict[str, bytes]:
+    """Return a figure as file ending -> image, for "png" and "svg"; the same figure and name give the same bytes."""
+    from matplotlib import rc_context
+
+    images = {}
+    # Without a date and with fixed identifiers.
+    with rc_context({"svg.hashsalt": name}):
+        for ending, metadata in (("png", None), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=ending, metadata=metadata)
+            images[ending] = buffer.getvalue()
+    return images
