@@ -2,12 +2,12 @@
 
     python scripts/demo.py
 
-Three runs of `pretrain_mlm.py` on the documentation that every Python carries, some six minutes on two CPU cores. It
-ends with a table (`comparison.md`) and a picture (`comparison.png`, `.svg`): validation loss, condition numbers of W and
-of W + C before and after training, attention entropy, and what `fold` changes. At this size the losses say little.
+Three runs of `pretrain_mlm.py` on the documentation that every Python carries, some six minutes on two CPU cores. Their
+losses are compared by `compare_runs.py` (`comparison.md`, `.png`, `.svg`). What conditioning did to the models stands
+beside that (`conditioning.md`, `.json`, `.png`, `.svg`): condition numbers of W and of W + C before and after training,
+attention entropy, and what `fold` changes. At this size the losses say little.
 """
 
-import io
 import json
 import math
 import os
@@ -15,11 +15,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
@@ -29,10 +30,14 @@ from hf_specattn import fold
 from hf_specattn.config import PROJECTIONS
 from hf_specattn.diagnostics import attention_entropy, spectra
 from hf_specattn.training import atomic_files
-from hf_specattn.training.metrics import METRICS_FILE, OKABE_ITO
+from hf_specattn.training.comparison import COLORS, MARKERS
+from hf_specattn.training.metrics import METRICS_FILE
 from hf_specattn.training.mlm_data import MlmDataSettings, prepare_mlm_data
+from hf_specattn.training.presentation import markdown_table, new_figure, render
 
+NAME = "conditioning"
 PRETRAIN = Path(__file__).with_name("pretrain_mlm.py")
+COMPARE = Path(__file__).with_name("compare_runs.py")
 # What `accelerate launch` would otherwise remark on at length.
 LAUNCH = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 # The first corrections to try: svd has no lambda to choose, and lambda 1 does not saturate a small model's softmax as the
@@ -42,15 +47,17 @@ RUNS: dict[str, list[str]] = {
     "identity, lambda 1": ["--spectral_conditioning", "--lambda_", "1.0"],
     "svd": ["--spectral_conditioning", "--spectral_method", "svd"],
 }
-COLORS = dict(zip(RUNS, (OKABE_ITO["blue"], OKABE_ITO["vermillion"], OKABE_ITO["green"])))
-MARKERS = dict(zip(RUNS, "os^"))
+# In the order in which compare_runs.py gives them to its groups.
+STYLES = {run: {"color": color, "marker": marker} for run, color, marker in zip(RUNS, COLORS, MARKERS)}
 
 
 @dataclass
 class DemoArguments:
     """Arguments of the demonstration."""
 
-    output_dir: str = field(default="runs/demo", metadata={"help": "Folder for the runs, the table and the picture."})
+    output_dir: str = field(
+        default="runs/demo", metadata={"help": "Folder for the runs, the tables and the pictures."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace an earlier demonstration there."})
     # 150 steps of three models stay under ten minutes on two cores, and the losses are well below that of word frequencies.
     max_steps: int = field(default=150, metadata={"help": "Optimizer steps of each run."})
@@ -58,23 +65,18 @@ class DemoArguments:
 
 
 @dataclass
-class Comparison:
-    """What is shown of one run.
+class Conditioning:
+    """What is shown of one run's model.
 
     Attributes:
-        loss, perplexity: of the saved model on the validation documents (loss in nats per predicted token).
         kappa: moment ("start" or "end") -> projection -> (median condition number of W, of W + C) over the layers.
         entropy: mean attention entropy per layer, in nats; log of the sequence length is uniform attention.
         fold_difference: largest change of a logit by `fold`, relative to the largest logit.
-        history: the training losses, from `metrics.json`.
     """
 
-    loss: float
-    perplexity: float
     kappa: dict[str, dict[str, tuple[float, float]]]
     entropy: list[float]
     fold_difference: float
-    history: list[dict[str, Any]]
 
 
 def folder_of(run: str) -> str:
@@ -93,22 +95,19 @@ def pretrain(arguments: DemoArguments, run: str) -> Path:
     return directory
 
 
-def compare(directory: Path, seed: int, batch: dict[str, torch.Tensor]) -> Comparison:
-    metrics = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))
+def compare_losses(directories: Sequence[Path], output: Path) -> None:
+    print("\n=== the losses", flush=True)
+    subprocess.run([sys.executable, str(COMPARE), *map(str, directories), "--output_dir", str(output)], check=True)
+
+
+def inspect(directory: Path, seed: int, batch: dict[str, torch.Tensor]) -> Conditioning:
     model = AutoModelForMaskedLM.from_pretrained(directory)
     # The model that the run started from: its seed decides the initialization.
     set_seed(seed)
     start = AutoModelForMaskedLM.from_config(model.config)
     kappa = {"start": median_kappas(start), "end": median_kappas(model)}
     entropy = attention_entropy(model, batch).mean(dim=1).tolist()
-    return Comparison(
-        loss=metrics["final"]["validation_loss"],
-        perplexity=metrics["final"]["validation_perplexity"],
-        kappa=kappa,
-        entropy=entropy,
-        fold_difference=fold_difference(model, batch),
-        history=metrics["history"],
-    )
+    return Conditioning(kappa, entropy, fold_difference(model, batch))
 
 
 def median_kappas(model: PreTrainedModel) -> dict[str, tuple[float, float]]:
@@ -132,66 +131,47 @@ def fold_difference(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> f
     return ((after - before).abs().max() / before.abs().max()).item()
 
 
-def table(results: dict[str, Comparison], length: int) -> str:
+def table(results: dict[str, Conditioning], length: int) -> str:
     """A Markdown table, one column per run."""
-    rows: list[tuple[str, Sequence[str]]] = [
-        ("validation loss (nats per token)", [f"{r.loss:.4f}" for r in results.values()]),
-        ("validation perplexity", [f"{r.perplexity:.1f}" for r in results.values()]),
-    ]
+    rows: list[list[str]] = []
     for moment in ("start", "end"):
         for projection in PROJECTIONS:
             pairs = [result.kappa[moment][projection] for result in results.values()]
-            rows.append((f"kappa({projection}), {moment}: W", [f"{raw:.3g}" for raw, _ in pairs]))
-            rows.append((f"kappa({projection}), {moment}: W + C", [f"{effective:.3g}" for _, effective in pairs]))
-    rows += [
-        (
-            f"attention entropy (nats; uniform is {math.log(length):.2f})",
-            [f"{sum(r.entropy) / len(r.entropy):.2f}" for r in results.values()],
-        ),
-        ("largest change of a logit by fold (relative)", [f"{r.fold_difference:.1e}" for r in results.values()]),
-    ]
-    header = f"| | {' | '.join(results)} |\n|---|{'---:|' * len(results)}\n"
-    return header + "".join(f"| {name} | {' | '.join(values)} |\n" for name, values in rows)
+            rows.append([f"kappa({projection}), {moment}: W", *(f"{raw:.3g}" for raw, _ in pairs)])
+            rows.append([f"kappa({projection}), {moment}: W + C", *(f"{effective:.3g}" for _, effective in pairs)])
+    entropies = [f"{fmean(result.entropy):.2f}" for result in results.values()]
+    rows.append([f"attention entropy (nats; uniform is {math.log(length):.2f})", *entropies])
+    folds = [f"{result.fold_difference:.1e}" for result in results.values()]
+    rows.append(["largest change of a logit by fold (relative)", *folds])
+    return markdown_table(["", *results], rows)
 
 
-def picture(results: dict[str, Comparison], length: int) -> dict[str, bytes]:
-    """Losses, condition numbers and entropy side by side; file ending -> image."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, kappas, entropies = figure.subplots(1, 3)
-    for run, result in results.items():
-        style = {"color": COLORS[run], "label": run}
-        losses.plot([r["step"] for r in result.history], [r["train_loss"] for r in result.history], **style)
-        layers = range(1, len(result.entropy) + 1)
-        entropies.plot(layers, result.entropy, marker=MARKERS[run], **style)
+def picture(results: dict[str, Conditioning], length: int) -> dict[str, bytes]:
+    """Condition numbers and entropy side by side; file ending -> image."""
+    figure = new_figure(9, 4.6)
+    kappas, entropies = figure.subplots(1, 2)
     draw_kappas(kappas, results)
-    losses.set(xlabel="optimizer step", ylabel="training loss (nats per predicted token)", title="Training loss")
+    for run, result in results.items():
+        layers = range(1, len(result.entropy) + 1)
+        entropies.plot(layers, result.entropy, label=run, **STYLES[run])
     entropies.axhline(math.log(length), color="0.5", linestyle=":", label="uniform")
     entropies.set(xlabel="layer", ylabel="attention entropy (nats)", title="Attention entropy", ylim=(0, None))
     entropies.set_xticks(list(layers))
-    for axes in (losses, kappas, entropies):
+    for axes in (kappas, entropies):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)  # off the data
-    images = {}
-    for ending in ("png", "svg"):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=ending)
-        images[ending] = buffer.getvalue()
-    return images
+    return render(figure, NAME)
 
 
-def draw_kappas(axes: Any, results: dict[str, Comparison]) -> None:
+def draw_kappas(axes: Any, results: dict[str, Conditioning]) -> None:
     """For each projection and run an open marker at kappa(W), and a filled one at kappa(W + C), after training."""
     for offset, (run, result) in zip((-0.2, 0.0, 0.2), results.items()):
         positions = [index + offset for index in range(len(PROJECTIONS))]
         raw, effective = zip(*(result.kappa["end"][projection] for projection in PROJECTIONS))
-        style = {"color": COLORS[run], "marker": MARKERS[run], "linestyle": "none"}
+        style = STYLES[run] | {"linestyle": "none"}
         axes.plot(positions, raw, fillstyle="none", label=f"{run}: W", **style)
         if raw != effective:
-            axes.vlines(positions, effective, raw, color=COLORS[run], alpha=0.4)
+            axes.vlines(positions, effective, raw, color=STYLES[run]["color"], alpha=0.4)
             axes.plot(positions, effective, label=f"{run}: W + C", **style)
     axes.set_yscale("log")
     axes.set_xticks(range(len(PROJECTIONS)), PROJECTIONS)
@@ -201,13 +181,10 @@ def draw_kappas(axes: Any, results: dict[str, Comparison]) -> None:
 def validation_batch(directory: Path, sequences: int = 16) -> dict[str, torch.Tensor]:
     """The first validation sequences of a run, unmasked."""
     recorded = json.loads((directory / METRICS_FILE).read_text(encoding="utf-8"))["arguments"]
-    settings = MlmDataSettings(
-        validation_fraction=recorded["validation_fraction"],
-        tokenizer_name=str(directory),
-        max_seq_length=recorded["max_seq_length"],
-    )
-    data = prepare_mlm_data(settings, training_sequences=0)
-    return {"input_ids": torch.from_numpy(data.validation[:sequences].astype("int64"))}
+    settings = {item.name: recorded[item.name] for item in fields(MlmDataSettings) if item.name in recorded}
+    data = prepare_mlm_data(MlmDataSettings(**settings | {"tokenizer_name": str(directory)}), training_sequences=0)
+    indices = np.arange(min(sequences, len(data.validation)))
+    return {"input_ids": torch.from_numpy(data.validation[indices].astype("int64"))}
 
 
 def check_output_dir(arguments: DemoArguments) -> Path:
@@ -228,20 +205,21 @@ def main() -> None:
     output = check_output_dir(arguments)
     directories = {run: pretrain(arguments, run) for run in RUNS}
 
+    compare_losses(list(directories.values()), output)
     transformers_logging.disable_progress_bar()
     batch = validation_batch(directories["stock"])
     length = batch["input_ids"].shape[1]
-    results = {run: compare(directory, arguments.seed, batch) for run, directory in directories.items()}
-    comparison = table(results, length)
-    atomic_files.write_bytes(output / "comparison.md", comparison.encode())
-    atomic_files.write_json(output / "comparison.json", {run: asdict(result) for run, result in results.items()})
+    results = {run: inspect(directory, arguments.seed, batch) for run, directory in directories.items()}
+    text = table(results, length)
+    atomic_files.write_bytes(output / f"{NAME}.md", text.encode())
+    atomic_files.write_json(output / f"{NAME}.json", {run: asdict(result) for run, result in results.items()})
     for ending, image in picture(results, length).items():
-        atomic_files.write_bytes(output / f"comparison.{ending}", image)
-    print(f"\n{comparison}")
+        atomic_files.write_bytes(output / f"{NAME}.{ending}", image)
     print(
-        "One seed and a small model: a difference of the losses here is no evidence for or against conditioning. The larger "
+        f"\n=== what conditioning did\n{text}\n"
+        "One seed and a small model: a difference of the losses is no evidence for or against conditioning. The larger "
         "scale of W + C alone, which a stock model can be given too, may explain it.\n"
-        f"Table and picture: {output}/comparison.md, {output}/comparison.png"
+        f"Table and picture: {output / NAME}.md, .png, .svg"
     )
 
 

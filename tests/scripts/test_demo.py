@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
+from matplotlib.figure import Figure
 from models import ARCHITECTURES, VOCABULARY, WIDTH
 from PIL import Image
 from scripts_loading import REPOSITORY, load_script
@@ -87,29 +88,76 @@ TINY = [
 ]
 
 
+def rows_of(text):
+    """First cell -> the cells behind it."""
+    lines = [line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0]: cells[1:] for cells in lines[1:]}
+
+
 @pytest.mark.slow
 def test_the_whole_in_small(demo, tmp_path, monkeypatch, capsys):
     output = tmp_path / "demo"
     monkeypatch.setattr(sys, "argv", ["demo.py", "--max_steps", "2", "--output_dir", str(output)])
     monkeypatch.setattr(demo, "RUNS", {run: [*flags, *TINY] for run, flags in demo.RUNS.items()})
     demo.main()
-    table = (output / "comparison.md").read_text()
-    assert table in capsys.readouterr().out
-    results = json.loads((output / "comparison.json").read_text())
-    assert list(results) == ["stock", "identity, lambda 1", "svd"]
-    for run, result in results.items():
+    results = json.loads((output / "conditioning.json").read_text())
+    assert list(results) == list(demo.RUNS) == ["stock", "identity, lambda 1", "svd"]
+    losses = rows_of((output / "comparison.md").read_text())
+    assert list(losses) == list(results)  # the same names in the same order, and so the same colours
+    conditioning = (output / "conditioning.md").read_text()
+    assert conditioning in capsys.readouterr().out
+    rows = rows_of(conditioning)
+    for column, (run, result) in enumerate(results.items()):
         recorded = json.loads((output / run.split(",")[0] / "metrics.json").read_text())
-        assert result["loss"] == recorded["final"]["validation_loss"]
-        assert f"{result['loss']:.4f}" in table
+        assert losses[run][1] == f"{recorded['final']['validation_loss']:.4f}"
         assert result["fold_difference"] <= 1e-5
         assert 0 < min(result["entropy"]) <= max(result["entropy"]) <= math.log(128) + 1e-6
         for projection in ("query", "key", "value"):
             raw, effective = result["kappa"]["start"][projection]
             assert raw == results["stock"]["kappa"]["start"][projection][0]  # the same W
             assert effective <= {"stock": raw, "identity, lambda 1": 3.0, "svd": 2.0 + 1e-5}[run]
-    with Image.open(output / "comparison.png") as picture:
-        assert picture.size == (1950, 690)
-        assert len(set(picture.convert("RGB").resize((130, 40)).getdata())) > 20  # not blank
-    assert (output / "comparison.svg").read_text().startswith("<?xml")
+            assert rows[f"kappa({projection}), start: W + C"][column] == f"{effective:.3g}"
+    for name, size in (("conditioning", (1350, 690)), ("comparison", (2100, 690))):
+        with Image.open(output / f"{name}.png") as picture:
+            assert picture.size == size
+            assert len(set(picture.convert("RGB").resize((130, 40)).getdata())) > 20  # not blank
+        assert (output / f"{name}.svg").read_text().startswith("<?xml")
     with pytest.raises(SystemExit, match="is not empty"):
         demo.main()
+
+
+def conditioning_of(demo):
+    """Numbers of two runs whose table can be worked out by hand."""
+    flat = dict.fromkeys(("query", "key", "value"), (100.0, 100.0))
+    better = {"query": (100.0, 2.0), "key": (200.0, 2.5), "value": (300.0, 3.0)}
+    return {
+        "stock": demo.Conditioning({"start": flat, "end": flat}, [4.0, 5.0], 0.0),
+        "svd": demo.Conditioning({"start": better, "end": better}, [1.0, 2.0], 2.5e-7),
+    }
+
+
+def test_the_table(demo):
+    text = demo.table(conditioning_of(demo), length=128)
+    rows = rows_of(text)
+    assert text.splitlines()[0] == "|  | stock | svd |"
+    assert len(rows) == 2 * 2 * 3 + 2
+    assert rows["kappa(key), end: W"] == ["100", "200"]
+    assert rows["kappa(key), end: W + C"] == ["100", "2.5"]
+    assert rows["attention entropy (nats; uniform is 4.85)"] == ["4.50", "1.50"]  # log 128
+    assert rows["largest change of a logit by fold (relative)"] == ["0.0e+00", "2.5e-07"]
+
+
+def test_the_picture_names_axes_and_shows_every_run(demo, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    demo.picture(conditioning_of(demo), length=128)
+    kappas, entropies = figures[0].axes
+    assert (kappas.get_yscale(), kappas.get_ylabel()) == ("log", "condition number (median over layers)")
+    assert entropies.get_ylabel() == "attention entropy (nats)"
+    drawn = {line.get_label(): list(line.get_ydata()) for line in (*kappas.lines, *entropies.lines)}
+    assert drawn["svd: W"] == [100.0, 200.0, 300.0]
+    assert drawn["svd: W + C"] == [2.0, 2.5, 3.0]
+    assert drawn["stock: W"] == [100.0] * 3
+    assert "stock: W + C" not in drawn  # it is W
+    assert drawn["svd"] == [1.0, 2.0]
+    assert drawn["uniform"] == pytest.approx([math.log(128)] * 2)
