@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,7 +35,9 @@ from transformers.utils import logging
 
 from hf_specattn import SpectralConfig, condition, fold
 from hf_specattn.training import atomic_files
+from hf_specattn.training.memory import saved_for_backward, storages_of, total_bytes
 from hf_specattn.training.metrics import package_versions
+from hf_specattn.training.presentation import markdown_table
 
 STOCK, CONTROL = "stock", "stock again (A/A control)"
 NOTHING = "–"
@@ -221,22 +222,13 @@ def peak_memory(step: TrainingStep, base: int) -> int:
         torch.cuda.reset_peak_memory_stats(step.device)
         step()
         return torch.cuda.max_memory_allocated(step.device) - base
-    # By address, so that views and tied tensors count once; kept alive, so that no address is used again meanwhile.
-    storages: dict[int, torch.UntypedStorage] = {}
-
-    def add(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-        return tensor
-
+    held = [*step.model.buffers()]
     for parameter in step.model.parameters():
         state = (item for item in step.optimizer.state[parameter].values() if isinstance(item, Tensor))
-        for tensor in (parameter, parameter.grad, *state):
-            add(tensor)
-    for buffer in step.model.buffers():
-        add(buffer)
-    with saved_tensors_hooks(add, lambda tensor: tensor):
+        held += [parameter, parameter.grad, *state]
+    with saved_for_backward() as saved:
         step.loss()
-    return sum(storage.nbytes() for storage in storages.values())
+    return total_bytes(storages_of(held) | saved)
 
 
 MEMORY = {
@@ -365,9 +357,8 @@ def report(results: Sequence[Mapping[str, Any]], arguments: BenchArguments, mach
             f"{result['layers']} layers, {result['parameters']:,} parameters; {arguments.batch_size} x "
             f"{sizes[result['model']]}, dropout 0, AdamW, {arguments.rounds} rounds.\n"
         )
-        lines += [f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * (len(COLUMNS) - 1)}"]
-        lines += [f"| {' | '.join(row(name, numbers, variants[STOCK]))} |" for name, numbers in variants.items()]
-        lines += ["", *kernel_lines(variants)]
+        rows = [row(name, numbers, variants[STOCK]) for name, numbers in variants.items()]
+        lines += [markdown_table(COLUMNS, rows), *kernel_lines(variants)]
     return "\n".join([*lines, *EXPLANATIONS, f"- Memory: {MEMORY[arguments.device]}.", ""])
 
 
