@@ -52,15 +52,6 @@ class MemoryEstimate:
         """The sum of all."""
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations
 
-    def describe(self) -> str:
-        """Return one line for people, in MB of 1,000,000 bytes."""
-        return (
-            f"{_megabytes(self.total)} in all: parameters {_megabytes(self.parameters)}, gradients "
-            f"{_megabytes(self.gradients)}, AdamW {_megabytes(self.optimizer)}, buffers {_megabytes(self.buffers)}, "
-            f"activations of {self.sequences:,} sequences {_megabytes(self.activations)} "
-            f"({_megabytes(self.activations_per_sequence)} each)"
-        )
-
 
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
     """Return the distinct storages of tensors: views of one tensor and tied parameters have theirs in common."""
@@ -108,7 +99,7 @@ def estimate_training_memory(
             batch = rule.apply(data.train[indices], indices, seed=0, epoch=0)
             return model(**batch.model_inputs(device, sparse=accepts_masked_positions(model))).loss
 
-        estimate_training_memory(model, run_batch, 512, autocast=accelerator.autocast).describe()
+        estimate_training_memory(model, run_batch, 512, autocast=accelerator.autocast).total
 
     Not counted, so that the peak lies above: temporaries of the forward, backward and optimizer pass (large ones are the
     gradient of the logits and, under gradient checkpointing, the activations of one layer at a time, which are computed
@@ -181,7 +172,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 # Running statistics change. What did not is left alone: an expanded buffer could not be written to.
                 if not buffer.is_meta and not torch.equal(buffer, before):
                     buffer.copy_(before)
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB"

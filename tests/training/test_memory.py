@@ -298,7 +298,7 @@ def test_storages_count_once():
     assert total_bytes(storages_of([x, x.t(), x[3:], x.clone()])) == 800
 
 
-# --- refusals and words ----------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -315,11 +315,3 @@ def test_refuses_a_forward_pass_that_does_not_grow_with_the_batch():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match=r"0 for that of 2.*with parameters that require gradients"):
         estimate_training_memory(model, run_mlp(model), BATCH)
-
-
-def test_describes_itself():
-    estimate = MemoryEstimate(1_000_000, 2_000_000, 4_000_000, 500_000, 30_000_000, 1_000_000, 50)
-    assert estimate.describe() == (
-        "1,508.5 MB in all: parameters 1.0 MB, gradients 2.0 MB, AdamW 4.0 MB, buffers 0.5 MB, "
-        "activations of 50 sequences 1,501.0 MB (30.0 MB each)"
-    )
