@@ -1,0 +1,105 @@
+"""What a model says about each example of a set, whatever the number of processes, and files for GLUE's server."""
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import atomic_files
+from ..metrics import NonFiniteLossError
+from .failures import SharedFailure
+from .features import Collator, TokenizedExamples
+from .metrics import predictions_from_logits
+from .tasks import GlueSplit, GlueTask
+
+
+def accepted_inputs(model: nn.Module) -> frozenset[str]:
+    """Return the names of the inputs that a model's forward pass takes."""
+    return frozenset(inspect.signature(type(model).forward).parameters)
+
+
+@torch.no_grad()
+def predict_logits(
+    model: nn.Module,
+    examples: TokenizedExamples,
+    collate: Collator,
+    accelerator: Accelerator,
+    failure: SharedFailure,
+    *,
+    num_outputs: int,
+    batch_size: int,
+    show_progress: bool = False,
+) -> NDArray[np.float32]:
+    """Return the logits of every example, `(examples, num_outputs)`, on every process.
+
+    The processes share the examples; each is computed on one of them, exactly once, which is checked. The model's training
+    mode is left as it was.
+
+    Args:
+        model: Not wrapped.
+        examples: The set.
+        collate: Makes the model's inputs.
+        accelerator: The processes, the device, and the precision.
+        failure: Collects errors of single processes.
+        num_outputs: Logits per example.
+        batch_size: Examples per process and forward pass.
+        show_progress: Whether to draw a progress bar.
+
+    Raises:
+        RunFailedError: for an error on any process, and for logits that are nan or infinite.
+    """
+    training = model.training
+    model.eval()
+    logits = torch.zeros(len(examples), num_outputs, device=accelerator.device)
+    seen = torch.zeros(len(examples), device=accelerator.device)
+    # Sorted by length, to pad little, and dealt out in turns, so that all processes get equally long ones.
+    own = np.argsort(-examples.lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes]
+    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    with failure.collected():
+        for indices in tqdm(batches, desc="Evaluating", unit="batch", disable=not show_progress, leave=False):
+            with accelerator.autocast():
+                output = model(**collate(examples, indices)).logits
+            places = torch.as_tensor(indices, device=accelerator.device)
+            logits[places] = output.float()
+            seen[places] += 1
+    model.train(training)
+    failure.raise_together()
+    if accelerator.num_processes > 1:
+        logits, seen = (accelerator.reduce(values, reduction="sum") for values in (logits, seen))
+    with failure.collected():
+        if not bool((seen == 1).all()):
+            raise RuntimeError(f"{int((seen != 1).sum())} of {len(examples)} examples were not computed exactly once.")
+        if not bool(logits.isfinite().all()):
+            raise NonFiniteLossError(
+                f"The logits of {int((~logits.isfinite()).any(dim=1).sum())} of {len(examples)} examples are nan or infinite."
+            )
+    failure.raise_together()
+    return logits.cpu().numpy()
+
+
+def write_submission(
+    folder: str | Path, task: GlueTask, split: GlueSplit, indices: Sequence[str], logits: NDArray[np.floating]
+) -> Path:
+    """Write the predictions for a test set in the format of GLUE's server, such as `SST-2.tsv`; returns the file.
+
+    Classes are written as they are spelled in the official files, scores of STS-B with three decimals, within their range.
+
+    Args:
+        folder: Created if missing.
+        task, split: From `TASKS`; a test set.
+        indices: Of the rows, in their order.
+        logits: `(examples, outputs)`.
+    """
+    predictions = predictions_from_logits(task, logits)
+    spelled = [f"{value:.3f}" if task.is_regression else task.labels[value] for value in predictions]
+    lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in zip(indices, spelled, strict=True))]
+    path = Path(folder) / f"{split.title}.tsv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    return path
