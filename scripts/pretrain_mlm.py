@@ -106,6 +106,8 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
         # One process prepares the data while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     for name in ("pretrain_mlm", "hf_specattn"):  # of the package: what it prepares, and skips
         logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -558,9 +560,10 @@ def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelera
 
 def report_stop(arguments: PretrainArguments, done: Progress) -> None:
     instead = " in place of --overwrite_output_dir" if arguments.overwrite_output_dir else ""
+    of = arguments.budget.steps or f"those that {arguments.max_train_hours:g} hours give"
     logger.info(
-        f"Stopped after step {done.step}, {arguments.budget.share(done.step, done.seconds):.1%} of the run, with a "
-        f"checkpoint in {arguments.output_dir}. The same command with --resume_from_checkpoint{instead} continues."
+        f"Stopped after step {done.step} of {of}, with a checkpoint in {arguments.output_dir}. The same command with "
+        f"--resume_from_checkpoint{instead} continues."
     )
 
 

@@ -1,8 +1,13 @@
 """What every test gets: no network, one thread, fixed seeds, and data that skips with a reason where it is absent."""
 
 import os
+import tempfile
 
 # Before transformers is imported: it reads these once.
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it
+    # Prepared data and caches go to a folder of these tests, and not to the user's.
+    hugging_face_home = tempfile.TemporaryDirectory(prefix="hf-specattn-tests-", ignore_cleanup_errors=True)
+    os.environ["HF_HOME"] = hugging_face_home.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # MKL's products otherwise depend on how the weights lie in memory: loaded from a file, a stock model too differs in the

@@ -4,7 +4,10 @@ import pathlib
 import random
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -54,12 +57,13 @@ def corpus(tmp_path_factory):
 def pretrain(script, corpus, tmp_path):
     """A function: run the script in this process with a tiny model; returns the folder it wrote."""
 
-    def run(*flags: str, name: str = "run", new_model: bool = True) -> pathlib.Path:
+    def run(
+        *flags: str, name: str = "run", new_model: bool = True, corpus_flags: Sequence[str] = ("--train_file", corpus)
+    ) -> pathlib.Path:
         AcceleratorState._reset_state(reset_partial_state=True)
         folder = tmp_path / name
         model = [*MODEL, "--vocab_size", "100"] if new_model else []
-        common = ["--train_file", corpus, "--max_seq_length", "16", *STEPS, "--output_dir", str(folder)]
-        script.main([*common, *model, *flags])
+        script.main([*corpus_flags, "--max_seq_length", "16", *STEPS, "--output_dir", str(folder), *model, *flags])
         return folder
 
     return run
@@ -94,7 +98,7 @@ def test_what_is_saved_has_the_logged_validation_loss(pretrain, script, corpus, 
     model = AutoModelForMaskedLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.model_type == model_type == metrics["facts"]["model_type"]
-    settings = MlmDataSettings(corpus, tokenizer_name=str(folder), max_seq_length=16)
+    settings = MlmDataSettings([corpus], tokenizer_name=str(folder), max_seq_length=16)
     data = prepare_mlm_data(settings, training_sequences=0)
     rule = MaskingRule(tokenizer.mask_token_id, len(tokenizer))
     assert evaluate_mlm(model, data.validation, rule, batch_size=7).loss == pytest.approx(logged, rel=1e-6)
@@ -112,12 +116,19 @@ def test_the_record_is_complete(pretrain):
     assert [record["step"] for record in metrics["validation"]] == [3, 6]
     rates = [record["learning_rate"] for record in metrics["history"]]
     assert rates == pytest.approx([1e-3 * factor / 6 for factor in (6, 5, 4, 3, 2, 1)])  # 6 // 10 steps of warmup
-    assert metrics["final"] == metrics["validation"][-1] | {"seconds": metrics["final"]["seconds"]}
+    timing = {"seconds": metrics["final"]["seconds"]}
+    assert metrics["final"] == metrics["validation"][-1] | {"train_tokens_seen": 6 * 8 * 16} | timing
+    assert [record["train_tokens_seen"] for record in metrics["history"]] == [step * 8 * 16 for step in range(1, 7)]
+    sequences = metrics["facts"]["train_sequences"]
+    assert [record["epoch"] for record in metrics["history"]] == [
+        round(step * 8 / sequences, 4) for step in range(1, 7)
+    ]
     facts = metrics["facts"]
     assert facts["global_batch_size"] == 8
     assert facts["tokens_per_step"] == 8 * 16
     assert facts["train_tokens"] == facts["train_sequences"] * 16
-    assert facts["epochs"] == round(6 / (facts["train_sequences"] // 8), 3)
+    assert facts["planned_tokens"] == 6 * 8 * 16
+    assert facts["epochs"] == round(6 * 8 / facts["train_sequences"], 3)
     assert metrics["arguments"]["lambda_"] == "1.0"
     assert metrics["arguments"]["seed"] == 0
     assert (folder / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"
@@ -134,10 +145,11 @@ def test_the_saved_config_has_the_dropout_of_fine_tuning_and_training_had_none(p
     seen = []
     original = script.train
 
-    def spy(arguments, accelerator, model, *rest):
-        seen.append((model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob))
-        seen.append({module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)})
-        return original(arguments, accelerator, model, *rest)
+    def spy(arguments, accelerator, task, training, *rest):
+        config = training.model.config
+        seen.append((config.hidden_dropout_prob, config.attention_probs_dropout_prob))
+        seen.append({module.p for module in training.model.modules() if isinstance(module, torch.nn.Dropout)})
+        return original(arguments, accelerator, task, training, *rest)
 
     monkeypatch.setattr(script, "train", spy)
     folder = pretrain()
@@ -245,12 +257,158 @@ def test_bf16_trains_and_the_saved_float32_model_has_the_logged_loss(pretrain):
     assert losses_of(folder) != losses_of(reference)
 
 
+# --- budgets, ramp, corpora -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ten_seconds_a_step(script, monkeypatch):
+    """Each step takes ten seconds by the clock of the training, in a resumed run, too."""
+    clock = {}
+
+    def common_seconds(arguments, accelerator, started):
+        clock.setdefault(started, round(time.perf_counter() - started, -1))
+        clock[started] += 10.0
+        return clock[started]
+
+    monkeypatch.setattr(script, "common_seconds", common_seconds)
+
+
+RAMPED = ["--gradient_accumulation_steps", "4", "--batch_size_ramp", "0.6", "--per_device_train_batch_size", "2"]
+
+
+def test_a_budget_of_time_decides_schedule_batch_and_end(pretrain, script, ten_seconds_a_step, caplog, monkeypatch):
+    new_arguments = script.PretrainArguments.__post_init__
+    # STEPS gives --max_steps, which a budget of time excludes.
+    monkeypatch.setattr(
+        script.PretrainArguments,
+        "__post_init__",
+        lambda self: (setattr(self, "max_steps", None), new_arguments(self))[1],
+    )
+    folder = pretrain("--max_train_hours", str(100 / 3600), *RAMPED)
+    metrics = metrics_of(folder)
+    history = metrics["history"]
+    assert [record["step"] for record in history] == list(range(1, 11))
+    shares = [step / 10 for step in range(10)]
+    assert [record["learning_rate"] for record in history] == pytest.approx(
+        [1e-3 * min(0.25 + share, 4 * (1 - share)) for share in shares]
+    )
+    batches = [2, 2, 4, 6, 6, 8, 8, 8, 8, 8]
+    assert [record["batch_size"] for record in history] == batches
+    seen = [16 * sum(batches[: index + 1]) for index in range(10)]
+    assert [record["train_tokens_seen"] for record in history] == seen
+    assert metrics["final"]["train_tokens_seen"] == seen[-1]
+    assert metrics["final"]["seconds"] == 100
+    assert metrics["facts"]["planned_tokens"] is None
+    assert "hours are" in caplog.text  # the estimate of all tokens
+
+
+def test_a_ramp_over_steps_reads_each_sequence_once_in_order(pretrain, script, monkeypatch):
+    read, step = [], script.train_step
+
+    def spy(arguments, accelerator, task, training, batch, micro_steps, number):
+        read.append((batch.indices.tolist(), micro_steps))
+        return step(arguments, accelerator, task, training, batch, micro_steps, number)
+
+    monkeypatch.setattr(script, "train_step", spy)
+    folder = pretrain("--max_steps", "10", *RAMPED)
+    order = script.BatchOrder(metrics_of(folder)["facts"]["train_sequences"], seed=0)
+    assert [micro_steps for _, micro_steps in read] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 4]
+    assert [index for indices, _ in read for index in indices] == order.batch(0, 2 * 30).indices.tolist()
+    assert metrics_of(folder)["facts"]["planned_tokens"] == 2 * 30 * 16
+
+
+def test_a_repeated_corpus_is_announced(pretrain, caplog):
+    folder = pretrain("--per_device_train_batch_size", "16", "--max_steps", "10")
+    sequences = metrics_of(folder)["facts"]["train_sequences"]
+    repeated_from = sequences // 16 + 1
+    announced = [record.getMessage() for record in caplog.records if "have been read" in record.getMessage()]
+    assert len(announced) == 160 // sequences == 1
+    assert announced[0].startswith(
+        f"step {repeated_from}: the training data ({sequences} sequences) have been read 1 time"
+    )
+    assert metrics_of(folder)["history"][-1]["epoch"] == round(160 / sequences, 4)
+
+
+def test_several_files_and_a_dataset_folder_give_the_same_run(pretrain, corpus, tmp_path):
+    pytest.importorskip("datasets")
+    documents = pathlib.Path(corpus).read_text().split("\n\n\n")
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = [json.dumps({"text": document}) + "\n" for document in documents]
+    (data / "train.jsonl").write_text("".join(lines))
+    halves = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    halves[0].write_text("".join(lines[:33]))
+    halves[1].write_text("".join(lines[33:]))
+    held_out = ["--validation_documents", "9"]
+    whole = pretrain("--train_file", str(data / "train.jsonl"), *held_out, name="whole")
+    several = pretrain("--train_file", *map(str, halves), *held_out, name="several")
+    preset = ["--preset", "demo", "--dataset_name", str(data), *held_out]
+    runs = [whole, several]
+    for name, flags in (("hub", []), ("streamed", ["--streaming"])):
+        runs.append(pretrain(*preset, *flags, name=name, corpus_flags=[]))
+    assert len({metrics_of(run)["facts"]["validation_fingerprint"] for run in runs}) == 1
+    assert losses_of(runs[0]) == losses_of(runs[1]) == losses_of(runs[2]) == losses_of(runs[3])
+    assert metrics_of(whole)["facts"]["corpus"].endswith("its first 9 documents held out")
+
+
+def test_the_published_order_and_cleaning(pretrain, script, tmp_path, monkeypatch):
+    texts = ["Caf\u00e9 " + "word " * (5 + index % 7) + ". " * (index % 5) for index in range(60)]
+    path = tmp_path / "periods.txt"
+    path.write_text("\n\n\n".join(texts))
+    tasks, train = [], script.train
+    monkeypatch.setattr(script, "train", lambda *rest: (tasks.append(rest[2]), train(*rest))[1])
+    flags = ["--normalize_text", "--max_tokens_per_character", "2", "--sequence_order", "published"]
+    folder = pretrain("--train_file", str(path), *flags)
+    tokenizer, packed = tasks[0].data.tokenizer, tasks[0].data.train
+    indices = tasks[0].order.batch(0, len(packed)).indices
+    periods = (packed[indices] == tokenizer.convert_tokens_to_ids(".")).sum(axis=1)
+    assert periods[0] > periods[-1]
+    assert (np.diff(periods.astype(int)) <= 0).all()
+    assert "cafe" in tokenizer.decode(packed[indices].flatten())
+    assert metrics_of(folder)["arguments"]["sequence_order"] == "published"
+
+
+def test_the_plan_is_said_before_anything_is_read_or_written(pretrain, caplog, monkeypatch, script):
+    monkeypatch.setattr(script, "prepare_mlm_data", lambda *_, **__: pytest.fail("data were read"))
+    folder = pretrain("--show_plan", *SVD, *RAMPED)
+    assert not folder.exists()
+    assert (
+        "Steps: 6 of 32 tokens a step (2 sequences) at first, growing to 128 tokens a step (8 sequences of 16)"
+        in caplog.text
+    )
+    assert "Deviations" not in caplog.text
+
+
+def test_gradient_checkpointing_changes_no_loss(pretrain):
+    expected = losses_of(pretrain(*SVD, name="a"))
+    assert losses_of(pretrain(*SVD, "--gradient_checkpointing", name="b")) == pytest.approx(expected, rel=1e-6)
+
+
+def test_fp16_without_a_gpu_ends_with_one_clear_line(pretrain):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit, match=r"error: --mixed_precision fp16 needs a GPU"):
+        pretrain("--mixed_precision", "fp16")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_an_eager_one(pretrain):
+    expected = losses_of(pretrain(*SVD, name="a"))
+    folder = pretrain(*SVD, "--torch_compile", name="b")
+    assert losses_of(folder) == pytest.approx(expected, rel=1e-4)
+    assert not any("_orig_mod" in name for name in weights_of(folder))
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
 def test_a_non_finite_loss_stops_the_run_and_names_the_step(pretrain, script, monkeypatch, tmp_path):
     forward, calls = script.CrammedBertForMaskedLM.forward, []
 
     def breaks_at_the_fourth(self, *args, **kwargs):
         output = forward(self, *args, **kwargs)
-        calls.append(1)
+        if len(kwargs["input_ids"]) == 4:  # training's; the plan looks at one and two sequences
+            calls.append(1)
         if len(calls) == 4:
             output.loss = output.loss * float("nan")
         return output
@@ -352,9 +510,10 @@ def test_a_checkpoint_excludes_the_flags_of_a_new_model_and_another_conditioning
         (b"", [], r"corpus\.txt is empty"),
         (b"caf\xe9\n", [], r"corpus\.txt is not UTF-8: byte 0xe9 at byte offset 3"),
         (b"one document\n", [], r"corpus\.txt is a single document"),
-        (b"some\n\n\nwords\n\n\nonly\n", [], r"corpus\.txt is too short: it has 0 tokens .* one batch of 4 sequences"),
+        (b"some\n\n\nwords\n\n\nonly\n", [], r"corpus\.txt is too short: 4 tokens in 2 documents"),
+        (b"a few words\n\n\n" * 12, [], r"corpus\.txt is too short: it has \d+ tokens .* one batch of 4 sequences"),
     ],
-    ids=["empty", "undecodable", "single", "short"],
+    ids=["empty", "undecodable", "single", "short", "below one batch"],
 )
 def test_bad_corpora_end_with_one_clear_line(pretrain, tmp_path, content, flags, message):
     path = tmp_path / "corpus.txt"
@@ -390,17 +549,33 @@ def run_process(command: list[str], folder: pathlib.Path, **environment: str) ->
     return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
 
 
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+}
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_same_global_batch(pretrain, corpus, tmp_path):
-    flags = ["--train_file", corpus, *MODEL, *LENGTH, *STEPS, *DYNAMIC, "--per_device_eval_batch_size", "3"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(SCRIPT)]
-    run_process([*torchrun, *flags, "--output_dir", "two"], tmp_path, ACCELERATE_USE_CPU="1")
-    one = pretrain(*DYNAMIC, "--per_device_train_batch_size", "8", name="one")
+@pytest.mark.parametrize("environment", [{}, SHARDED], ids=["DDP", "FSDP2"])
+def test_two_processes_equal_one_with_the_same_global_batch(pretrain, corpus, tmp_path, environment):
+    long = ["--max_steps", "20", "--gradient_accumulation_steps", "2", *DYNAMIC]
+    flags = ["--train_file", corpus, *MODEL, *LENGTH, *STEPS, *long, "--per_device_eval_batch_size", "3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    result = run_process([*torchrun, *flags, "--output_dir", "two"], tmp_path, ACCELERATE_USE_CPU="1", **environment)
+    one = pretrain(*long, "--per_device_train_batch_size", "8", name="one")
     two = tmp_path / "two"
-    assert metrics_of(two)["facts"]["processes"] == 2
+    facts = metrics_of(two)["facts"]
+    assert (facts["processes"], facts["distributed_type"]) == (2, "FSDP" if environment else "MULTI_CPU")
+    assert ("FSDP2 shards by CrammedBertLayer" in result.stderr) == bool(environment)
+    assert len(losses_of(two)) == 20
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     for left, right in zip(metrics_of(two)["validation"], metrics_of(one)["validation"]):
         assert left["validation_loss"] == pytest.approx(right["validation_loss"], rel=1e-5)
+    # The corrections, refreshed on both ranks, among them.
+    expected = weights_of(one)
+    for name, weight in weights_of(two).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

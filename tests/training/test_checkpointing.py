@@ -22,6 +22,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from models import ARCHITECTURES, assert_bit_equal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -556,6 +557,10 @@ def continue_on_two(folder: Path, kind: str, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         shutil.copytree(saved, folder / f"{kind}-resumed" / saved.name)
     uninterrupted = original.save(train(original, middle, 8, wrapped))
+    corrections = {name: value for name, value in original.parts.model.named_buffers() if name.endswith("correction")}
+    first, second = gather_object([{name: value.tolist() for name, value in corrections.items()}])
+    assert corrections
+    assert first == second
 
     resumed, wrapped = make_on_two(folder / f"{kind}-resumed", kind, 7, accelerator)
     progress = resumed.resume()
