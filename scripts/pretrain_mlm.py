@@ -12,6 +12,12 @@ On text of your own, through accelerate's launcher, and on two processes of one 
         --spectral_conditioning --spectral_method svd
     ACCELERATE_USE_CPU=1 torchrun --nproc_per_node 2 scripts/pretrain_mlm.py --per_device_train_batch_size 16
 
+What the published recipe would do here, and what a command changes of it; then a day of one GPU:
+
+    python scripts/pretrain_mlm.py --preset crammed-bert --show_plan
+    accelerate launch --config_file scripts/accelerate_configs/one_gpu.yaml scripts/pretrain_mlm.py --preset crammed-bert \
+        --output_dir runs/crammed-bert
+
 A run that was stopped (SIGTERM, Ctrl-C) or killed goes on from its newest good checkpoint, to the same weights:
 
     python scripts/pretrain_mlm.py --output_dir runs/books ... --resume_from_checkpoint
@@ -224,6 +230,7 @@ def describe_run(
         "epochs": None if planned is None else round(planned / data.train.size, 3),
         "lr_scheduler_type": arguments.schedule_kind,
         "device": accelerator.device.type,
+        "device_name": torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else None,
         "processes": accelerator.num_processes,
         "distributed_type": accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),

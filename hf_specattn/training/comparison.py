@@ -50,7 +50,7 @@ CUTTING = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps
 RESOLVED = CUTTING | {"mixed_precision"}
 FACTS = ("global_batch_size", "mixed_precision", "train_sequences")
 # Facts on which a run's speed depends.
-HARDWARE = ("device", "processes", "threads")
+HARDWARE = ("device", "device_name", "processes", "threads")
 
 # A point of a curve: optimizer step or training tokens, and a loss.
 Point = tuple[float, float]
