@@ -15,6 +15,8 @@ from hf_specattn.training.streams import (
     file_digest,
     file_stream,
     limit_documents,
+    name_hash,
+    split_first,
     split_stream,
     training_sample,
 )
@@ -27,6 +29,11 @@ DOCUMENTS = [Document(f"d:{index}", text) for index, text in enumerate(TEXTS)]
 def memory_stream(documents=DOCUMENTS):
     characters = sum(len(document.text) for document in documents)
     return CorpusStream(lambda: iter(documents), {"memory": len(documents)}, "memory", characters)
+
+
+def parts_of(documents):
+    """Each document in parts, a line each."""
+    return [Document(document.name, line) for document in documents for line in document.text.splitlines(True)]
 
 
 def corpus_file(path, texts=TEXTS):
@@ -68,7 +75,7 @@ def test_a_long_document_of_a_file_comes_in_parts(tmp_path, monkeypatch):
 
 
 def test_the_first_documents_with_all_their_parts(tmp_path):
-    parts = [Document(document.name, line) for document in DOCUMENTS for line in document.text.splitlines(True)]
+    parts = parts_of(DOCUMENTS)
     assert list(limit_documents(parts, 5)) == [part for part in parts if int(part.name[2:]) < 5]
     assert list(limit_documents(parts, None)) == parts
     path = corpus_file(tmp_path / "a.txt")
@@ -98,6 +105,11 @@ def test_large_files_are_told_apart_by_blocks_size_and_time(tmp_path, monkeypatc
 # --- parts of a stream -----------------------------------------------------------------------------------------------
 
 
+def test_name_hash_is_fixed_for_all_time():
+    # SHA-256 of "abc" begins with ba7816bf8f01cfea.
+    assert name_hash("abc") == 0xBA7816BF8F01CFEA / 2**64
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 1e-9, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 7, 60])
 def test_split_of_a_stream_is_that_of_a_list(fraction, count):
@@ -106,11 +118,86 @@ def test_split_of_a_stream_is_that_of_a_list(fraction, count):
     assert (list(train.documents()), list(validation.documents())) == expected
 
 
+def test_split_holds_out_about_the_fraction_and_loses_nothing():
+    documents = [Document(f"d:{index}", "x") for index in range(4000)]
+    parts = [list(part.documents()) for part in split_stream(memory_stream(documents), 0.1)]
+    assert abs(len(parts[1]) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
+    assert sorted(parts[0] + parts[1], key=lambda document: int(document.name[2:])) == documents
+    assert all(name_hash(document.name) < 0.1 for document in parts[1])
+
+
+def test_split_of_a_document_does_not_depend_on_the_others():
+    _, few = split_stream(memory_stream(DOCUMENTS[:30]), 0.3)
+    _, many = split_stream(memory_stream(DOCUMENTS[::-1]), 0.3)
+    assert len(list(few.documents())) > 3
+    assert [document for document in many.documents() if document in DOCUMENTS[:30]] == list(few.documents())[::-1]
+
+
+def test_the_parts_of_a_split_are_told_apart():
+    whole = memory_stream()
+    train, validation = split_stream(whole, 0.25)
+    ingredients = [whole.ingredients, train.ingredients, validation.ingredients]
+    ingredients += [part.ingredients for part in split_stream(whole, 0.5)]
+    ingredients += [part.ingredients for part in split_stream(memory_stream(DOCUMENTS[:7]), 0.25)]
+    assert all(ingredients.count(one) == 1 for one in ingredients)
+    assert [part.characters for part in (train, validation)] == [
+        round(0.75 * whole.characters),
+        round(0.25 * whole.characters),
+    ]
+
+
 def test_a_single_document_in_parts_cannot_be_split():
     parts = [Document("d", "a\n"), Document("d", "b\n")]
     train, _ = split_stream(memory_stream(parts), 0.5)
     with pytest.raises(CorpusError, match=r"memory is a single document.*--validation_file"):
         list(train.documents())
+
+
+@pytest.mark.parametrize("count", [1, 7, 59])
+def test_the_first_documents_are_held_out_with_all_their_parts(count):
+    for documents in (DOCUMENTS, parts_of(DOCUMENTS)):
+        train, validation = split_first(memory_stream(documents), count)
+        first = [document for document in documents if int(document.name[2:]) < count]
+        for _ in range(2):  # both can be read again
+            assert list(validation.documents()) == first
+            assert list(train.documents()) == documents[len(first) :]
+
+
+def test_holding_out_the_first_documents_reads_one_document_further():
+    """That a document has no more parts shows at the next one."""
+    read = []
+
+    def documents():
+        for document in DOCUMENTS:
+            read.append(document)
+            yield document
+
+    _, validation = split_first(CorpusStream(documents, {}, "download"), 3)
+    assert not read
+    assert list(validation.documents()) == DOCUMENTS[:3]
+    assert read == DOCUMENTS[:4]
+
+
+@pytest.mark.parametrize("count", [60, 1000])
+def test_holding_out_all_documents_is_refused(count):
+    for documents in (DOCUMENTS, parts_of(DOCUMENTS)):
+        train, validation = split_first(memory_stream(documents), count)
+        with pytest.raises(CorpusError, match=rf"memory has 60 documents.*--validation_documents {count} holds out"):
+            list(train.documents())
+        assert list(validation.documents()) == documents
+
+
+def test_the_parts_of_a_split_by_place_are_told_apart():
+    whole = memory_stream()
+    streams_of = [whole, *split_stream(whole, 0.1), *split_first(whole, 3), *split_first(whole, 4)]
+    streams_of += split_first(memory_stream(DOCUMENTS[:7]), 3)
+    ingredients = [stream.ingredients for stream in streams_of]
+    assert all(ingredients.count(one) == 1 for one in ingredients)
+    train, validation = split_first(whole, 3)
+    assert train.ingredients == split_first(memory_stream(), 3)[0].ingredients
+    # Of a download nobody knows how large its first documents are; of the rest, that is all but the same.
+    assert (train.characters, validation.characters) == (whole.characters, None)
+    assert all(whole.origin in stream.origin for stream in streams_of)
 
 
 def test_the_sample_is_spread_over_the_corpus():
