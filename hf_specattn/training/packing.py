@@ -1,18 +1,16 @@
-"""Documents to one stream of tokens, cut into sequences of equal length.
+"""What packing documents into sequences of equal length rests on: an encoder of plain text, and text in pieces for it.
 
 As in cramming: each document's tokens are followed by [SEP], there is no [CLS], sequences run on across documents, and
-the remainder shorter than one sequence is dropped.
+the remainder shorter than one sequence is dropped. `token_cache` does it for corpora of any size.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .documents import CorpusError, Document
@@ -34,47 +32,6 @@ CHARACTERWISE_NORMALIZERS = frozenset({"BertNormalizer", "Lowercase", "NFC", "NF
 def token_dtype(vocab_size: int) -> np.dtype:
     """Return the smaller of uint16 and int32 that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-
-
-def pack_documents(
-    documents: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    max_seq_length: int,
-    *,
-    description: str = "Tokenizing",
-    show_progress: bool = False,
-) -> NDArray[np.integer]:
-    """Tokenize and pack documents.
-
-    Text that spells a special token, such as "[MASK]", is tokenized as ordinary text.
-
-    Args:
-        documents: Read in order, once.
-        tokenizer: A fast tokenizer with a separator token.
-        max_seq_length: Tokens per sequence.
-        description: The label of the progress bar.
-        show_progress: Whether to draw a progress bar.
-
-    Returns:
-        Token ids, `(sequences, max_seq_length)`, of `token_dtype`; no row if the text is too short for one.
-    """
-    dtype = token_dtype(len(tokenizer))
-    separator = np.array([tokenizer.sep_token_id], dtype=dtype)
-    parts: list[NDArray] = []
-    total = sum(len(document.text) for document in documents)
-    with tqdm(total=total, desc=description, unit="char", unit_scale=True, disable=not show_progress) as progress:
-        encoder = plain_encoder(tokenizer)
-        pieces = text_pieces(documents, works_wordwise(encoder))
-        while chunk := list(islice(pieces, PIECES_PER_CALL)):
-            encodings = encoder.encode_batch_fast([text for text, _ in chunk], add_special_tokens=False)
-            for (text, last), encoding in zip(chunk, encodings):
-                parts.append(np.array(encoding.ids, dtype=dtype))
-                if last:
-                    parts.append(separator)
-                progress.update(len(text))
-    stream = np.concatenate(parts) if parts else np.empty(0, dtype)
-    rows = len(stream) // max_seq_length
-    return stream[: rows * max_seq_length].reshape(rows, max_seq_length)
 
 
 def require_sequences(sequences: "NDArray[np.integer] | TokenCache", needed: int, source: str, purpose: str) -> None:

@@ -8,7 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from ..conditioning import find_projections
+from ..config import SpectralConfig
 from ..crammed_bert import CrammedBertForMaskedLM
+from ..layers import spectral_layers
 from .arguments import SpectralArguments
 from .evaluation import accepts_masked_positions
 from .memory import MemoryEstimate, estimate_training_memory
@@ -16,7 +18,7 @@ from .presets import PRESETS, deviations
 from .pretrain_arguments import PretrainArguments
 from .schedules import ramped_micro_steps
 
-SVD_BYTES = 4  # corrections are float32
+SVD_BYTES = 4  # of an entry of a correction, float32 at least
 
 
 def training_tokens(arguments: PretrainArguments, micro_batch_tokens: int) -> int | None:
@@ -89,9 +91,10 @@ def stock_model(arguments: PretrainArguments) -> PreTrainedModel:
 def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model: PreTrainedModel) -> str:
     origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
     vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
+    unchanged = "as it stands, none added" if arguments.model_name_or_path else "none"
     return (
         f"Model: {model.config.model_type}, {origin}, {model.num_parameters():,} parameters, vocabulary of {vocabulary}; "
-        f"spectral conditioning: {conditioning(spectral) or 'as it stands, none added'}."
+        f"spectral conditioning: {conditioning(spectral) or unchanged}."
     )
 
 
@@ -142,10 +145,7 @@ def _memory_line(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> str:
     estimate = expected_memory(arguments, model, autocast)
-    config = spectral.to_config()
-    extra = 0
-    if config is not None and config.method == "svd":
-        extra = SVD_BYTES * sum(projection.module.weight.numel() for projection in find_projections(model))
+    extra = added_correction_bytes(model, spectral.to_config())
     corrections = f", stored corrections {extra / 1e9:.2f} GB" if extra else ""
     return (
         f"Memory of a process, expected at least (uncompiled, unsharded, mixed precision {mixed_precision}): "
@@ -154,6 +154,18 @@ def _memory_line(
         f"{estimate.activations / 1e9:.2f} GB ({estimate.activations_per_sequence / 1e6:.2f} MB a sequence){corrections}; "
         "temporary tensors come on top."
     )
+
+
+def added_correction_bytes(model: PreTrainedModel, config: SpectralConfig | None) -> int:
+    """Return the bytes of the svd corrections that conditioning adds; those of a conditioned model are there already."""
+    if config is None or config.method != "svd" or next(spectral_layers(model), None) is not None:
+        return 0
+    weights = [
+        projection.module.weight
+        for projection in find_projections(model)
+        if set(config.targets) & set(projection.layout.projections)
+    ]
+    return sum(weight.numel() * max(SVD_BYTES, weight.element_size()) for weight in weights)
 
 
 def expected_memory(

@@ -11,6 +11,8 @@ from typing import Any
 PUBLISHED_RECIPE: dict[str, Any] = {
     # The Pile, of which the deduplicated copy is one of the recipe's sources: its first eight million documents.
     "dataset_name": "EleutherAI/the_pile_deduplicated",
+    "dataset_config_name": None,
+    "dataset_split": "train",
     "streaming": True,
     "max_documents": 8_000_000,
     "normalize_text": True,

@@ -1,7 +1,7 @@
 """The command line of `pretrain_mlm.py`: flags, presets, and everything that is refused before work starts."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,26 @@ AT_LEAST_ONE = (
 )
 # At least 1 where they are given at all.
 OPTIONAL_COUNTS = ("max_steps", "max_documents", "validation_documents")
+# One corpus, one kind of validation data and one kind of budget: naming another by a flag replaces a preset's or a
+# recorded run's.
+REPLACED = {
+    "train_file": (
+        "dataset_name",
+        "dataset_config_name",
+        "dataset_revision",
+        "dataset_split",
+        "dataset_validation_split",
+        "streaming",
+    ),
+    "dataset_name": ("train_file",),
+    "validation_file": ("dataset_validation_split", "validation_documents"),
+    "dataset_validation_split": ("validation_file", "validation_documents"),
+    "validation_documents": ("validation_file", "dataset_validation_split"),
+    "validation_fraction": ("validation_file", "dataset_validation_split", "validation_documents"),
+    "max_steps": ("max_train_hours",),
+}
+# How many documents a preset takes of its dataset says nothing about files.
+PRESET_REPLACED = REPLACED | {"train_file": (*REPLACED["train_file"], "max_documents", "validation_documents")}
 
 
 @dataclass
@@ -287,7 +307,7 @@ class PretrainArguments:
         ]
         for name, low, high in bounds:
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:g}.")
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:.10g}.")
         if not 0 < self.learning_rate < 1e9:
             raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
         if self.max_train_hours is not None and not 0 < self.max_train_hours < 1e6:
@@ -305,7 +325,8 @@ class PretrainArguments:
             )
         if self.dataset_name is None:
             flags = ("dataset_config_name", "dataset_revision", "dataset_validation_split")
-            given = [name for name in flags if getattr(self, name) is not None] + ["streaming"] * self.streaming
+            given = [name for name in flags if getattr(self, name) is not None]
+            given += ["dataset_split"] * (self.dataset_split != "train") + ["streaming"] * self.streaming
             if given:
                 raise ValueError(
                     f"{', '.join(f'--{name}' for name in given)}: of a dataset; give --dataset_name, too."
@@ -361,7 +382,8 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArgu
         _set_preset(parser, argv)
         arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
         if arguments.eval_only:
-            parser.set_defaults(**recorded_data_settings(arguments.model_name_or_path))
+            recorded = recorded_data_settings(arguments.model_name_or_path)
+            parser.set_defaults(**_not_replaced(parser, recorded, REPLACED, argv))
             arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
         elif not arguments.show_plan:
             check_output_dir(arguments)
@@ -378,22 +400,18 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArgu
 
 
 def _set_preset(parser: HfArgumentParser, argv: list[str]) -> None:
-    """Make the preset's values the defaults, but for those that a flag on the command line excludes."""
-    if "preset" not in explicitly_given(parser, ["preset"], argv):
-        return
-    name = parser.parse_known_args(argv)[0].preset
-    values = dict(PRESETS[name])
-    # One corpus, and one kind of budget: naming another replaces the preset's.
-    replaced = {
-        "train_file": ("dataset_name", "streaming", "max_documents", "validation_documents"),
-        "validation_file": ("validation_documents",),
-        "dataset_validation_split": ("validation_documents",),
-        "max_steps": ("max_train_hours",),
-    }
-    for flag in explicitly_given(parser, replaced, argv):
-        for excluded in replaced[flag]:
-            values.pop(excluded, None)
-    parser.set_defaults(**values)
+    """Make the preset's values the defaults, but for those that a flag on the command line replaces."""
+    if "preset" in explicitly_given(parser, ["preset"], argv):
+        name = parser.parse_known_args(argv)[0].preset
+        parser.set_defaults(**_not_replaced(parser, PRESETS[name], PRESET_REPLACED, argv))
+
+
+def _not_replaced(
+    parser: HfArgumentParser, values: Mapping[str, Any], replaced: Mapping[str, Sequence[str]], argv: list[str]
+) -> dict[str, Any]:
+    """Leave out of `values` what the flags on the command line replace."""
+    gone = {name for flag in explicitly_given(parser, replaced, argv) for name in replaced[flag]}
+    return {name: value for name, value in values.items() if name not in gone}
 
 
 def check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
@@ -432,5 +450,11 @@ def recorded_data_settings(model_path: str) -> dict[str, Any]:
     file = Path(model_path) / METRICS_FILE
     if not file.is_file():
         return {}
-    recorded = json.loads(file.read_text(encoding="utf-8")).get("arguments", {})
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))["arguments"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
+            "validation data follow from the flags."
+        ) from error
     return {name: recorded[name] for name in DATA_SETTINGS if name in recorded}

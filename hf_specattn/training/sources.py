@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .documents import Document
-from .embedded_corpus import EMBEDDED_CORPUS_NAME, embedded_documents
+from .embedded_corpus import EMBEDDED_CORPUS_NAME, SKIPPED_FOLDERS, embedded_documents
 from .hub_datasets import hub_stream
 from .streams import CorpusStream, file_stream, split_first, split_stream
 
@@ -88,5 +89,11 @@ def embedded_stream(library: Path | None = None) -> CorpusStream:
 
 def _library_state(library: Path) -> Any:
     """Return what tells one installation's sources from another's, without parsing them for some seconds."""
-    files = sorted((path.relative_to(library).as_posix(), path.stat().st_size) for path in library.rglob("*.py"))
-    return [sys.version, hashlib.sha256(repr(files).encode()).hexdigest()]
+    digest = hashlib.sha256()
+    for folder, subfolders, names in os.walk(library):
+        # In a fixed order, and not into the packages installed beside the library, which change and are not read.
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+        for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest.update(f"{path.relative_to(library).as_posix()} {content}\n".encode())
+    return [sys.version, digest.hexdigest()]

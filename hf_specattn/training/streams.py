@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .corpora import name_hash
 from .documents import CorpusError, Document
 from .text_files import file_documents
 
@@ -120,7 +119,14 @@ def limit_documents(documents: Iterable[Document], max_documents: int | None) ->
 
 
 def split_stream(stream: CorpusStream, validation_fraction: float) -> tuple[CorpusStream, CorpusStream]:
-    """Hold out the documents that `split_documents` would, without holding any of them.
+    """Hold out the documents whose name hashes below `validation_fraction`; at least one, never all.
+
+    The decision looks at one name at a time, so it stays the same when other documents come or go. Only where it would
+    leave a side empty, the document with the smallest hash is held out (or the largest kept).
+
+    Args:
+        stream: Of the whole corpus.
+        validation_fraction: The expected share of documents held out, in (0, 1).
 
     Returns:
         The training stream and the validation stream; each reads the whole corpus and passes on its documents.
@@ -154,6 +160,11 @@ def split_stream(stream: CorpusStream, validation_fraction: float) -> tuple[Corp
     return part(False), part(True)
 
 
+def name_hash(name: str) -> float:
+    """Map a name to [0, 1) by its SHA-256: the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+
 def split_first(stream: CorpusStream, validation_documents: int) -> tuple[CorpusStream, CorpusStream]:
     """Hold out the first documents: where reading is a download, the validation part then costs no second one.
 
@@ -162,7 +173,7 @@ def split_first(stream: CorpusStream, validation_documents: int) -> tuple[Corpus
         validation_documents: How many to hold out, at least 1.
 
     Returns:
-        The training stream, without them, and the validation stream, which reads no further than them.
+        The training stream, without them, and the validation stream, which reads one document further than them.
 
     Raises:
         CorpusError: while the training stream is read, if nothing is left for it.

@@ -4,7 +4,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from hf_specattn.training import packing
 from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.packing import pack_documents, require_sequences, token_dtype
+from hf_specattn.training.packing import plain_encoder, require_sequences, text_pieces, token_dtype, works_wordwise
 from hf_specattn.training.tokenization import train_wordpiece
 
 DOCUMENTS = [Document(f"d:{index}", f"word{index} and\nsome more\n\nlines, {index}!") for index in range(20)]
@@ -15,71 +15,83 @@ def tokenizer():
     return train_wordpiece(DOCUMENTS, 100, max_seq_length=8)
 
 
-def stream(tokenizer, documents):
-    ids = []
-    for document in documents:
-        ids += [*tokenizer(document.text, add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-    return ids
+def ids_of(tokenizer, texts):
+    return [identifier for text in texts for identifier in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-@pytest.mark.parametrize("length", [8, 7, 50])
-def test_documents_run_on_with_separators_and_the_remainder_is_dropped(tokenizer, length):
-    expected = stream(tokenizer, DOCUMENTS)
-    packed = pack_documents(DOCUMENTS, tokenizer, length)
-    assert packed.dtype == np.uint16
-    assert packed.shape == (len(expected) // length, length)
-    assert packed.flatten().tolist() == expected[: packed.size]
-    assert tokenizer.cls_token_id not in packed
+def test_each_document_ends_with_its_last_piece(monkeypatch):
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
+    pieces = list(text_pieces(DOCUMENTS, cut=True))
+    texts = "".join(text + "|" * last for text, last in pieces).split("|")
+    assert texts == [*(document.text for document in DOCUMENTS), ""]
+    assert len(pieces) > 2 * len(DOCUMENTS)
+    assert list(text_pieces(DOCUMENTS, cut=False)) == [(document.text, True) for document in DOCUMENTS]
 
 
 @pytest.mark.parametrize("piece", [1, 10, 25])
-def test_long_documents_in_pieces_give_the_same_tokens(tokenizer, monkeypatch, piece):
-    expected = pack_documents(DOCUMENTS, tokenizer, 8)
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", piece)
-    monkeypatch.setattr(packing, "PIECES_PER_CALL", 3)
-    assert np.array_equal(pack_documents(DOCUMENTS, tokenizer, 8), expected)
-
-
 @pytest.mark.parametrize(
-    "text", ["x" * 95, "ab " * 30, "a" * 30 + " b\n" + "c" * 30 + "\n d " * 5, " \n" * 40, "end\n"]
+    "text",
+    [DOCUMENTS[0].text, "x" * 95, "ab " * 30, "a" * 30 + " b\n" + "c" * 30 + "\n d " * 5, " \n" * 40, "end\n"],
 )
-def test_lines_longer_than_a_piece_are_cut_at_spaces(tokenizer, monkeypatch, text):
-    expected = pack_documents([Document("d", text)], tokenizer, 1)
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
-    pieces = list(packing.text_pieces([Document("d", text)], cut=True))
-    assert "".join(piece for piece, _ in pieces) == text
+def test_pieces_join_to_the_text_and_give_its_tokens(tokenizer, monkeypatch, text, piece):
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", piece)
+    pieces = list(text_pieces([Document("d", text)], cut=True))
+    assert "".join(part for part, _ in pieces) == text
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert np.array_equal(pack_documents([Document("d", text)], tokenizer, 1), expected)
-    assert list(packing.text_pieces([Document("d", text)], cut=False)) == [(text, True)]
+    assert ids_of(tokenizer, [part for part, _ in pieces]) == ids_of(tokenizer, [text])
+
+
+def test_pieces_are_no_longer_than_they_need_to_be(monkeypatch):
+    """Beyond the limit goes only what has no place to be cut at."""
+    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
+    text = "some words and " + "x" * 15 + " and\nmore\nlines of words"
+    assert [part for part, _ in text_pieces([Document("d", text)], cut=True)] == [
+        "some ",
+        "words and ",
+        "x" * 15 + " ",
+        "and\nmore\n",
+        "lines of ",
+        "words",
+    ]
 
 
 def test_only_tokenizers_that_work_word_by_word_see_pieces():
     wordwise = Tokenizer(models.WordPiece())
-    assert not packing.works_wordwise(wordwise)
+    assert not works_wordwise(wordwise)
     wordwise.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    assert packing.works_wordwise(wordwise)
+    assert works_wordwise(wordwise)
     wordwise.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase()])
     wordwise.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits()])
-    assert packing.works_wordwise(wordwise)
+    assert works_wordwise(wordwise)
     wordwise.normalizer = normalizers.Prepend("x")
-    assert not packing.works_wordwise(wordwise)
+    assert not works_wordwise(wordwise)
     for other in (pre_tokenizers.ByteLevel(), pre_tokenizers.Metaspace(), pre_tokenizers.Digits()):
         wordwise.normalizer, wordwise.pre_tokenizer = None, other
-        assert not packing.works_wordwise(wordwise)
+        assert not works_wordwise(wordwise)
 
 
-def test_text_that_spells_a_special_token_is_text(tokenizer):
-    document = Document("d", "and [MASK] and [SEP] some")
-    ids = pack_documents([document], tokenizer, 1).flatten().tolist()
-    assert tokenizer.mask_token_id not in ids
-    assert ids.count(tokenizer.sep_token_id) == 1
+def test_text_that_spells_a_special_token_is_text():
+    tokenizer = train_wordpiece([*DOCUMENTS, Document("brackets", "[ mask sep ]")], 100)
+    text = "and [MASK] and [SEP] some"
+    ids = plain_encoder(tokenizer).encode(text, add_special_tokens=False).ids
+    assert not {tokenizer.mask_token_id, tokenizer.sep_token_id} & {*ids}
+    assert tokenizer.decode(ids).replace(" ", "") == "and[mask]and[sep]some"
     # The tokenizer itself is left as it was.
-    assert tokenizer.mask_token_id in tokenizer(document.text)["input_ids"]
+    assert tokenizer.mask_token_id in tokenizer(text)["input_ids"]
 
 
-def test_a_short_text_gives_no_row(tokenizer):
-    assert pack_documents([Document("d", "some")], tokenizer, 8).shape == (0, 8)
-    assert pack_documents([], tokenizer, 8).shape == (0, 8)
+def test_the_encoder_neither_truncates_nor_pads(tokenizer):
+    short, long = DOCUMENTS[0].text, DOCUMENTS[0].text * 9
+    assert len(ids_of(tokenizer, [long])) > 8
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    tokenizer.backend_tokenizer.enable_padding(length=100)
+    try:
+        encodings = plain_encoder(tokenizer).encode_batch_fast([short, long], add_special_tokens=False)
+        assert tokenizer.backend_tokenizer.truncation["max_length"] == 8
+    finally:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    assert [encoding.ids for encoding in encodings] == [ids_of(tokenizer, [short]), ids_of(tokenizer, [long])]
 
 
 def test_token_dtype_holds_the_vocabulary():

