@@ -5,6 +5,7 @@ Every query, key and value projection uses the effective weight `W + C`. Importi
 """
 
 from .auto import register
+from .balance import BalanceReport, BalanceReports, OutputChangedError, balance, format_balance
 from .conditioning import (
     AttentionSpec,
     ProjectionReport,
@@ -28,17 +29,22 @@ register()
 
 __all__ = [
     "AttentionSpec",
+    "BalanceReport",
+    "BalanceReports",
     "CrammedBertConfig",
     "CrammedBertForMaskedLM",
     "CrammedBertForSequenceClassification",
     "CrammedBertForTokenClassification",
     "CrammedBertModel",
+    "OutputChangedError",
     "ProjectionReport",
     "SpectralCallback",
     "SpectralConfig",
     "__version__",
+    "balance",
     "condition",
     "fold",
+    "format_balance",
     "format_reports",
     "refresh",
 ]

@@ -13,6 +13,8 @@ from torch import nn
 from .config import PROJECTIONS
 from .layers import ProjectionLayout
 
+UNSTATED = "something that the AttentionSpec does not rule out"
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -26,6 +28,13 @@ class AttentionSpec:
         query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
             on its `config`, then on the model's.
         key_value_heads: the same for key and value; None where they have as many heads as the query.
+        output: where the output projection W_O is, for [`balance`]: a dotted path from the attention module, each leading
+            `..` a step up to the module that holds it (`"o_proj"`, `"..output.dense"`). Its inputs are the heads of the
+            query, in order, each as long as a head of the value.
+        query_key_barrier: what stands between `X W_Q` and `X W_K` and their product, and so forbids the gauge
+            `W_Q M, W_K M^-T`; None says nothing does.
+        value_output_barrier: what stands between `X W_V` and `W_O` beside the attention weights of each head, and so
+            forbids the gauge `W_V G, G^-1 W_O`; None says nothing does.
     """
 
     attention: str | tuple[str, ...]
@@ -33,6 +42,10 @@ class AttentionSpec:
     interleaved: bool = False
     query_heads: str | int = "num_attention_heads"
     key_value_heads: str | int | None = None
+    # Only `balance` reads these; a row that does not say is taken to forbid both gauges.
+    output: str | None = None
+    query_key_barrier: str | None = UNSTATED
+    value_output_barrier: str | None = UNSTATED
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -101,21 +114,46 @@ class AttentionSpec:
 QUERY_KEY_VALUE = {"query": "query", "key": "key", "value": "value"}
 Q_K_V_PROJ = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
 
+# Plain softmax(X W_Q W_K^T X^T) X W_V W_O: scale, mask and attention dropout stand in the way of neither gauge.
+NO_BARRIER: dict[str, Any] = {"query_key_barrier": None, "value_output_barrier": None}
+# RoPE leaves of M only scaled rotations of pairs of channels, too few to balance anything.
+ROTARY: dict[str, Any] = {"query_key_barrier": "rotary position embeddings", "value_output_barrier": None}
+
 # Model type -> how its attention classes keep their projections. Where a class appears twice, the first row whose
 # children all exist is taken: names differ between releases, and between self- and cross-attention.
 ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
-    "bert": (AttentionSpec(("BertSelfAttention", "BertCrossAttention"), QUERY_KEY_VALUE),),
-    "roberta": (AttentionSpec(("RobertaSelfAttention", "RobertaCrossAttention"), QUERY_KEY_VALUE),),
+    "bert": (
+        AttentionSpec(
+            ("BertSelfAttention", "BertCrossAttention"), QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER
+        ),
+    ),
+    "roberta": (
+        AttentionSpec(
+            ("RobertaSelfAttention", "RobertaCrossAttention"), QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER
+        ),
+    ),
     "vit": (
-        AttentionSpec("ViTAttention", Q_K_V_PROJ),
-        AttentionSpec("ViTSelfAttention", QUERY_KEY_VALUE),
+        AttentionSpec("ViTAttention", Q_K_V_PROJ, output="o_proj", **NO_BARRIER),
+        AttentionSpec("ViTSelfAttention", QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER),
     ),
-    "crammed_bert": (AttentionSpec("CrammedBertSelfAttention", QUERY_KEY_VALUE),),
+    "crammed_bert": (
+        AttentionSpec("CrammedBertSelfAttention", QUERY_KEY_VALUE, output="..attention_output", **NO_BARRIER),
+    ),
     "gpt2": (
-        AttentionSpec("GPT2Attention", {"q_attn": "query", "c_attn": ("key", "value")}, query_heads="num_heads"),
-        AttentionSpec("GPT2Attention", {"c_attn": PROJECTIONS}, query_heads="num_heads"),
+        AttentionSpec(
+            "GPT2Attention",
+            {"q_attn": "query", "c_attn": ("key", "value")},
+            query_heads="num_heads",
+            output="c_proj",
+            **NO_BARRIER,
+        ),
+        AttentionSpec(
+            "GPT2Attention", {"c_attn": PROJECTIONS}, query_heads="num_heads", output="c_proj", **NO_BARRIER
+        ),
     ),
-    "llama": (AttentionSpec("LlamaAttention", Q_K_V_PROJ, key_value_heads="num_key_value_heads"),),
+    "llama": (
+        AttentionSpec("LlamaAttention", Q_K_V_PROJ, key_value_heads="num_key_value_heads", output="o_proj", **ROTARY),
+    ),
 }
 
 

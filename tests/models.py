@@ -34,6 +34,8 @@ class TinyArchitecture:
             with q, k or v, unless the weight is fused.
         fused: whether each weight is `[query | key | value]` as `(in_features, out_features)`, a transformers Conv1D.
         key_value_heads: heads of key and value.
+        rotary: whether rotary position embeddings act on query and key.
+        outputs: regular expression of the names of the weights of the attentions' output projections.
     """
 
     model_type: str
@@ -43,6 +45,8 @@ class TinyArchitecture:
     weights: str = r"\.(query|key|value|q_proj|k_proj|v_proj)\.weight$"
     fused: bool = False
     key_value_heads: int = HEADS
+    rotary: bool = False
+    outputs: str = r"(attention\.output\.dense|attention_output|o_proj|attn\.c_proj)\.weight$"
 
     def __str__(self) -> str:
         return self.model_type
@@ -184,6 +188,7 @@ ARCHITECTURES = {
             SIZES | TEXT | SPECIAL_TOKENS | {"num_key_value_heads": 2},
             LLAMA_HEADS,
             key_value_heads=2,
+            rotary=True,
         ),
     )
 }
