@@ -380,12 +380,9 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArgu
     argv = list(argv)
     try:
         _set_preset(parser, argv)
+        _set_recorded(parser, argv)
         arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        if arguments.eval_only:
-            recorded = recorded_data_settings(arguments.model_name_or_path)
-            parser.set_defaults(**_not_replaced(parser, recorded, REPLACED, argv))
-            arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        elif not arguments.show_plan:
+        if not (arguments.eval_only or arguments.show_plan):
             check_output_dir(arguments)
         if arguments.model_name_or_path is not None:
             if given := explicitly_given(parser, NEW_MODEL_SETTINGS, argv):
@@ -404,6 +401,14 @@ def _set_preset(parser: HfArgumentParser, argv: list[str]) -> None:
     if "preset" in explicitly_given(parser, ["preset"], argv):
         name = parser.parse_known_args(argv)[0].preset
         parser.set_defaults(**_not_replaced(parser, PRESETS[name], PRESET_REPLACED, argv))
+
+
+def _set_recorded(parser: HfArgumentParser, argv: list[str]) -> None:
+    """Make the data of a saved model's run the defaults of measuring it, but for those that a flag replaces."""
+    named = parser.parse_known_args(argv)[0]
+    if named.eval_only and named.model_name_or_path is not None:
+        recorded = recorded_data_settings(named.model_name_or_path)
+        parser.set_defaults(**_not_replaced(parser, recorded, REPLACED, argv))
 
 
 def _not_replaced(
@@ -451,7 +456,7 @@ def recorded_data_settings(model_path: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))["arguments"]
+        recorded = dict(json.loads(file.read_text(encoding="utf-8"))["arguments"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
