@@ -4,6 +4,7 @@ Every query, key and value projection uses the effective weight `W + C`. Importi
 `from_pretrained(..., spectral_conditioning=True)`.
 """
 
+from . import adapters
 from .auto import register
 from .balance import BalanceReport, BalanceReports, OutputChangedError, balance, format_balance
 from .conditioning import (
@@ -26,6 +27,7 @@ from .training.callback import SpectralCallback
 from .version import __version__
 
 register()
+adapters.register()
 
 __all__ = [
     "AttentionSpec",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapters import refuse_adapters
 from .architectures import ARCHITECTURES, AttentionSpec, attention_specs
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
@@ -80,10 +81,11 @@ def condition(
 
     Raises:
         ValueError: for bad settings, no projection found, a target that matches nothing, a model already conditioned,
-            tied, quantized, sharded or meta weights, `nn.MultiheadAttention`. Nothing is changed then.
+            tied, quantized, sharded or meta weights, `nn.MultiheadAttention`, adapters of PEFT. Nothing is changed then.
     """
     _check_settings(config, init)
     _check_not_conditioned(model)
+    refuse_adapters(model)
     projections = find_projections(model, architecture)
     _check_targets(projections, config)
     projections = _holding(config.targets, projections)
@@ -101,6 +103,7 @@ def condition(
         reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
     for host in _outermost_pretrained(model):
         _adopt(host, config, as_the_table_says)
+    set_origin(model, "")
     return reports
 
 
@@ -162,6 +165,7 @@ def fold(model: nn.Module) -> nn.Module:
     for _, layer in layers:
         make_stock(layer)
     _release(model)
+    set_origin(model, "")
     return model
 
 
@@ -341,6 +345,12 @@ def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
 
 # Stock model class -> its conditioned class (with `adopt`, and `release` the way back); filled by `modeling`.
 CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
+
+
+def set_origin(model: nn.Module, path: str) -> None:
+    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `adapters`)."""
+    for submodel in _submodels(model):
+        submodel.name_or_path = path
 
 
 def _submodels(model: nn.Module) -> list[PreTrainedModel]:

@@ -23,7 +23,7 @@ from transformers.utils import logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES
-from .conditioning import CONDITIONED_CLASSES, attach, half_precision_cost, subtract_correction
+from .conditioning import CONDITIONED_CLASSES, attach, half_precision_cost, set_origin, subtract_correction
 from .config import INITS, PROJECTIONS, SpectralConfig, check_choice
 from .crammed_bert import (
     CrammedBertConfig,
@@ -223,6 +223,7 @@ class SpectralModelMixin:
         if next(spectral_layers(self), None) is None:  # type: ignore[arg-type]  # some heads build their base by AutoModel
             attach(self, self.config.spectral_config)  # type: ignore[arg-type]
         super().post_init()  # type: ignore[misc]
+        set_origin(self, "")  # type: ignore[arg-type]  # the configuration may name the stock checkpoint
         if _loading_stock_weights.get() and self.config.spectral_method == "svd":
             self._keys_to_ignore_on_load_missing.add(r"\.correction$")
 
@@ -272,6 +273,7 @@ class SpectralModelMixin:
             _refuse_other_settings(stored, {name: getattr(model.config, name) for name in SPECTRAL_FIELDS})
         if conditioned:
             _check_corrections_loaded(pretrained_model_name_or_path, info)
+            set_origin(model, model.config.name_or_path)
         else:
             _enter_stock_weights(model, spectral_init or "additive")
         return (model, info) if with_info else model

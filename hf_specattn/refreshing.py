@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
+from .adapters import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, SpectralLayer, spectral_layers
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,7 @@ def refresh(model: nn.Module) -> None:
     """Recompute the dynamic svd corrections of `model` once, in place, from the weights as they stand.
 
     Call it after the optimizer's step, every `refresh_every` steps: with the Trainer [`SpectralCallback`] does. A refresh
-    moves the model's function by the change of `C`.
+    moves the model's function by the change of `C`. Projections under an adapter of PEFT keep theirs: their `W` is frozen.
 
     Raises:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function.
@@ -41,8 +42,12 @@ def refresh(model: nn.Module) -> None:
             "refresh() found no dynamic correction: corrections stay fixed unless "
             "SpectralConfig(method='svd', refresh_every=n) was given. Leave the call out, or condition with refresh_every."
         )
+    adapted = adapted_layers(model)
     for layer in layers:
-        recompute(layer)
+        if layer in adapted:
+            STEPS_SINCE_REFRESH[layer] = 0
+        else:
+            recompute(layer)
 
 
 @torch.no_grad()

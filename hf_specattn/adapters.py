@@ -1,0 +1,308 @@
+"""Adapters of PEFT on conditioned models. PEFT itself is imported by whoever uses it, never by this module's import.
+
+An adapter leaves the base model frozen and adds an update `D` to a projection, which then computes with `W + C + D`.
+Four things make PEFT work on a conditioned model as on a stock one:
+
+- **Default target modules**: PEFT looks them up by model type, and the conditioned types and Crammed BERT are entered.
+- **Methods.** PEFT knows the base layer's `weight`, which is `W`. That is all a method needs whose update does not
+  depend on the weight ([`ADDITIVE_METHODS`]): LoRA with any initialization, and many more. Those that scale, rotate or
+  normalize the weight (DoRA, IA3, OFT, ...) would compute with `W + C` and merge into `W`. They are refused when the
+  adapter is put on, and only where they would touch a conditioned projection. The way out is [`fold`]: under an adapter
+  `W` and `C` are frozen alike, so a folded model computes the same, trains the same, and has one weight.
+- **The base model's name.** `AutoPeftModel` loads the base model that the adapter's configuration names, and PEFT takes
+  that name from `model.name_or_path`. A model conditioned in memory (`condition`, or `from_pretrained` of a stock
+  checkpoint with the flag) is not what lies at the stock path: naming it would rebuild a plain model in silence. Hence
+  `name_or_path` is empty until the model is loaded from a conditioned checkpoint: the adapter names no base model,
+  `AutoPeftModel` fails instead of computing something else, and a warning says so when the adapter is put on. Nothing
+  is lost then: `PeftModel.from_pretrained(base, adapter)` still loads it. Recording the flags instead would recompute
+  the corrections from weights that may have changed since, and would rebuild the plain model wherever this package is
+  not imported.
+- **Refreshing.** Dynamic corrections of adapted projections stay what they are: their `W` is frozen. Recomputed from a
+  weight that holds a merged update, or the remainder of PiSSA, they would change the function.
+"""
+
+import dataclasses
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .architectures import ARCHITECTURES
+from .config import PROJECTIONS
+from .crammed_bert import CrammedBertConfig, CrammedBertForSequenceClassification
+from .layers import spectral_layers
+
+logger = logging.get_logger(__name__)
+
+# PEFT's methods whose update does not depend on the weight below it, by PeftType: the tests compare each with itself
+# folded and merged, and find the others wrong. A method that PEFT adds later is refused until it stands here.
+ADDITIVE_METHODS = (
+    "ADALORA",
+    "ADAMSS",
+    "BEFT",
+    "C3A",
+    "DELORA",
+    "FOURIERFT",
+    "GRALORA",
+    "LILY",
+    "LN_TUNING",
+    "LOHA",
+    "LOKR",
+    "LORA",
+    "MISS",
+    "OSF",
+    "POLY",
+    "PSOFT",
+    "PVERA",
+    "RANDLORA",
+    "TINYLORA",
+    "UNILORA",
+    "VBLORA",
+    "VERA",
+    "WAVEFT",
+)
+# The same among the variants of LoRA that a field of its configuration switches on. DoRA is none of them.
+ADDITIVE_LORA_VARIANTS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "velora_config",
+)
+PEFT_ALL_LINEAR = "all-linear"
+
+
+# --- what the rest of the package asks --------------------------------------------------------------------------------
+
+
+def adapted_layers(model: nn.Module) -> set[nn.Module]:
+    """The modules of `model` that lie under an adapter of PEFT."""
+    if "peft" not in sys.modules:  # then nobody can have put one on
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """For `condition`: an adapter was trained on the base model as it is, and its configuration names that one.
+
+    Raises:
+        ValueError: if PEFT has put anything on `model`.
+    """
+    if "peft" not in sys.modules:
+        return
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    for name, module in model.named_modules():
+        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise ValueError(
+                f"{name or 'The model'} is a {type(module).__module__}.{type(module).__name__}: the model carries an "
+                "adapter, which was made for the model without corrections. Merge it (model = model.merge_and_unload()) or "
+                "take it off (model = model.unload()), condition, and put adapters on afterwards."
+            )
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Prepare PEFT for conditioned models: at once if it is imported, otherwise as soon as somebody imports it.
+
+    Idempotent. `import hf_specattn` calls it; it never imports PEFT, which takes long and may not be installed.
+    """
+    if "peft" in sys.modules:
+        _prepare_peft()
+    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftFinder())
+
+
+class _PeftFinder(importlib.abc.MetaPathFinder):
+    """Finds `peft` as the other finders do, and prepares it once it has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:  # asking whether PEFT is installed ends here, too
+            vars(spec.loader)["exec_module"] = self._then_prepare(spec.loader.exec_module)
+        return spec
+
+    def _then_prepare(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            _prepare_peft()
+
+        return exec_module
+
+
+@functools.cache
+def _prepare_peft() -> None:
+    try:
+        _extend_peft()
+    except (ImportError, AttributeError, KeyError) as error:
+        # Whoever has PEFT has it imported by transformers: a release built otherwise must not take this package down.
+        logger.warning(
+            f"PEFT {getattr(sys.modules['peft'], '__version__', '')} is not built as this package expects it ({error!r}). "
+            "Adapters on conditioned projections may be wrong without an error; install hf_specattn[peft] for a release that "
+            "goes with it, or fold the model before you put an adapter on."
+        )
+
+
+def _extend_peft() -> None:
+    import peft.auto
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # Every way to put an adapter on ends here: get_peft_model, PeftModel.from_pretrained, add_adapter of PEFT and of
+    # transformers.
+    BaseTuner.inject_adapter = _checked(BaseTuner.inject_adapter)  # type: ignore[method-assign]
+    _enter_target_modules()
+    # An adapter without a task type is rebuilt on the class that it was trained on, such as SpecBertModel.
+    peft.auto.get_default_import_allowlist = _with_this_package(peft.auto.get_default_import_allowlist)
+
+
+def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[str]]:
+    @functools.wraps(allowlist)
+    def get_default_import_allowlist() -> list[str]:
+        return [*allowlist(), __name__.rpartition(".")[0]]
+
+    return get_default_import_allowlist
+
+
+# --- default target modules ------------------------------------------------------------------------------------------
+
+
+def _enter_target_modules() -> None:
+    from peft.tuners.adaption_prompt import config as adaption_prompt
+    from peft.utils import constants
+
+    for name, mapping in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict):
+            for model_type, targets in _missing_targets(mapping):
+                mapping[model_type] = targets
+    # GPT-2's adaption prompt asks for the model type by name in its code as well, so an entry here would not be enough.
+    settings = adaption_prompt.TRANSFORMERS_MODEL_CONFIG
+    settings.setdefault(_conditioned_type("llama"), settings["llama"])
+
+
+def _missing_targets(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The entries of our model types: those of the stock type, or else BERT's told by the architecture table."""
+    entries = []
+    for stock_type in ARCHITECTURES:
+        targets = mapping.get(stock_type)
+        if targets is None:
+            targets = _translated(mapping.get("bert"), stock_type)
+        own_types = [_conditioned_type(stock_type)]
+        if stock_type == CrammedBertConfig.model_type:
+            own_types.append(stock_type)
+        entries += [(own, targets) for own in own_types if targets is not None and own not in mapping]
+    return entries
+
+
+def _translated(bert_targets: Any, model_type: str) -> list[str] | None:
+    """BERT's target modules by the names that `model_type` gives them; None where they are more than projections."""
+    if not bert_targets or not set(bert_targets) <= set(PROJECTIONS):  # BERT's names are those of the projections
+        return None
+    children = [item for spec in ARCHITECTURES[model_type] for item in spec.projections_of.items()]
+    return list(dict.fromkeys(child for child, held in children if set(held) & set(bert_targets)))
+
+
+def _conditioned_type(stock_type: str) -> str:
+    return f"specattn_{stock_type}"
+
+
+# --- when an adapter is put on ----------------------------------------------------------------------------------------
+
+
+def _checked(inject: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(inject)
+    def inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = tuner.peft_config[adapter_name]
+        _save_whole_head(config, model)
+        if next(spectral_layers(model), None) is not None:
+            _refuse_weight_readers(tuner, model, config, kwargs.get("state_dict"))
+            _warn_without_base(model, config)
+        inject(tuner, model, adapter_name, *args, **kwargs)
+
+    return inject_adapter
+
+
+def _save_whole_head(config: Any, model: nn.Module) -> None:
+    # PEFT trains and saves heads called `classifier` or `score`; the one of Crammed BERT has a layer before it, which would
+    # stay random and be drawn anew when the adapter is loaded.
+    if isinstance(model, CrammedBertForSequenceClassification) and config.task_type == "SEQ_CLS":
+        saved = config.modules_to_save or []
+        if "dense" not in saved:
+            config.modules_to_save = [*saved, "dense"]
+
+
+def _refuse_weight_readers(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None) -> None:
+    problem = _weight_reader(config)
+    if problem is None:
+        return
+    touched = next(_targeted(tuner, model, config, state_dict), None)
+    if touched is None:
+        return
+    setting, way_out = problem
+    raise ValueError(
+        f"{setting} is not possible on the conditioned projection {touched}: it works on the weight, which PEFT takes to be "
+        f"W, but the projection computes with W + C, so that training and merging would disagree. {way_out}, leave "
+        "conditioned projections out of target_modules, or call hf_specattn.fold(model) before the adapter is put on: the "
+        "folded model computes the same, and since an adapter leaves W and C frozen it trains the same too."
+    )
+
+
+def _weight_reader(config: Any) -> tuple[str, str] | None:
+    """What makes an adapter depend on the base weight, and what to set instead; None where its update is additive."""
+    method = getattr(config.peft_type, "value", config.peft_type)
+    if method not in ADDITIVE_METHODS:
+        return f"PEFT's {method}", f"Use a method with an additive update ({', '.join(ADDITIVE_METHODS)})"
+    if method == "MISS" and config.init_weights == "bat":
+        return "init_weights='bat'", "Set init_weights=True"
+    for field in dataclasses.fields(config):
+        value, is_variant = getattr(config, field.name), field.metadata.get("is_lora_variant")
+        if is_variant and value and field.name not in ADDITIVE_LORA_VARIANTS:
+            return f"{field.name}={value!r}", f"Set {field.name}={field.default!r}"
+    return None
+
+
+def _targeted(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None) -> Iterator[str]:
+    """The conditioned projections that `inject_adapter` would put the adapter on."""
+    # As PEFT does next, and does again: the first call fills in the default target modules.
+    config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+    for name, _ in spectral_layers(model):
+        name = name.removesuffix(".base_layer")  # below an adapter that is on already
+        if state_dict is not None:
+            targeted = any(key.startswith(f"{name}.") for key in state_dict)
+        elif config.target_modules == PEFT_ALL_LINEAR:
+            targeted = True
+        else:
+            targeted = bool(tuner._check_target_module_exists(config, name))
+        if targeted:
+            yield name
+
+
+def _warn_without_base(model: nn.Module, config: Any) -> None:
+    loading = config.inference_mode or config.base_model_name_or_path
+    if isinstance(model, PreTrainedModel) and not model.__dict__.get("name_or_path") and not loading:
+        logger.warning(
+            f"This {type(model).__name__} was not loaded from a conditioned checkpoint, so the adapter's configuration can "
+            "name no base model, and AutoPeftModel cannot rebuild it. To have it named, save the model and load it before "
+            "the adapter is put on: model.save_pretrained(folder), then from_pretrained(folder)."
+        )
