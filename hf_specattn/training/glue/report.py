@@ -20,6 +20,11 @@ VERSIONS = ("torch", "transformers", "hf_specattn")
 # Differs between models as their names do.
 IDENTITY = "model_fingerprint"
 
+SAME_TRAINING = (
+    "Without weight decay, a checkpoint that is conditioned by preserve with a fixed C trains as the stock one does, step "
+    "for step: W starts as W - C, and nothing but rounding tells the two apart. A difference between them is no effect of "
+    "conditioning."
+)
 ADVICE_ON_INTERVALS = (
     "The interval is that of the mean difference over seeds (Student's t, paired: a seed fixes the order of the batches and, "
     "for models with the same head, its start). One that contains 0 means that these seeds do not tell which model is "
@@ -131,6 +136,8 @@ def notes(summary: Summary) -> list[str]:
     ]
     if any(summary.constant_score(column) is not None for column in summary.columns):
         lines.append(f"The {CONSTANT} gives one class to all examples. A model near it has not learned the task.")
+    if any(_trains_as_stock(record.settings) for record in summary.records):
+        lines.append(SAME_TRAINING)
     if summary.failures:
         lines.append(
             "Failed runs are in no mean, median or difference, which therefore favours the models that they belong to."
@@ -143,6 +150,12 @@ def notes(summary: Summary) -> list[str]:
     if any(difference is not None and difference.interval is not None for difference in differences):
         lines.append(ADVICE_ON_INTERVALS)
     return [*lines, *_environment_notes(summary)]
+
+
+def _trains_as_stock(settings: dict[str, Any]) -> bool:
+    # With adapters W and C are frozen alike, whatever the decay.
+    unpulled = settings.get("weight_decay") == 0 or settings.get("lora") is not None
+    return unpulled and str(settings.get("conditioning")).endswith("preserve")
 
 
 def _settings_note(summary: Summary) -> str:

@@ -1,0 +1,192 @@
+"""The command line of `eval_glue.py`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..arguments import SpectralArguments, explicitly_given
+from .features import LEAST_LENGTH
+from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
+from .tasks import DEFAULT_DATASET, GlueTask, parse_tasks
+
+LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
+
+
+@dataclass
+class GlueArguments:
+    """Arguments of fine-tuning and evaluation on GLUE.
+
+    Raises:
+        ValueError: for values that cannot be, with what is allowed.
+    """
+
+    # Models.
+    model_name_or_path: list[str] = field(metadata={"help": "Checkpoints to fine-tune: folders or names on the Hub."})
+    labels: list[str] | None = field(
+        default=None, metadata={"help": "One name per checkpoint for the table. None: the last part of its path."}
+    )
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Tokenizer of all checkpoints. None: the one that lies beside each."}
+    )
+    compare_stock: bool = field(
+        default=False, metadata={"help": "Fine-tune each checkpoint without the conditioning of the flags, too."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=False, metadata={"help": "Replace a checkpoint's classifier that has another number of classes."}
+    )
+
+    # What is run.
+    tasks: list[str] = field(
+        default_factory=lambda: ["all"], metadata={"help": "all, or names separated by commas: cola,rte."}
+    )
+    # As in the tables of both papers.
+    seeds: int = field(default=5, metadata={"help": "Runs per model and task, with the seeds 0, 1, ..."})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "Name of the model to take differences to. None: the first without conditioning."},
+    )
+    retry_failed: bool = field(default=False, metadata={"help": "Run again what failed before. Otherwise it stays."})
+
+    # Data.
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the official TSV files, plain or .gz. None: the Hub."}
+    )
+    dataset_name: str = field(
+        default=DEFAULT_DATASET, metadata={"help": "Dataset of the Hub, or a folder in the layout of the default."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for token ids, used by all runs. None: cache below the output folder."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many examples, the same for all runs. None: all."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many examples, the same for all runs. None: all."}
+    )
+
+    # Training. None takes the protocol's value.
+    protocol: str = field(
+        default="crammed", metadata={"help": "crammed (default) or bert.", "choices": list(PROTOCOLS)}
+    )
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate."})
+    num_train_epochs: int | None = field(default=None, metadata={"help": "Passes over the training set."})
+    train_batch_size: int | None = field(
+        default=None, metadata={"help": "Examples per optimizer step, over all processes."}
+    )
+    lr_scheduler_type: str | None = field(
+        default=None, metadata={"help": "Fall of the learning rate.", "choices": list(SCHEDULES)}
+    )
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps with a rising rate."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Decoupled; biases and norms are exempt."})
+    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the gradient's norm here; 0: never."})
+    max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per example, special ones included."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Of hidden states and attention probabilities, where the model has these."}
+    )
+    group_by_length: bool = field(
+        default=True, metadata={"help": "Put examples of similar length into one batch, which saves padding."}
+    )
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={"help": "no or bf16. None: what accelerate is configured for.", "choices": ["no", "bf16"]},
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per process when evaluating."})
+
+    # Adapters. Rank and alpha are those of PEFT's own defaults.
+    peft: str | None = field(
+        default=None,
+        metadata={"help": "lora trains adapters and the classifier alone. None: all weights.", "choices": ["lora"]},
+    )
+    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=8, metadata={"help": "Adapters count alpha / rank times."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
+    lora_targets: list[str] | None = field(
+        default=None, metadata={"help": "Names of the modules to adapt. None: PEFT's choice for the kind of model."}
+    )
+
+    # Writing.
+    output_dir: str = field(default="runs/eval_glue", metadata={"help": "Where everything is written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Forget the earlier results in the output folder. Otherwise they are kept."}
+    )
+    do_predict: bool = field(
+        default=False, metadata={"help": "Write test-set predictions in the format of GLUE's server."}
+    )
+    save_models: bool = field(default=False, metadata={"help": "Save each fine-tuned model or adapter."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "per_device_eval_batch_size", "lora_rank", "max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} must be at least 1.")
+        if not 0 < self.lora_alpha < 1e9:
+            raise ValueError(f"--lora_alpha {self.lora_alpha} must be a finite number above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout} must be at least 0 and below 1.")
+        if self.labels is not None and len(self.labels) != len(self.model_name_or_path):
+            raise ValueError(
+                f"--labels gives {len(self.labels)} names to {len(self.model_name_or_path)} checkpoints; give one to each."
+            )
+        length = self.resolved_protocol.max_seq_length
+        if length < LEAST_LENGTH:
+            raise ValueError(f"--max_seq_length {length} must be at least {LEAST_LENGTH}.")
+
+    @property
+    def resolved_protocol(self) -> Protocol:
+        """The protocol with the values that were given in place of its own."""
+        given = {name: getattr(self, name, None) for name in SETTINGS}
+        return replace(PROTOCOLS[self.protocol], **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def glue_tasks(self) -> list[GlueTask]:
+        """The tasks, in the order given."""
+        return parse_tasks(self.tasks)
+
+    @property
+    def runs_all_tasks(self) -> bool:
+        """Whether the order of the tasks is the script's to choose."""
+        return [name.lower() for name in self.tasks] == ["all"]
+
+    @property
+    def resolved_cache_dir(self) -> Path:
+        """Where token ids are kept."""
+        return Path(self.output_dir) / "cache" if self.cache_dir is None else Path(self.cache_dir)
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return the settings that are the same for all models and decide their scores."""
+        return {"protocol": self.protocol, **asdict(self.resolved_protocol), "group_by_length": self.group_by_length}
+
+
+def parse_arguments(argv: Sequence[str], description: str) -> tuple[GlueArguments, SpectralArguments]:
+    """Parse and check the command line; anything wrong ends the program before work starts."""
+    dataclasses: Any = (GlueArguments, SpectralArguments)
+    parser = HfArgumentParser(dataclasses, description=description)
+    try:
+        arguments, spectral = parser.parse_args_into_dataclasses(args=list(argv))
+        _check_together(arguments, spectral, explicitly_given(parser, LORA_SETTINGS, list(argv)))
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return arguments, spectral
+
+
+def _check_together(arguments: GlueArguments, spectral: SpectralArguments, given_lora: set[str]) -> None:
+    parse_tasks(arguments.tasks)
+    if arguments.compare_stock and not spectral.spectral_conditioning:
+        raise ValueError("--compare_stock compares with the conditioning of the flags; add --spectral_conditioning.")
+    if given_lora and arguments.peft is None:
+        flags = ", ".join(f"--{name}" for name in sorted(given_lora))
+        raise ValueError(f"{flags} given without --peft lora; add that, or leave {flags} out.")
+    for name in ("output_dir", "cache_dir"):
+        path = getattr(arguments, name)
+        if path is not None and Path(path).exists() and not Path(path).is_dir():
+            raise ValueError(f"--{name} {path} is a file; name a folder.")
+
+
+def folder_name(label: str) -> str:
+    """Return a model's name as that of a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "model"

@@ -1,0 +1,316 @@
+"""The models of a comparison: which checkpoints, conditioned how, with which adapters; checked before any training."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from ..arguments import SpectralArguments
+from ..comparison import spectral_label
+from ..metrics import RunMetrics
+from ..run_description import model_description
+from ..saving import save_pretrained
+from ..streams import file_digest
+from .arguments import GlueArguments, folder_name
+from .protocols import Protocol
+from .tasks import GlueTask
+
+# The rates of BERT, RoBERTa, ELECTRA, Crammed BERT and the like; models with others keep their own.
+DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+OTHER_WEIGHTS = ("training_state", "adapter_model")  # of files that match these patterns and hold no model
+
+
+class ModelError(ValueError):
+    """A model that cannot be fine-tuned here; the message says which, why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Settings of LoRA.
+
+    Attributes:
+        rank: Of the update.
+        alpha: The update counts alpha / rank times.
+        dropout: On its input.
+        targets: Names of the adapted modules; None leaves them to PEFT.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class ModelVariant:
+    """One row of the table.
+
+    Attributes:
+        label: Its name.
+        path: The checkpoint, a folder or a name on the Hub.
+        loading: Keyword arguments for `from_pretrained` that condition a stock checkpoint; empty otherwise.
+        conditioning: How the model is conditioned, in words; None for a stock model.
+        lora: Its adapters; None trains all weights.
+        fingerprint: Tells it from other checkpoints and other conditionings.
+        tokenizer: The checkpoint's, or the one named for all.
+        ignore_mismatched_sizes: Whether a head of another size is replaced.
+    """
+
+    label: str
+    path: str
+    loading: dict[str, Any]
+    conditioning: str | None
+    lora: Lora | None
+    fingerprint: str
+    tokenizer: PreTrainedTokenizerBase
+    ignore_mismatched_sizes: bool = False
+
+    @property
+    def folder(self) -> str:
+        """Its name as that of a folder."""
+        return folder_name(self.label)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what about the model decides its scores, for the record."""
+        return {
+            "model_fingerprint": self.fingerprint,
+            "conditioning": self.conditioning,
+            "lora": None if self.lora is None else asdict(self.lora),
+        }
+
+
+def plan_variants(arguments: GlueArguments, spectral: SpectralArguments) -> list[ModelVariant]:
+    """Return the models to fine-tune, in the order of the checkpoints, each stock one before its conditioned form.
+
+    Every configuration and tokenizer is read, and every model built without memory, so that what cannot work is refused
+    here.
+
+    Raises:
+        ModelError: for a checkpoint that is missing, has no tokenizer, too few positions, no head for classification, or is
+            conditioned already where flags ask for it; and for names that repeat.
+    """
+    names = arguments.labels or [Path(path).name or path for path in arguments.model_name_or_path]
+    variants = []
+    for name, path in zip(names, arguments.model_name_or_path):
+        tokenizer = load_tokenizer(arguments.tokenizer_name or path)
+        if arguments.compare_stock or not spectral.spectral_conditioning:
+            variants.append(_variant(arguments, SpectralArguments(), name, path, tokenizer))
+        if spectral.spectral_conditioning:
+            words = spectral_label(RunMetrics(arguments=asdict(spectral)))
+            variants.append(_variant(arguments, spectral, f"{name}, {words}", path, tokenizer))
+    for kind, found in (("name", [each.label for each in variants]), ("folder", [each.folder for each in variants])):
+        if repeated := [value for value, count in Counter(found).items() if count > 1]:
+            raise ModelError(
+                f"Several models would have the {kind} {', '.join(map(repr, repeated))}; give each checkpoint another name "
+                "by --labels."
+            )
+    return variants
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        ModelError: where there is none, or it has no padding token.
+    """
+    advice = "save the model's tokenizer beside it, or name one by --tokenizer_name."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no tokenizer that can be loaded ({_first_line(error)}); {advice}") from error
+    # For a folder without any file of a tokenizer, transformers makes an empty one of the model's kind.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(f"{path} has no tokenizer: what it gives knows no token but special ones; {advice}")
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"The tokenizer of {path} has no padding token, which batches need. Set one (tokenizer.pad_token = ...), save "
+            "it, and name it by --tokenizer_name."
+        )
+    return tokenizer
+
+
+def _variant(
+    arguments: GlueArguments, spectral: SpectralArguments, label: str, path: str, tokenizer: PreTrainedTokenizerBase
+) -> ModelVariant:
+    loading = spectral.to_loading_kwargs()
+    config = _load_config(path, loading)
+    length = arguments.resolved_protocol.max_seq_length
+    positions = _positions(config)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"--max_seq_length {length} exceeds the {positions} positions of {path}; give --max_seq_length {positions} or "
+            "less."
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model {path} only {config.vocab_size}; name the tokenizer "
+            "that it was trained with by --tokenizer_name."
+        )
+    lora = None
+    if arguments.peft == "lora":
+        targets = None if arguments.lora_targets is None else tuple(arguments.lora_targets)
+        lora = Lora(arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
+    _build_without_memory(config, path, lora)
+    conditioning = None
+    if spectral.spectral_conditioning:
+        conditioning = spectral_label(RunMetrics(arguments=asdict(spectral)))
+    elif hasattr(config, "spectral_config"):
+        conditioning = config.spectral_config.describe()
+    fingerprint = model_fingerprint(path, config, spectral.init if loading else None)
+    ignore = arguments.ignore_mismatched_sizes
+    return ModelVariant(label, path, loading, conditioning, lora, fingerprint, tokenizer, ignore)
+
+
+def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
+    try:
+        stored = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(
+            path, **{name: loading[name] for name in loading if name != "spectral_init"}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    if loading and hasattr(stored, "spectral_config"):
+        raise ModelError(
+            f"{path} is conditioned already ({stored.spectral_config.describe()}) and is fine-tuned as it is; leave out "
+            "--spectral_conditioning, or name stock checkpoints."
+        )
+    if loading and not hasattr(config, "spectral_config"):
+        raise ModelError(
+            f"--spectral_conditioning cannot condition {path} while loading: its model type {config.model_type!r} is not "
+            "among those with the flag. Condition it with hf_specattn.condition(model, ..., architecture=...), and fold it "
+            "to save it."
+        )
+    return config
+
+
+def _positions(config: PreTrainedConfig) -> int | None:
+    """The longest input, in tokens; None for a model without a limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and "roberta" in config.model_type:
+        return positions - config.pad_token_id - 1  # positions are counted from behind that of padding
+    return positions
+
+
+def _build_without_memory(config: PreTrainedConfig, path: str, lora: Lora | None) -> None:
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForSequenceClassification.from_config(config)
+            if lora is not None:
+                add_lora(model, lora)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{path} cannot be fine-tuned here: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def model_fingerprint(path: str, config: PreTrainedConfig, spectral_init: str | None) -> str:
+    """Return a hash that tells a checkpoint, loaded with such a configuration, from others.
+
+    It is made from the configuration, how weights enter a conditioning, and the commit on the Hub or the weights' files.
+    """
+    state: dict[str, Any] = {"config": model_description(config), "spectral_init": spectral_init}
+    folder = Path(path)
+    if folder.is_dir():
+        files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
+        state["weights"] = [file_digest(file) for file in files if not file.name.startswith(OTHER_WEIGHTS)]
+    else:
+        state["commit"] = [path, getattr(config, "_commit_hash", None)]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def load_model(
+    variant: ModelVariant, task: GlueTask, protocol: Protocol, loading_path: str | None = None
+) -> nn.Module:
+    """Load a model in float32 with a head for a task, and put its adapters on.
+
+    The layers that the checkpoint lacks are drawn from torch's global generator.
+
+    Args:
+        variant: From `plan_variants`.
+        task: Decides the number of classes and their names.
+        protocol: Decides the dropout.
+        loading_path: A conditioned copy of the checkpoint to load instead (see `save_base`).
+    """
+    path, kwargs = (variant.path, variant.loading) if loading_path is None else (loading_path, {})
+    config = AutoConfig.from_pretrained(path)
+    settings: dict[str, Any] = {name: protocol.dropout for name in DROPOUT_SETTINGS if hasattr(config, name)}
+    if task.is_regression:
+        settings |= {"num_labels": 1, "problem_type": "regression"}
+    else:
+        settings |= {
+            "id2label": dict(enumerate(task.label_names)),
+            "label2id": {name: number for number, name in enumerate(task.label_names)},
+            "problem_type": "single_label_classification",
+        }
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, dtype=torch.float32, ignore_mismatched_sizes=variant.ignore_mismatched_sizes, **settings, **kwargs
+    )
+    return model if variant.lora is None else add_lora(model, variant.lora)
+
+
+def add_lora(model: Any, lora: Lora) -> nn.Module:
+    """Put adapters on a model for sequence classification; its head stays trainable.
+
+    Raises:
+        ImportError: without PEFT.
+        ValueError: for targets that the model does not have, or a kind of model for which PEFT knows none.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("--peft lora needs the `peft` package, which is not installed: pip install peft.") from error
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a quotient's numerator need not be whole
+        lora_dropout=lora.dropout,
+        target_modules=None if lora.targets is None else list(lora.targets),
+    )
+    return peft.get_peft_model(model, config)
+
+
+def save_base(variant: ModelVariant, directory: str | Path) -> str:
+    """Save what adapters are put on, where that is in memory only: a stock checkpoint conditioned while loading.
+
+    An adapter then names it as its base model, so that `AutoPeftModel` rebuilds the conditioned model.
+
+    Returns:
+        The path to load instead of the variant's.
+    """
+    with quiet():
+        model = AutoModel.from_pretrained(variant.path, dtype=torch.float32, **variant.loading)
+    save_pretrained(model, variant.tokenizer, directory)
+    return str(Path(directory).resolve())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out warnings of transformers and of this package, where they were or will be shown once."""
+    ours = logging.get_logger(__name__.partition(".")[0])
+    verbosity, level = logging.get_verbosity(), ours.level
+    logging.set_verbosity_error()
+    ours.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        ours.setLevel(level)
