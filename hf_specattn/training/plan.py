@@ -18,8 +18,6 @@ from .presets import PRESETS, deviations
 from .pretrain_arguments import PretrainArguments
 from .schedules import ramped_micro_steps
 
-SVD_BYTES = 4  # of an entry of a correction, float32 at least
-
 
 def training_tokens(arguments: PretrainArguments, micro_batch_tokens: int) -> int | None:
     """Return the tokens that a run of so many steps reads, its ramp included; None where the clock decides.
@@ -160,12 +158,11 @@ def added_correction_bytes(model: PreTrainedModel, config: SpectralConfig | None
     """Return the bytes of the svd corrections that conditioning adds; those of a conditioned model are there already."""
     if config is None or config.method != "svd" or next(spectral_layers(model), None) is not None:
         return 0
-    weights = [
-        projection.module.weight
+    return sum(
+        projection.module.weight.nbytes
         for projection in find_projections(model)
         if set(config.targets) & set(projection.layout.projections)
-    ]
-    return sum(weight.numel() * max(SVD_BYTES, weight.element_size()) for weight in weights)
+    )
 
 
 def expected_memory(
@@ -178,7 +175,7 @@ def expected_memory(
 
     def run_batch(sequences: int) -> Any:
         tokens = torch.zeros(sequences, length, dtype=torch.int64)
-        inputs = {"input_ids": tokens, "labels": tokens}
+        inputs = {"input_ids": tokens, "labels": tokens.clone()}  # two tensors, as in training
         if sparse:
             inputs["masked_positions"] = torch.arange(predictions).expand(sequences, -1)
         return model(**inputs).loss
