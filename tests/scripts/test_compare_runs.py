@@ -211,7 +211,9 @@ def test_refuses_different_data_unless_told(compare_runs, runs, tmp_path, capsys
 def test_says_when_speeds_do_not_compare(compare_runs, tmp_path, capsys):
     folders = [write_run(tmp_path / "a", 0, 3.0), write_run(tmp_path / "b", 1, 3.0, facts={"device": "cuda"})]
     compare_runs.main(folders)
-    assert "Speeds do not compare: the runs differ in device, device_name, processes, threads." in capsys.readouterr().out
+    assert (
+        "Speeds do not compare: the runs differ in device, device_name, processes, threads." in capsys.readouterr().out
+    )
 
 
 def test_errors_are_one_line_for_the_user(compare_runs, runs, tmp_path):

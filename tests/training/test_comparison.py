@@ -333,7 +333,9 @@ def test_a_shared_time_budget_needs_the_same_data_and_hardware(write_run):
     )
     data, hardware = find_differences(runs)
     assert data.startswith("validation data")
-    assert hardware.startswith("hardware under a time budget (device, device_name, processes, threads): cuda not recorded 1")
+    assert hardware.startswith(
+        "hardware under a time budget (device, device_name, processes, threads): cuda not recorded 1"
+    )
 
 
 @pytest.mark.parametrize("other", [None, 3.0])
