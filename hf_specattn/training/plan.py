@@ -177,7 +177,7 @@ def expected_memory(
         tokens = torch.zeros(sequences, length, dtype=torch.int64)
         inputs = {"input_ids": tokens, "labels": tokens.clone()}  # two tensors, as in training
         if sparse:
-            inputs["masked_positions"] = torch.arange(predictions).expand(sequences, -1)
+            inputs["masked_positions"] = torch.arange(predictions).repeat(sequences, 1)
         return model(**inputs).loss
 
     return estimate_training_memory(model, run_batch, arguments.per_device_train_batch_size, autocast=autocast)

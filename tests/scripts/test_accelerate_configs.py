@@ -17,7 +17,7 @@ from scripts_loading import REPOSITORY
 from torch.distributed.fsdp import OffloadPolicy, StateDictType
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-FOLDER = REPOSITORY / "scripts" / "accelerate"
+FOLDER = REPOSITORY / "scripts" / "accelerate_configs"
 KINDS = {
     "one_gpu": (DistributedType.NO, 1),
     "several_gpus": (DistributedType.MULTI_GPU, 2),

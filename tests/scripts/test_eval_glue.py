@@ -1,5 +1,6 @@
 """The script on tiny models and small copies of GLUE's files: its numbers, its records, and everything that it refuses."""
 
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -140,7 +141,7 @@ def test_the_whole_benchmark(evaluate, script, monkeypatch, capsys):
         assert record.data["train_examples"] == TRAIN
         assert len(record.epoch_losses) == 1
         assert record.seconds["total"] >= record.seconds["training"] + record.seconds["evaluation"] > 0
-        assert record.versions["torch"] == torch.__version__
+        assert record.versions["torch"] == importlib.metadata.version("torch")
     text = (folder / "glue.md").read_text()
     assert text in capsys.readouterr().out
     header = text.splitlines()[0].split(" | ")
@@ -232,16 +233,8 @@ def write_learnable(folder):
 def test_models_learn(script, checkpoints, tmp_path):
     write_learnable(tmp_path / "data")
     model = ["--model_name_or_path", str(checkpoints / "svd"), "--output_dir", str(tmp_path / "run"), "--seeds", "1"]
-    settings = [
-        "--max_seq_length",
-        "32",
-        "--learning_rate",
-        "3e-3",
-        "--num_train_epochs",
-        "10",
-        "--tasks",
-        "sst2,stsb",
-    ]
+    settings = ["--tasks", "sst2,stsb", "--max_seq_length", "32", "--dropout", "0"]
+    settings += ["--learning_rate", "1e-2", "--num_train_epochs", "20"]
     script.main([*model, "--data_dir", str(tmp_path / "data"), *settings])
     records = runs_of(tmp_path / "run")
     assert records["svd", "sst2", 0].scores["validation"]["accuracy"] == 1.0
@@ -288,7 +281,7 @@ def test_length_grouping_and_limits_on_samples(evaluate):
 
 def test_bf16_trains_too(evaluate):
     flags = ["--dropout", "0", "--mixed_precision"]
-    full, half = (only_run_of(evaluate("svd", "stsb", *flags, kind, name=kind)) for kind in ("no", "bf16"))
+    full, half = (only_run_of(evaluate("svd", "rte", *flags, kind, name=kind)) for kind in ("no", "bf16"))
     assert half.settings["mixed_precision"] == "bf16"
     assert half.epoch_losses == pytest.approx(full.epoch_losses, rel=0.05)
     assert half.epoch_losses != full.epoch_losses
@@ -352,7 +345,7 @@ def test_stock_and_preserved_start_equal_and_additive_does_not(evaluate):
     # Without its counterpart in the same command it comes into the same table.
     evaluate("bert", "rte,mrpc", *SVD, seeds=2)
     additive = runs_of(folder)["bert, svd", "rte", 0]
-    assert additive.first_loss != pytest.approx(records["bert", "rte", 0].first_loss, rel=1e-4)
+    assert additive.first_loss != pytest.approx(records["bert", "rte", 0].first_loss, rel=1e-6)
     assert "bert, svd minus bert" in (folder / "glue.md").read_text()
     assert "| bert, identity, lambda 2, preserve minus bert |" in (folder / "glue.md").read_text()
 
@@ -753,7 +746,7 @@ def test_two_processes_give_what_one_gives(evaluate, checkpoints, data, tmp_path
         assert other.first_loss == pytest.approx(record.first_loss, rel=1e-5)
         assert other.epoch_losses == pytest.approx(record.epoch_losses, rel=1e-5)
         for split, metrics in record.scores.items():
-            assert other.scores[split] == pytest.approx(metrics, rel=1e-3)
+            assert other.scores[split] == pytest.approx(metrics, rel=1e-3, abs=1e-3)
     for title in ("MNLI-m", "MNLI-mm", "STS-B"):
         files = [folder / "predictions" / "svd" / "seed-0" / f"{title}.tsv" for folder in (one, two)]
         mine, theirs = ([line.split("\t") for line in file.read_text().splitlines()] for file in files)
@@ -939,7 +932,11 @@ def odd_checkpoints(checkpoints, tokenizer, tmp_path):
         ("plain", ["--max_seq_length", "1024"], "--max_seq_length 1024 exceeds the 512 positions"),
         ("roberta", ["--max_seq_length", "17"], "--max_seq_length 17 exceeds the 16 positions"),
         ("distilbert", SVD, "its model type 'distilbert' is not among those with the flag"),
-        ("plain", ["--peft", "lora", "--lora_targets", "nothing"], "cannot be fine-tuned here: .*nothing"),
+        (
+            "plain",
+            ["--peft", "lora", "--lora_targets", "nothing"],
+            "cannot be fine-tuned here with --lora_targets nothing: No modules",
+        ),
         ("plain", ["--reference", "other"], "--reference 'other' is no model; the models are 'plain'"),
         ("plain", ["--data_dir", "/nowhere"], "--data_dir /nowhere is no folder"),
     ],

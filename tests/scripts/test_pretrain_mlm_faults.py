@@ -402,12 +402,15 @@ def test_a_non_finite_loss_names_the_last_checkpoint(script, pretrain, monkeypat
 
 
 def test_a_full_disk_ends_the_run_with_what_it_needs(pretrain, monkeypatch, tmp_path):
+    whole = pretrain(
+        "--save_steps", "2", name="whole"
+    )  # the cache of the data, with space of its own, exists from here on
     usage = checkpointing.shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(checkpointing.shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(SystemExit, match=r"^error: No space for .*checkpoint-000002: it needs about .* MB"):
             pretrain("--save_steps", "2")
-    assert_same_result(pretrain("--save_steps", "2", RESUME), pretrain("--save_steps", "2", name="whole"))
+    assert_same_result(pretrain("--save_steps", "2", RESUME), whole)
 
 
 if __name__ == "__main__":

@@ -341,6 +341,7 @@ def test_a_preset_of_the_recipe_lists_what_the_run_changes(lines_of):
         "  - num_hidden_layers",
         "  - num_attention_heads",
         "  - intermediate_size",
+        "  - mixed_precision",
         "  - global batch size",
         "  - spectral conditioning",
     ]
@@ -355,7 +356,7 @@ def test_the_demonstration_is_not_compared_with_the_recipe(lines_of, flags):
 
 @pytest.mark.slow
 def test_the_published_preset_has_the_published_parameters(lines_of):
-    first, *_, last = lines_of("--preset", "crammed-bert")
+    first, *_, last = lines_of("--preset", "crammed-bert", "--mixed_precision", "fp16")
     assert first.startswith("Model: crammed_bert, new, 119,589,889 parameters, vocabulary of up to 32,768 tokens")
     assert last == "Deviations from the published recipe: none."
 

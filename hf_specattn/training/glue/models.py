@@ -179,25 +179,29 @@ def _variant(
 
 
 def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
-    try:
-        stored = AutoConfig.from_pretrained(path)
-        config = AutoConfig.from_pretrained(
-            path, **{name: loading[name] for name in loading if name != "spectral_init"}
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    if loading and hasattr(stored, "spectral_config"):
+    config = _read_config(path)
+    if not loading:
+        return config
+    if hasattr(config, "spectral_config"):
         raise ModelError(
-            f"{path} is conditioned already ({stored.spectral_config.describe()}) and is fine-tuned as it is; leave out "
+            f"{path} is conditioned already ({config.spectral_config.describe()}) and is fine-tuned as it is; leave out "
             "--spectral_conditioning, or name stock checkpoints."
         )
-    if loading and not hasattr(config, "spectral_config"):
+    config = _read_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
+    if not hasattr(config, "spectral_config"):
         raise ModelError(
             f"--spectral_conditioning cannot condition {path} while loading: its model type {config.model_type!r} is not "
             "among those with the flag. Condition it with hf_specattn.condition(model, ..., architecture=...), and fold it "
             "to save it."
         )
     return config
+
+
+def _read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
 
 
 def _positions(config: PreTrainedConfig) -> int | None:
@@ -215,7 +219,8 @@ def _build_without_memory(config: PreTrainedConfig, path: str, lora: Lora | None
             if lora is not None:
                 add_lora(model, lora)
     except (ValueError, ImportError) as error:
-        raise ModelError(f"{path} cannot be fine-tuned here: {_first_line(error)}") from error
+        targets = f" with --lora_targets {' '.join(lora.targets)}" if lora is not None and lora.targets else ""
+        raise ModelError(f"{path} cannot be fine-tuned here{targets}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -249,6 +254,9 @@ def load_model(
         task: Decides the number of classes and their names.
         protocol: Decides the dropout.
         loading_path: A conditioned copy of the checkpoint to load instead (see `save_base`).
+
+    Raises:
+        ModelError: for a checkpoint whose classifier has another size, unless the variant replaces it.
     """
     path, kwargs = (variant.path, variant.loading) if loading_path is None else (loading_path, {})
     config = AutoConfig.from_pretrained(path)
@@ -261,9 +269,17 @@ def load_model(
             "label2id": {name: number for number, name in enumerate(task.label_names)},
             "problem_type": "single_label_classification",
         }
-    model = AutoModelForSequenceClassification.from_pretrained(
-        path, dtype=torch.float32, ignore_mismatched_sizes=variant.ignore_mismatched_sizes, **settings, **kwargs
-    )
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, ignore_mismatched_sizes=variant.ignore_mismatched_sizes, **settings, **kwargs
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ModelError(
+            f"{path} has weights of other shapes than {task.title} needs, as the report above lists; its classifier was made "
+            f"for another number of outputs than {task.num_outputs}. --ignore_mismatched_sizes draws a new one."
+        ) from error
     return model if variant.lora is None else add_lora(model, variant.lora)
 
 
