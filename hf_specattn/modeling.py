@@ -19,7 +19,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import logging
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES
@@ -46,6 +46,9 @@ SPECTRAL_FIELDS = (
     "spectral_granularity",
     "spectral_refresh_every",
 )
+# Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
+IS_REMOTE_CODE = __name__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+
 # Fields that say how training goes on, not what the loaded function is, and may differ from the checkpoint's.
 TRAINING_FIELDS = ("spectral_refresh_every",)
 
@@ -133,6 +136,9 @@ class SpectralConfigMixin:
             ValueError: if `config_dict` is conditioned and `kwargs` ask for something else.
         """
         given = {name: kwargs.pop(name) for name in SPECTRAL_FIELDS if name in kwargs}
+        if not IS_REMOTE_CODE:
+            # It names files beside the checkpoint, and a checkpoint saved from here has none of them.
+            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
             _refuse_other_settings(config_dict, given)
         return super().from_dict({**config_dict, **given, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
