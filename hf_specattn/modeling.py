@@ -218,6 +218,8 @@ class SpectralModelMixin:
     config_class: ClassVar[Any]
     config: Any
     _keys_to_ignore_on_load_missing: Any
+    # What `push_to_hub` calls; the package's `checkpoints.publishing` sets it, which remote code does not have.
+    publisher: ClassVar[Any] = None
 
     def post_init(self) -> None:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
@@ -293,6 +295,12 @@ class SpectralModelMixin:
                 "hf_specattn.refresh(model) in the training loop, or add SpectralCallback() to the Trainer."
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As the stock method, in one commit with the code for every head and a generated model card."""
+        if self.publisher is None:
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return self.publisher(self, repo_id, **kwargs)
 
     @classmethod
     def adopt(cls, model: PreTrainedModel, spectral: SpectralConfig) -> None:

@@ -33,6 +33,7 @@ from .probe import Comparison, Diagonals, Probe, make_batch
 from .records import RECORD, KappaRow, Record, balance_rows, conditioning_rows, spectra_rows
 from .remote_code import add_remote_code, source_files
 from .sources import Source, SourceError, find_source, load_model, unknown_architecture_way_out
+from .tables import format_rows
 from .tokenizers import name_tokenizer_class
 
 # Configuration, tokenizer, card and picture, beyond the weights.
@@ -148,7 +149,7 @@ def fold_checkpoint(source: str, destination: str | Path, options: Options | Non
             fold(model)
         comparison = probe.compare(model, "Folding")
         rows = spectra_rows(before)
-        return _Done(format_rows(rows, "W", "W+C"), rows, comparison, config, None, diagonals.loss(model))
+        return _Done(format_rows(rows, is_conditioned=True), rows, comparison, config, None, diagonals.loss(model))
 
     return _run("fold", source, destination, options or Options(), work)
 
@@ -273,27 +274,6 @@ def _record(command: str, found: Source, done: _Done, notes: list[str], options:
         notes=notes,
         card=card,
     )
-
-
-def format_rows(rows: list[KappaRow], before: str, after: str) -> str:
-    """A plain-text table of condition numbers, one line per projection."""
-    header = ("projection", f"kappa({before})", f"kappa({after})", f"per head, {before}", f"per head, {after}", "")
-    cells = [header] + [
-        (
-            f"{row.name} {row.projection}",
-            *(_number(value) for value in (row.before, row.after, row.head_before, row.head_after)),
-            row.note,
-        )
-        for row in rows
-    ]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = ("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-             for line in cells)  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _number(value: float | None) -> str:
-    return "inf" if value is None else f"{value:.4g}"
 
 
 @contextlib.contextmanager

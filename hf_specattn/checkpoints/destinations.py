@@ -22,6 +22,9 @@ logger = logging.get_logger(__name__)
 
 CORRECTION, WEIGHT = ".correction", ".weight"
 
+# What `replace_folder` calls an existing folder while it puts another in its place.
+REPLACED = "-replaced"
+
 # What goes with the weights and is copied as it is: tokenizers, processors, and the modules of Sentence Transformers.
 # Wherever such a file names the model's classes, it names stock ones or none.
 COMPANIONS = (
@@ -60,6 +63,7 @@ def check_destination(destination: Path, source: Path | None, overwrite: bool) -
         DestinationError: saying why.
     """
     destination = destination.resolve()
+    _restore_replaced(destination)
     if source is not None:
         source = source.resolve()
         if source == destination or destination in source.parents:
@@ -80,7 +84,8 @@ def whole_folder(destination: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`, which takes its place once the block has run without an error.
 
     Whatever ends the process before leaves `destination` as it was; the next one for the same destination removes what was
-    left. An interruption within the exchange of an existing folder leaves the old or the new one under a hidden name.
+    left. An interruption between the two renames that exchange an existing folder leaves it under a hidden name; the next
+    `check_destination` gives it its own back.
 
     Raises:
         DestinationError: if the disk is full, or the folder cannot be made.
@@ -106,17 +111,27 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         raise
 
 
-def _remove_leftovers(destination: Path) -> None:
-    """Of this destination alone: the folder around it is the user's."""
-    for path in destination.parent.glob(f".{destination.name}.tmp-*"):
+def _leftovers(destination: Path) -> Iterator[Path]:
+    """What dead processes left of this destination alone: the folder around it is the user's."""
+    for path in sorted(destination.parent.glob(f".{destination.name}.tmp-*")):
         match = TEMPORARY_NAME.fullmatch(path.name)
-        if (
-            match
-            and path.name.startswith(f".{destination.name}.tmp-{match[1]}")
-            and not is_being_written(path, int(match[1]))
-        ):
-            logger.info(f"Removing {path}, which an interrupted conversion left.")
-            shutil.rmtree(path)
+        if match and path.name in (own := f".{destination.name}.tmp-{match[1]}", own + REPLACED):
+            if not is_being_written(path, int(match[1])):
+                yield path
+
+
+def _restore_replaced(destination: Path) -> None:
+    """Undo an exchange that was interrupted between its two renames: the old folder gets its name back."""
+    for path in _leftovers(destination):
+        if path.name.endswith(REPLACED) and not destination.exists():
+            logger.warning(f"An interrupted conversion had moved {destination} aside; it is back.")
+            path.rename(destination)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    for path in _leftovers(destination):
+        logger.info(f"Removing {path}, which an interrupted conversion left.")
+        shutil.rmtree(path)
 
 
 def check_space(destination: Path, needed: int) -> None:
@@ -192,7 +207,7 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copy the tokenizer, the processors and what else belongs to the weights; return the names of the files."""
     files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
     if (source / SENTENCE_TRANSFORMERS_MODULES).is_file():
-        files |= set(_module_files(source))
+        files |= set(module_files(source))
     names = sorted(file.relative_to(source).as_posix() for file in files)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -200,8 +215,8 @@ def copy_companions(source: Path, folder: Path) -> list[str]:
     return names
 
 
-def _module_files(source: Path) -> Iterator[Path]:
-    """Of the modules after the transformer (pooling and the like), each in a folder of its own."""
+def module_files(source: Path) -> Iterator[Path]:
+    """The files of the modules of Sentence Transformers (pooling and the like), each of which has a folder of its own."""
     modules = json.loads((source / SENTENCE_TRANSFORMERS_MODULES).read_text(encoding="utf-8"))
     for module in modules:
         folder = (source / str(module.get("path", ""))).resolve()
