@@ -18,6 +18,7 @@ from ..balance import balance, format_balance
 from ..conditioning import CONDITIONED_CLASSES, condition, find_projections, fold, format_reports
 from ..config import INITS, SpectralConfig, check_choice
 from ..diagnostics.spectra import spectra
+from ..layers import spectral_layers
 from ..modeling import AUTO_CLASSES
 from .cards import CARD, source_card, write_card
 from .destinations import (
@@ -124,6 +125,8 @@ def convert(
         diagonals = Diagonals(model, config) if init == "preserve" else None
         with _quiet(condition.__module__):  # what it warns of is measured and said here
             reports = condition(model, config, init)
+        if config.method == "svd" and init == "additive":
+            _compute_in_float64(model)
         comparison = probe.compare(model, "Conditioning with init='preserve'")
         loss = diagonals.loss(model) if diagonals is not None else None
         return _Done(format_reports(reports), conditioning_rows(reports, init), comparison, config, init, loss)
@@ -172,6 +175,16 @@ def balance_checkpoint(source: str, destination: str | Path, options: Options | 
         return _Done(table, balance_rows(reports), comparison, None)
 
     return _run("balance", source, destination, options or Options(), work)
+
+
+@torch.no_grad()
+def _compute_in_float64(model: Any) -> None:
+    """Compute the svd corrections anew, in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
+
+    It decides what an additive model computes. A preserved one computes with W, whatever C is.
+    """
+    for _, layer in spectral_layers(model):
+        layer.correction.copy_(layer.orient(layer.correction_of(layer.matrix().double())))
 
 
 def _run(

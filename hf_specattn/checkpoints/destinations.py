@@ -115,9 +115,9 @@ def _leftovers(destination: Path) -> Iterator[Path]:
     """What dead processes left of this destination alone: the folder around it is the user's."""
     for path in sorted(destination.parent.glob(f".{destination.name}.tmp-*")):
         match = TEMPORARY_NAME.fullmatch(path.name)
-        if match and path.name in (own := f".{destination.name}.tmp-{match[1]}", own + REPLACED):
-            if not is_being_written(path, int(match[1])):
-                yield path
+        own = None if match is None else f".{destination.name}.tmp-{match[1]}"
+        if match and path.name in (own, f"{own}{REPLACED}") and not is_being_written(path, int(match[1])):
+            yield path
 
 
 def _restore_replaced(destination: Path) -> None:
