@@ -465,6 +465,10 @@ def _define_classes(model_type: str) -> dict[str, Any]:
             globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
             _share_key_conversions(stock.__name__, CONDITIONED_CLASSES[stock].__name__)
         by_auto_class[auto_name] = CONDITIONED_CLASSES[stock]
+    if IS_REMOTE_CODE:
+        # Some heads (Llama's) build their base by AutoModel.from_config, which would ask anew whether to trust this code.
+        transformers.AutoModel.register(config_class, by_auto_class["AutoModel"], exist_ok=True)
+        by_auto_class["AutoModel"].register_for_auto_class("AutoModel")  # saved again, it brings its code along
     return by_auto_class
 
 

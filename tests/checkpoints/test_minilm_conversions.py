@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from separate_process import SeparateProcess
 from transformers import AutoModel, AutoTokenizer
 
-from hf_specattn import SpectralConfig
-from hf_specattn.checkpoints.conversion import Options, balance_checkpoint, convert, fold_checkpoint
+from hf_specattn import SpectralConfig, balance
+from hf_specattn.balance import probe_batch
+from hf_specattn.checkpoints.conversion import balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checkpoints.records import read_record
 
@@ -56,7 +57,6 @@ def results(minilm_path, folder):
         "svd": convert(source, folder / "svd", SpectralConfig("svd"), "preserve"),
         "svd-additive": convert(source, folder / "svd-additive", SpectralConfig("svd")),
         "balanced": balance_checkpoint(source, folder / "balanced"),
-        "balanced-64": balance_checkpoint(source, folder / "balanced-64", Options(dtype=torch.float64)),
     }
     made["folded"] = fold_checkpoint(str(folder / "preserve"), folder / "folded")
     return made
@@ -145,8 +145,6 @@ def test_what_is_written(results, folder, minilm_path):
 def test_the_report_of_the_outputs_is_right(results, stock, minilm_path, folder):
     # By another way than the command's: the probe through the two checkpoints as they lie there.
     before, after = AutoModel.from_pretrained(minilm_path), AutoModel.from_pretrained(folder / "additive")
-    from hf_specattn.balance import probe_batch
-
     probe = probe_batch(before)
     with torch.no_grad():
         expected, found = before.eval()(**probe), after.eval()(**probe)
@@ -167,7 +165,10 @@ def output_blocks(weights, layer):
 
 def test_balance_in_numbers(results, folder, minilm_path):
     source = load_file(minilm_path / "model.safetensors")
-    stored, exact = (load_file(folder / name / "model.safetensors") for name in ("balanced", "balanced-64"))
+    stored = load_file(folder / "balanced" / "model.safetensors")
+    model = AutoModel.from_pretrained(minilm_path, dtype=torch.float64)
+    balance(model)
+    exact = model.state_dict()
     value_kappas = []
     for layer in range(LAYERS):
         query, key = (np.linalg.cond(head_blocks(stored, layer, name)) for name in ("query", "key"))
