@@ -7,6 +7,7 @@ Every query, key and value projection uses the effective weight `W + C`. Importi
 from . import adapters
 from .auto import register
 from .balance import BalanceReport, BalanceReports, OutputChangedError, balance, format_balance
+from .checkpoints import publishing
 from .conditioning import (
     AttentionSpec,
     ProjectionReport,
@@ -28,6 +29,7 @@ from .version import __version__
 
 register()
 adapters.register()
+publishing.register()
 
 __all__ = [
     "AttentionSpec",

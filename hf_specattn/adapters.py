@@ -81,39 +81,6 @@ ADDITIVE_LORA_VARIANTS = (
 PEFT_ALL_LINEAR = "all-linear"
 
 
-# --- what the rest of the package asks --------------------------------------------------------------------------------
-
-
-def adapted_layers(model: nn.Module) -> set[nn.Module]:
-    """The modules of `model` that lie under an adapter of PEFT."""
-    if "peft" not in sys.modules:  # then nobody can have put one on
-        return set()
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
-
-
-def refuse_adapters(model: nn.Module) -> None:
-    """For `condition`: an adapter was trained on the base model as it is, and its configuration names that one.
-
-    Raises:
-        ValueError: if PEFT has put anything on `model`.
-    """
-    if "peft" not in sys.modules:
-        return
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    for name, module in model.named_modules():
-        if isinstance(module, (PeftModel, BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise ValueError(
-                f"{name or 'The model'} is a {type(module).__module__}.{type(module).__name__}: the model carries an "
-                "adapter, which was made for the model without corrections. Merge it (model = model.merge_and_unload()) or "
-                "take it off (model = model.unload()), condition, and put adapters on afterwards."
-            )
-
-
 # --- registration ----------------------------------------------------------------------------------------------------
 
 

@@ -166,11 +166,8 @@ def balance(
         )
     dtype_error = None
     dtype = _least_precise(attentions)
-    if tolerance is None and dtype == torch.float64:
-        tolerance = FLOAT64_TOLERANCE
-    elif tolerance is None:
-        dtype_error = output_change(_float64_outputs(model, probe), before).relative
-        tolerance = ERRORS_ALLOWED * max(dtype_error, torch.finfo(dtype).eps)
+    if tolerance is None:
+        tolerance, dtype_error = measured_tolerance(model, probe, before, dtype)
     change = output_change(before, _balanced_outputs(model, probe, attentions))
     if not change.relative <= tolerance:  # nan included
         raise _too_large(change, tolerance, dtype_error, dtype)
@@ -745,6 +742,22 @@ def output_change(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     return OutputChange(*(torch.tensor(values, dtype=torch.float64).max().item() for values in (differences, ratios)))
 
 
+def measured_tolerance(
+    model: nn.Module, probe: Mapping[str, Any], outputs: Mapping[str, Tensor], dtype: torch.dtype
+) -> tuple[float, float | None]:
+    """How far outputs may lie from `outputs`, those of `probe`, and still be those of the same function.
+
+    Returns:
+        The greatest relative change, and the dtype's own error that it is 4 times: the relative change of the outputs when
+        the same weights compute in float64 (at least one rounding is allowed, the dtype's `eps`); for float64, which has no
+        more exact one to be measured against, 1e-10 and None.
+    """
+    if dtype == torch.float64:
+        return FLOAT64_TOLERANCE, None
+    error = output_change(float64_outputs(model, probe), outputs).relative
+    return ERRORS_ALLOWED * max(error, torch.finfo(dtype).eps), error
+
+
 def _balanced_outputs(model: nn.Module, probe: Mapping[str, Any], attentions: Sequence[_Attention]) -> Tensors:
     """The outputs with the balanced weights, of which one attention's exist at a time; the model is not changed."""
     current: dict[str, dict[nn.Module, Tensors]] = {}
@@ -774,8 +787,12 @@ def _balanced_outputs(model: nn.Module, probe: Mapping[str, Any], attentions: Se
     return outputs
 
 
-def _float64_outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensors:
-    """The outputs of the same weights in float64, of which one module's exist at a time; the model is not changed."""
+def float64_outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensors:
+    """As `probe_outputs`, of the same weights in float64, of which one module's exist at a time; the model is not changed.
+
+    Raises:
+        ValueError: as there, and where the model cannot compute in float64.
+    """
 
     def upcast(module: nn.Module) -> Tensors:
         return {name: tensor.detach().double() for name, tensor in _own_float_tensors(module)}

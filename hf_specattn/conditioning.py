@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapters import refuse_adapters
+from .adapted import refuse_adapters
 from .architectures import ARCHITECTURES, AttentionSpec, attention_specs
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32

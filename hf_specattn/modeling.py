@@ -19,7 +19,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
-from transformers.utils import logging
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .architectures import ARCHITECTURES
@@ -46,6 +46,9 @@ SPECTRAL_FIELDS = (
     "spectral_granularity",
     "spectral_refresh_every",
 )
+# Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
+IS_REMOTE_CODE = __name__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+
 # Fields that say how training goes on, not what the loaded function is, and may differ from the checkpoint's.
 TRAINING_FIELDS = ("spectral_refresh_every",)
 
@@ -133,6 +136,9 @@ class SpectralConfigMixin:
             ValueError: if `config_dict` is conditioned and `kwargs` ask for something else.
         """
         given = {name: kwargs.pop(name) for name in SPECTRAL_FIELDS if name in kwargs}
+        if not IS_REMOTE_CODE:
+            # It names files beside the checkpoint, and a checkpoint saved from here has none of them.
+            config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
             _refuse_other_settings(config_dict, given)
         return super().from_dict({**config_dict, **given, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
@@ -212,6 +218,8 @@ class SpectralModelMixin:
     config_class: ClassVar[Any]
     config: Any
     _keys_to_ignore_on_load_missing: Any
+    # What `push_to_hub` calls; the package's `checkpoints.publishing` sets it, which remote code does not have.
+    publisher: ClassVar[Any] = None
 
     def post_init(self) -> None:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
@@ -287,6 +295,12 @@ class SpectralModelMixin:
                 "hf_specattn.refresh(model) in the training loop, or add SpectralCallback() to the Trainer."
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As the stock method, in one commit with the code for every head and a generated model card."""
+        if self.publisher is None:
+            return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        return self.publisher(self, repo_id, **kwargs)
 
     @classmethod
     def adopt(cls, model: PreTrainedModel, spectral: SpectralConfig) -> None:
@@ -451,6 +465,10 @@ def _define_classes(model_type: str) -> dict[str, Any]:
             globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
             _share_key_conversions(stock.__name__, CONDITIONED_CLASSES[stock].__name__)
         by_auto_class[auto_name] = CONDITIONED_CLASSES[stock]
+    if IS_REMOTE_CODE:
+        # Some heads (Llama's) build their base by AutoModel.from_config, which would ask anew whether to trust this code.
+        transformers.AutoModel.register(config_class, by_auto_class["AutoModel"], exist_ok=True)
+        by_auto_class["AutoModel"].register_for_auto_class("AutoModel")  # saved again, it brings its code along
     return by_auto_class
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
-from .adapters import adapted_layers
+from .adapted import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, SpectralLayer, spectral_layers
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,41 @@
+"""What conditioning asks about adapters of PEFT that are on a model already (how they are put on: `adapters`).
+
+This file travels with checkpoints as remote code. transformers demands every package that such a file imports, so PEFT is
+taken from the modules that are loaded: where it is not among them, nobody can have put an adapter on.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def adapted_layers(model: nn.Module) -> set[nn.Module]:
+    """The modules of `model` that lie under an adapter of PEFT."""
+    if "peft" not in sys.modules:
+        return set()
+    tuner_layer: Any = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    return {module.get_base_layer() for module in model.modules() if isinstance(module, tuner_layer)}
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """For `condition`: an adapter was trained on the base model as it is, and its configuration names that one.
+
+    Raises:
+        ValueError: if PEFT has put anything on `model`.
+    """
+    if "peft" not in sys.modules:
+        return
+    wrappers: tuple[Any, ...] = (
+        importlib.import_module("peft").PeftModel,
+        importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer,
+        importlib.import_module("peft.utils").AuxiliaryTrainingWrapper,
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
+            raise ValueError(
+                f"{name or 'The model'} is a {type(module).__module__}.{type(module).__name__}: the model carries an "
+                "adapter, which was made for the model without corrections. Merge it (model = model.merge_and_unload()) or "
+                "take it off (model = model.unload()), condition, and put adapters on afterwards."
+            )

@@ -1,0 +1,1 @@
+"""Checkpoints: converted, folded, balanced, inspected and published; what the `specattn` command does."""

@@ -1,0 +1,249 @@
+"""Model cards: the templates in `model_cards/`, filled in with what is known of a checkpoint."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
+from transformers.modelcard import TASK_MAPPING
+
+from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX
+from ..training.glue.results import Results, ResultsError
+from ..training.glue.tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
+from ..training.metrics import METRICS_FILE
+from ..training.presentation import markdown_table
+from .pictures import PICTURE, kappa_picture
+from .records import Record
+from .remote_code import auto_map, needs_remote_code
+
+CARD = "README.md"
+TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
+
+# What a source's card says that holds for what is made of it too.
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag", "library_name")
+TAGS = {"convert": "spectral-conditioning", "fold": "spectral-conditioning", "balance": "balanced-attention"}
+TEMPLATE_OF = {"convert": "conditioned.md", "fold": "folded.md", "balance": "balanced.md"}
+
+
+def source_card(folder: Path) -> dict[str, Any]:
+    """What the metadata of a checkpoint's README.md say; empty where there are none, or they cannot be read."""
+    file = folder / CARD
+    if not file.is_file():
+        return {}
+    try:
+        data = RepoCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, yaml.YAMLError):
+        return {}
+    return {name: data[name] for name in (*INHERITED, "base_model") if data.get(name) is not None}
+
+
+def write_card(folder: Path, record: Record, repo_id: str | None = None) -> list[str]:
+    """Write README.md and, where matplotlib is installed, the picture; return the names of the files."""
+    files = card_files(folder, record, repo_id)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sorted(files)
+
+
+def card_files(folder: Path, record: Record, repo_id: str | None = None) -> dict[str, bytes]:
+    """The model card of a checkpoint, and its picture where matplotlib is installed: file name -> content.
+
+    Args:
+        folder: of the checkpoint; its config.json, `metrics.json` and `results.json` are read.
+        record: what was done to it.
+        repo_id: its name on the Hub, for the examples; None where it has none yet.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    picture = kappa_picture(record)
+    results = evaluations(folder)
+    card = ModelCard.from_template(
+        _metadata(config, record, results, repo_id),
+        template_path=str(TEMPLATES / TEMPLATE_OF[record.command]),
+        **_variables(config, record, results, repo_id, PICTURE if picture else None),
+    )
+    files = {CARD: (str(card).rstrip() + "\n").encode()}
+    return {**files, PICTURE: picture} if picture else files
+
+
+def _metadata(
+    config: Mapping[str, Any], record: Record, results: Sequence[EvalResult], repo_id: str | None
+) -> ModelCardData:
+    inherited = {name: record.card[name] for name in INHERITED if name in record.card}
+    tags = [tag for tag in inherited.pop("tags", []) if isinstance(tag, str)]
+    inherited.setdefault("pipeline_tag", _task(config))
+    if needs_remote_code(dict(config)):
+        inherited["library_name"] = "transformers"  # other libraries that the source names load no conditioned model
+        tags.append("custom_code")
+    inherited.setdefault("library_name", "transformers")
+    return ModelCardData(
+        **{name: value for name, value in inherited.items() if value is not None},
+        base_model=record.base_model,
+        tags=list(dict.fromkeys([*tags, TAGS[record.command]])),
+        model_name=(repo_id or _model_name(record)).rpartition("/")[2] if results else None,
+        eval_results=list(results) or None,
+    )
+
+
+def _model_name(record: Record) -> str:
+    return (
+        record.source.rpartition("/")[2]
+        + {"convert": "-specattn", "fold": "-folded", "balance": "-balanced"}[record.command]
+    )
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    name = _stock_class_name(config)
+    mappings: Mapping[str, Any] = TASK_MAPPING
+    tasks = [task for task, classes in mappings.items() if name in classes.values()]
+    return tasks[0] if tasks else "feature-extraction" if _auto_class(config) == "AutoModel" else None
+
+
+def _stock_class_name(config: Mapping[str, Any]) -> str:
+    name = str((config.get("architectures") or [""])[0])
+    return name.removeprefix("Spec") if str(config["model_type"]).startswith(MODEL_TYPE_PREFIX) else name
+
+
+def _auto_class(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads the checkpoint's own head; AutoModel where several or none do."""
+    stock_type = str(config["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
+    classes = CONDITIONED_MODELS.get(stock_type, {})
+    wanted = _stock_class_name(config)
+    # The pretraining class is another name of one of the others.
+    names = [name for name in AUTO_CLASSES if name != "AutoModelForPreTraining"] + ["AutoModelForPreTraining"]
+    return next(
+        (name for name in names if name in classes and classes[name].stock_class.__name__ == wanted), "AutoModel"
+    )
+
+
+def _variables(
+    config: Mapping[str, Any], record: Record, results: Sequence[EvalResult], repo_id: str | None, picture: str | None
+) -> dict[str, Any]:
+    remote = needs_remote_code(dict(config))
+    return {
+        "name": (repo_id or _model_name(record)).rpartition("/")[2],
+        "path": repo_id or "path/to/this/folder",
+        "auto_class": _auto_class(config),
+        "remote_code": remote,
+        "heads": [name for name in auto_map(str(config["model_type"])) if name != "AutoConfig"] if remote else [],
+        "source": record.source,
+        "revision": record.source_revision,
+        "base_model": record.base_model,
+        "license": record.card.get("license"),
+        "spectral": record.spectral,
+        "init": record.init,
+        "comparison": record.comparison,
+        "diagonal_loss": record.diagonal_loss,
+        "kappa_table": kappa_table(record),
+        "layers": len({row.name for row in record.rows}),
+        "picture": picture,
+        "notes": [
+            note for note in record.notes if not note.startswith("In ") and not note.startswith("Conditioning moves")
+        ],
+        "scores": _scores_table(results),
+        "stock_class": _stock_class_name(config),
+        "version": record.version,
+    }
+
+
+def kappa_table(record: Record) -> str:
+    """Condition numbers before and after in Markdown: medians and extremes over the layers, per projection."""
+    after = "balanced" if record.command == "balance" else "W + C"
+    header = ("", "layers", "W", after, "worst W", f"worst {after}", "per head, W", f"per head, {after}")
+    lines = []
+    for projection in dict.fromkeys(row.projection for row in record.rows):
+        rows = [row for row in record.rows if row.projection == projection]
+        whole = [[_or_inf(row.before) for row in rows], [_or_inf(row.after) for row in rows]]
+        heads = [[_or_inf(row.head_before) for row in rows], [_or_inf(row.head_after) for row in rows]]
+        figures = [*map(_median, whole), *map(max, whole), *map(_median, heads)]
+        lines.append((f"kappa({projection})", str(len(rows)), *(f"{value:.4g}" for value in figures)))
+    return markdown_table(header, lines).strip()
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+# --- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def evaluations(folder: Path) -> list[EvalResult]:
+    """What `metrics.json` (pretraining) and `results.json` (GLUE) beside a checkpoint say of it, for the Hub.
+
+    `results.json` counts only if it is of one model: nothing in it says which of several lies here.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    return [*_pretraining(folder / METRICS_FILE), *_glue(folder)]
+
+
+def _pretraining(file: Path) -> list[EvalResult]:
+    if not file.is_file():
+        return []
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        final, arguments = record.get("final", {}), record.get("arguments", {})
+        corpus = str(record.get("facts", {}).get("corpus", "held-out text"))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged ({error}); move it away, or restore it.") from error
+    name = arguments.get("dataset_name") or corpus
+    common: dict[str, Any] = {
+        "task_type": "fill-mask",
+        "dataset_type": str(name),
+        "dataset_name": corpus,
+        "dataset_split": "validation",
+    }
+    titles = {
+        "validation_perplexity": ("perplexity", "Perplexity"),
+        "validation_loss": ("loss", "Loss (nats per token)"),
+    }
+    return [
+        EvalResult(**common, metric_type=kind, metric_name=title, metric_value=final[key])
+        for key, (kind, title) in titles.items()
+        if final.get(key) is not None
+    ]
+
+
+def _glue(folder: Path) -> list[EvalResult]:
+    try:
+        records = [record for record in Results(folder).read() if record.scores]
+    except ResultsError as error:
+        raise ValueError(str(error)) from error
+    if len({record.model for record in records}) != 1:
+        return []
+    found = []
+    for task in TASKS.values():
+        runs = [record for record in records if record.task == task.name]
+        for split in runs[0].scores if runs else ():
+            for metric in runs[0].scores[split]:
+                values = [run.scores[split][metric] for run in runs]
+                found.append(
+                    EvalResult(
+                        task_type="text-classification",
+                        dataset_type=DEFAULT_DATASET,
+                        dataset_name=f"GLUE {task.title}",
+                        dataset_config=task.name,
+                        dataset_split=split,
+                        metric_type=metric,
+                        metric_name=f"{METRIC_TITLES.get(metric, metric)}, mean of {len(values)} seed(s)",
+                        metric_value=sum(values) / len(values),
+                    )
+                )
+    return found
+
+
+def _scores_table(results: Sequence[EvalResult]) -> str:
+    rows = [
+        (f"{item.dataset_name}, {item.dataset_split}", str(item.metric_name), f"{float(item.metric_value):.4g}")
+        for item in results
+    ]
+    return markdown_table(("", "metric", "value"), rows).strip() if rows else ""

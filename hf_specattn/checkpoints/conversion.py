@@ -1,0 +1,300 @@
+"""A checkpoint in, another one out: conditioned (`convert`), folded, or balanced.
+
+Memory: the model in its stored dtype (the correction too, of an svd model) and one layer in float64, which is the largest
+module, often the embedding, while the dtype's own error is measured.
+"""
+
+import contextlib
+import logging as standard_logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..architectures import ARCHITECTURES
+from ..balance import balance, format_balance
+from ..conditioning import CONDITIONED_CLASSES, condition, find_projections, fold, format_reports
+from ..config import INITS, SpectralConfig, check_choice
+from ..diagnostics.spectra import spectra
+from ..layers import spectral_layers
+from ..modeling import AUTO_CLASSES
+from .cards import CARD, source_card, write_card
+from .destinations import (
+    check_destination,
+    check_space,
+    copy_companions,
+    files_in,
+    left_behind,
+    save_model,
+    whole_folder,
+)
+from .probe import Comparison, Diagonals, Probe, make_batch
+from .records import RECORD, KappaRow, Record, balance_rows, conditioning_rows, spectra_rows
+from .remote_code import add_remote_code, source_files
+from .sources import Source, SourceError, find_source, load_model, unknown_architecture_way_out
+from .tables import format_rows
+from .tokenizers import name_tokenizer_class
+
+# Configuration, tokenizer, card and picture, beyond the weights.
+SMALL_FILES_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion did.
+
+    Attributes:
+        folder: the destination.
+        table: the condition numbers per layer, as text.
+        comparison: the change of the outputs on the probe.
+        notes: what else is to be known, one sentence or more each.
+        files: the names of the files written.
+    """
+
+    folder: Path
+    table: str
+    comparison: Comparison
+    notes: tuple[str, ...]
+    files: tuple[str, ...]
+
+    def describe(self) -> str:
+        """The report that the command ends with."""
+        return "\n".join([self.table, self.comparison.describe(), *self.notes, f"Written: {self.folder}"])
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the three conversions share.
+
+    Attributes:
+        revision: branch, tag or commit, of a source on the Hub.
+        dtype: of the written weights; None for the source's.
+        overwrite: replace a destination that is not empty, as a whole.
+        allow_pickle: load pickled weights, with `weights_only`.
+        base_model: name on the Hub of the source, for the card; None takes it from the source where it is known.
+    """
+
+    revision: str | None = None
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    allow_pickle: bool = False
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What was done to the model in memory, for the record and the report."""
+
+    table: str
+    rows: list[KappaRow]
+    comparison: Comparison
+    spectral: SpectralConfig | None
+    init: str | None = None
+    diagonal_loss: float | None = None
+
+
+def convert(
+    source: str,
+    destination: str | Path,
+    config: SpectralConfig,
+    init: str = "additive",
+    options: Options | None = None,
+) -> Result:
+    """Make a conditioned checkpoint of a stock one: weights, configuration, tokenizer, remote code and model card.
+
+    Args:
+        source: a folder, or a model on the Hub.
+        destination: the new folder; it is there whole or not at all.
+        config: what to add where.
+        init: as in [`condition`]. `"preserve"` must keep the outputs to the tolerance of the dtype.
+
+    Raises:
+        SourceError: no checkpoint, a damaged one, a conditioned one, or an architecture that is not known.
+        DestinationError: a destination that is not empty, the source itself, or a full disk.
+        OutputChangedError: with `"preserve"`, if the dtype is too coarse. Nothing is written.
+        ValueError: as in [`condition`].
+    """
+    check_choice("init", init, INITS)
+
+    def work(found: Source, model: Any) -> _Done:
+        _refuse_unsaveable(found)
+        find_projections(model)  # its warnings; the rest is quiet
+        probe = Probe(model, keeps_function=init == "preserve")
+        diagonals = Diagonals(model, config) if init == "preserve" else None
+        with _quiet(condition.__module__):  # what it warns of is measured and said here
+            reports = condition(model, config, init)
+        if config.method == "svd" and init == "additive":
+            _compute_in_float64(model)
+        comparison = probe.compare(model, "Conditioning with init='preserve'")
+        loss = diagonals.loss(model) if diagonals is not None else None
+        return _Done(format_reports(reports), conditioning_rows(reports, init), comparison, config, init, loss)
+
+    return _run("convert", source, destination, options or Options(), work)
+
+
+def fold_checkpoint(source: str, destination: str | Path, options: Options | None = None) -> Result:
+    """Make a plain checkpoint of the stock architecture of a conditioned one.
+
+    Arguments, errors and result as in [`convert`]; a source that is not conditioned is an error.
+    """
+
+    def work(found: Source, model: Any) -> _Done:
+        if not found.is_conditioned:
+            raise SourceError(
+                f"{found.name} is a stock {found.model_type}, not conditioned: there is nothing to fold. `specattn convert` "
+                "makes a conditioned checkpoint of it."
+            )
+        probe, diagonals = Probe(model, keeps_function=True), Diagonals(model)
+        config, before = model.config.spectral_config, spectra(model)
+        with _quiet(condition.__module__):
+            fold(model)
+        comparison = probe.compare(model, "Folding")
+        rows = spectra_rows(before)
+        return _Done(format_rows(rows, is_conditioned=True), rows, comparison, config, None, diagonals.loss(model))
+
+    return _run("fold", source, destination, options or Options(), work)
+
+
+def balance_checkpoint(source: str, destination: str | Path, options: Options | None = None) -> Result:
+    """Make a checkpoint of the same stock architecture and function whose heads are balanced (see [`balance`]).
+
+    Arguments, errors and result as in [`convert`]; a conditioned source is an error.
+    """
+
+    def work(found: Source, model: Any) -> _Done:
+        if found.is_conditioned:
+            raise SourceError(
+                f"{found.name} is conditioned; balancing W would change W + C. `specattn fold` it first."
+            )
+        reports = balance(model, make_batch(model))
+        change = reports.output_change
+        comparison = Comparison(change.absolute, change.relative, reports.dtype_error, reports.tolerance)
+        table = format_balance(reports).rsplit("\n", 2)[0]  # its last two lines are said below
+        return _Done(table, balance_rows(reports), comparison, None)
+
+    return _run("balance", source, destination, options or Options(), work)
+
+
+@torch.no_grad()
+def _compute_in_float64(model: Any) -> None:
+    """Compute the svd corrections anew, in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
+
+    It decides what an additive model computes. A preserved one computes with W, whatever C is.
+    """
+    for _, layer in spectral_layers(model):
+        layer.correction.copy_(layer.orient(layer.correction_of(layer.matrix().double())))
+
+
+def _run(
+    command: str, source: str, destination: str | Path, options: Options, work: Callable[[Source, Any], _Done]
+) -> Result:
+    destination = Path(destination).expanduser()
+    local = Path(source).expanduser()
+    check_destination(destination, local if local.is_dir() else None, options.overwrite)
+    found = find_source(source, options.revision, options.allow_pickle)
+    check_destination(destination, found.folder, options.overwrite)
+    _refuse_wrong_state(command, found)
+    check_space(destination, _expected_bytes(found, options))
+    model, info = load_model(found, options.dtype)
+    done = work(found, model)
+    notes = _notes(command, found, done, info, options)
+    with whole_folder(destination) as folder:
+        save_model(model, folder, found, without=info["missing_keys"])
+        copied = copy_companions(found.folder, folder)
+        add_remote_code(folder)
+        name_tokenizer_class(found.folder, folder)
+        record = _record(command, found, done, notes, options)
+        record.write(folder)
+        write_card(folder, record)
+        written = files_in(folder)
+    remote = [file.name for file in source_files(found.model_type)]
+    if dropped := left_behind(found, [*copied, *written, *remote, RECORD, CARD]):
+        notes = [*notes, f"Left behind: {_some(dropped, 8)}."]
+    return Result(destination, done.table, done.comparison, tuple(notes), tuple(written))
+
+
+def _refuse_wrong_state(command: str, found: Source) -> None:
+    if command == "convert" and found.is_conditioned:
+        raise SourceError(
+            f"{found.name} is conditioned already (model type {found.model_type!r}); conditioning twice would add both "
+            "corrections. `specattn fold` it first, then convert the result."
+        )
+
+
+def _refuse_unsaveable(found: Source) -> None:
+    """An unknown architecture, before the model is worked on."""
+    if found.model_class not in CONDITIONED_CLASSES:
+        known = found.model_type in ARCHITECTURES
+        why = f"only the heads of {', '.join(AUTO_CLASSES)} have one; " if known else ""
+        raise SourceError(
+            f"{found.name} is a {found.model_class.__name__} (model type {found.model_type!r}), which has no conditioned "
+            "class "
+            f"that it could be saved as: {why}{unknown_architecture_way_out()}"
+        )
+
+
+def _expected_bytes(found: Source, options: Options) -> int:
+    # A correction for each projection is less than the weights themselves; a wider dtype is known.
+    wider = 1 if options.dtype is None else max(1, options.dtype.itemsize // found.dtype.itemsize)
+    return 2 * wider * found.weight_bytes + SMALL_FILES_BYTES
+
+
+def _notes(command: str, found: Source, done: _Done, info: dict[str, Any], options: Options) -> list[str]:
+    notes = []
+    dtype = str(options.dtype or found.dtype).removeprefix("torch.")
+    if done.diagonal_loss is not None:
+        where = "folded" if command == "fold" else "preserved"
+        notes.append(
+            f"In {dtype}, the {where} weights hold W's diagonal with a mean relative error of {done.diagonal_loss:.2g}: "
+            "next to "
+            "lambda there are too few digits for it. The outputs stay within what is allowed above; --dtype float32 keeps W."
+        )
+    if len(found.dtypes) > 1 and options.dtype is None:
+        notes.append(f"The source mixes {', '.join(found.dtypes)}; everything was loaded and written in {dtype}.")
+    if missing := sorted(info["missing_keys"]):
+        notes.append(f"Not in the source, and so not written (a model draws them at random): {_some(missing)}.")
+    if unexpected := sorted(info["unexpected_keys"]):
+        notes.append(f"In the source, but no part of {found.model_class.__name__}, and left out: {_some(unexpected)}.")
+    if command == "balance":
+        notes.append(
+            "Conditioning moves, it does not vanish: what W_V loses W_O takes up, and W_Q and W_K share theirs. The "
+            "function is "
+            "the same."
+        )
+    return notes
+
+
+def _some(names: list[str], count: int = 4) -> str:
+    return f"{', '.join(names[:count])}{f' and {len(names) - count} more' if len(names) > count else ''}"
+
+
+def _record(command: str, found: Source, done: _Done, notes: list[str], options: Options) -> Record:
+    card = source_card(found.folder)
+    own = card.get("base_model") if command == "fold" else None  # the conditioned model is no base of others
+    base = options.base_model or (own if isinstance(own, str) else None) or found.hub_id
+    return Record(
+        command=command,
+        source=found.name,
+        source_revision=found.revision,
+        base_model=base,
+        spectral=None if done.spectral is None else done.spectral.to_dict(),
+        init=done.init,
+        comparison=asdict(done.comparison),
+        diagonal_loss=done.diagonal_loss,
+        rows=done.rows,
+        notes=notes,
+        card=card,
+    )
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    logger = standard_logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(standard_logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

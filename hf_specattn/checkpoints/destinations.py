@@ -1,0 +1,243 @@
+"""A destination folder that is there whole or not at all, with weights divided into files as the source's are."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+from transformers.utils import logging
+
+from ..training.atomic_files import TEMPORARY_NAME, is_being_written, temporary_name
+from ..training.checkpointing import bytes_of, is_disk_full, megabytes, replace_folder, sync
+from .sources import SAFETENSORS, SAFETENSORS_INDEX, Source
+
+logger = logging.get_logger(__name__)
+
+CORRECTION, WEIGHT = ".correction", ".weight"
+
+# What `replace_folder` calls an existing folder while it puts another in its place.
+REPLACED = "-replaced"
+
+# What goes with the weights and is copied as it is: tokenizers, processors, and the modules of Sentence Transformers.
+# Wherever such a file names the model's classes, it names stock ones or none.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+SENTENCE_TRANSFORMERS_MODULES = "modules.json"
+
+
+class DestinationError(ValueError):
+    """A destination that must not or cannot be written to; the message says what to do."""
+
+
+def check_destination(destination: Path, source: Path | None, overwrite: bool) -> None:
+    """Refuse, before any work, a destination that holds something, or that is the source.
+
+    Args:
+        source: The source's folder.
+        overwrite: Whether a folder that holds something may be replaced.
+
+    Raises:
+        DestinationError: saying why.
+    """
+    destination = destination.resolve()
+    _restore_replaced(destination)
+    if source is not None:
+        source = source.resolve()
+        if source == destination or destination in source.parents:
+            raise DestinationError(
+                f"DST {destination} {'is' if source == destination else 'contains'} SRC {source}, which would be lost; give "
+                "another folder."
+            )
+    if destination.exists() and not destination.is_dir():
+        raise DestinationError(f"DST {destination} is a file; give a folder.")
+    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+        raise DestinationError(
+            f"DST {destination} is not empty; give another folder, or --overwrite (overwrite=True) to replace it as a whole."
+        )
+
+
+@contextlib.contextmanager
+def whole_folder(destination: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `destination`, which takes its place once the block has run without an error.
+
+    Whatever ends the process before leaves `destination` as it was; the next one for the same destination removes what was
+    left. An interruption between the two renames that exchange an existing folder leaves it under a hidden name; the next
+    `check_destination` gives it its own back.
+
+    Raises:
+        DestinationError: if the disk is full, or the folder cannot be made.
+    """
+    destination = destination.resolve()
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(destination)
+        temporary = destination.with_name(temporary_name(destination.name))
+        temporary.mkdir()
+    except OSError as error:
+        raise DestinationError(f"DST {destination} cannot be written: {error}.") from error
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*"), reverse=True):
+            sync(path)
+        sync(temporary)
+        replace_folder(temporary, destination)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if is_disk_full(error):
+            raise DestinationError(f"There is too little space for {destination}; nothing was written.") from error
+        raise
+
+
+def _leftovers(destination: Path) -> Iterator[Path]:
+    """What dead processes left of this destination alone: the folder around it is the user's."""
+    for path in sorted(destination.parent.glob(f".{destination.name}.tmp-*")):
+        match = TEMPORARY_NAME.fullmatch(path.name)
+        own = None if match is None else f".{destination.name}.tmp-{match[1]}"
+        if match and path.name in (own, f"{own}{REPLACED}") and not is_being_written(path, int(match[1])):
+            yield path
+
+
+def _restore_replaced(destination: Path) -> None:
+    """Undo an exchange that was interrupted between its two renames: the old folder gets its name back."""
+    for path in _leftovers(destination):
+        if path.name.endswith(REPLACED) and not destination.exists():
+            logger.warning(f"An interrupted conversion had moved {destination} aside; it is back.")
+            path.rename(destination)
+
+
+def _remove_leftovers(destination: Path) -> None:
+    for path in _leftovers(destination):
+        logger.info(f"Removing {path}, which an interrupted conversion left.")
+        shutil.rmtree(path)
+
+
+def check_space(destination: Path, needed: int) -> None:
+    """Refuse, before any work, a disk that has not `needed` bytes.
+
+    Raises:
+        DestinationError: naming both figures.
+    """
+    existing = next(folder for folder in (destination.resolve(), *destination.resolve().parents) if folder.is_dir())
+    if (free := shutil.disk_usage(existing).free) < needed:
+        raise DestinationError(
+            f"DST {destination} needs about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free at least "
+            f"{megabytes(needed - free)}, or give a folder on another disk."
+        )
+
+
+def save_model(model: PreTrainedModel, folder: Path, source: Source, without: Collection[str]) -> list[str]:
+    """Write the configuration, the generation configuration and the weights, each tensor into the file it came from.
+
+    A correction goes where its weight is. Names are those of the source, where transformers renames them on loading.
+
+    Args:
+        without: Names of the model's tensors that are not written: those that the source did not have.
+
+    Returns:
+        The names of the files with weights.
+    """
+    # As `save_pretrained`, which cannot be told into which file a tensor goes.
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    ignored = {*(model._keys_to_ignore_on_save or ()), *without}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    files = _divide(state, source)
+    for file, names in logging.tqdm(files.items(), desc="Writing", disable=True if len(files) < 4 else None):
+        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+    if len(files) > 1 or SAFETENSORS not in files:
+        _write_index(folder, files, state)
+    return list(files)
+
+
+def _divide(state: Mapping[str, torch.Tensor], source: Source) -> dict[str, list[str]]:
+    renamed = {shard: _safetensors_name(shard) for shard in source.shards}
+    home = {name: renamed[shard] for shard, names in source.shards.items() for name in names}
+    files: dict[str, list[str]] = {file: [] for file in renamed.values()}
+    last = list(files)[-1]
+    for name in state:
+        origin = name.removesuffix(CORRECTION) + WEIGHT if name.endswith(CORRECTION) else name
+        files[home.get(origin, last)].append(name)
+    return {file: names for file, names in files.items() if names}
+
+
+def _safetensors_name(shard: str) -> str:
+    return (
+        "model" + shard.removeprefix("pytorch_model").removesuffix(".bin") + ".safetensors"
+        if shard.endswith(".bin")
+        else shard
+    )
+
+
+def _write_index(folder: Path, files: Mapping[str, list[str]], state: Mapping[str, torch.Tensor]) -> None:
+    tensors = list(state.values())
+    weight_map = {name: file for file, names in files.items() for name in names}
+    metadata = {"total_parameters": sum(tensor.numel() for tensor in tensors), "total_size": bytes_of(tensors)}
+    content = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / SAFETENSORS_INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> list[str]:
+    """Copy the tokenizer, the processors and what else belongs to the weights; return the names of the files."""
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    if (source / SENTENCE_TRANSFORMERS_MODULES).is_file():
+        files |= set(module_files(source))
+    names = sorted(file.relative_to(source).as_posix() for file in files)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)  # of what a link in the Hub's cache points to
+    return names
+
+
+def module_files(source: Path) -> Iterator[Path]:
+    """The files of the modules of Sentence Transformers (pooling and the like), each of which has a folder of its own."""
+    modules = json.loads((source / SENTENCE_TRANSFORMERS_MODULES).read_text(encoding="utf-8"))
+    for module in modules:
+        folder = (source / str(module.get("path", ""))).resolve()
+        if folder != source.resolve() and folder.is_dir() and source.resolve() in folder.parents:
+            yield from (source / file.relative_to(source.resolve()) for file in folder.iterdir() if file.is_file())
+
+
+def left_behind(source: Source, written: Collection[str]) -> list[str]:
+    """The source's files that have no counterpart in the destination, hidden ones apart."""
+    accounted = {*written, *source.shards, SAFETENSORS, SAFETENSORS_INDEX, "pytorch_model.bin.index.json"}
+    names = (path.relative_to(source.folder).as_posix() for path in source.folder.rglob("*") if path.is_file())
+    return sorted(
+        name for name in names if name not in accounted and not any(part.startswith(".") for part in name.split("/"))
+    )
+
+
+def files_in(folder: Path) -> list[str]:
+    """The names of all files below a folder, with forward slashes, sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def folder_bytes(folder: Path) -> int:
+    """The size of all files below a folder."""
+    return sum(os.path.getsize(folder / name) for name in files_in(folder))

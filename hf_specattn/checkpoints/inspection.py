@@ -1,0 +1,86 @@
+"""What a checkpoint is, without changing it: `specattn inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..architectures import ARCHITECTURES
+from ..diagnostics.spectra import spectra
+from ..modeling import CONDITIONED_MODELS, MODEL_TYPE_PREFIX
+from ..training.checkpointing import megabytes
+from .records import KappaRow, read_record, spectra_rows
+from .remote_code import auto_map, needs_remote_code, source_files
+from .sources import find_source, load_model
+from .tables import format_rows
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        facts: name -> what is to be said, in order.
+        rows: condition numbers of W, and of W + C, per projection.
+        is_conditioned: whether W + C is another matrix than W.
+    """
+
+    facts: dict[str, str]
+    rows: list[KappaRow]
+    is_conditioned: bool
+
+    def describe(self) -> str:
+        """The facts and the table."""
+        width = max(map(len, self.facts))
+        lines = [f"{name.ljust(width)}  {value}" for name, value in self.facts.items()]
+        return "\n".join([*lines, "", format_rows(self.rows, self.is_conditioned)])
+
+
+def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
+    """Load a checkpoint and say what it is.
+
+    Args:
+        source: a folder, or a model on the Hub.
+        revision: branch, tag or commit, on the Hub.
+        allow_pickle: load pickled weights, with `weights_only`.
+
+    Raises:
+        SourceError: no checkpoint, or a damaged one.
+        ValueError: if no projection is found in it.
+    """
+    found = find_source(source, revision, allow_pickle)
+    model, info = load_model(found)
+    kind = "stock" if not needs_remote_code(found.config) else "of this package"
+    facts = {
+        "checkpoint": found.name + (f" at {found.revision}" if found.revision else ""),
+        "class": f"{found.model_class.__name__} (model type {found.model_type}, {kind})",
+    }
+    if found.is_conditioned:
+        spectral = model.config.spectral_config
+        stored = "one correction stored per weight" if spectral.method == "svd" else "a number, no tensor"
+        facts["conditioned"] = f"{spectral.describe()} on {', '.join(spectral.targets)}; {stored}"
+    else:
+        facts["conditioned"] = "no"
+    if (record := read_record(found.folder)) is not None:
+        entered = f", init {record.init}" if record.init else ""
+        facts["made by"] = f"specattn {record.command} from {record.source}{entered} (version {record.version})"
+    count = len(found.shards)
+    facts["weights"] = (
+        f"{model.num_parameters():,} parameters, {', '.join(found.dtypes)}, {megabytes(found.weight_bytes)} in {count} "
+        f"{'pickle' if found.is_pickle else 'safetensors file'}{'s' if count > 1 else ''}"
+    )
+    facts["loads without the package"] = _loads_without(found.folder, found.config)
+    if missing := sorted(info["missing_keys"]):
+        facts["not in the checkpoint"] = ", ".join(missing)
+    if unexpected := sorted(info["unexpected_keys"]):
+        facts["not in the model"] = ", ".join(unexpected)
+    return Inspection(facts, spectra_rows(spectra(model)), found.is_conditioned)
+
+
+def _loads_without(folder: Path, config: dict[str, object]) -> str:
+    if not needs_remote_code(config):
+        return "yes"
+    model_type = str(config["model_type"])
+    known = model_type.removeprefix(MODEL_TYPE_PREFIX) in {*ARCHITECTURES, *CONDITIONED_MODELS}
+    missing = [file.name for file in source_files(model_type) if not (folder / file.name).is_file()]
+    if known and not missing and config.get("auto_map") == auto_map(model_type):
+        return "with trust_remote_code=True"
+    return "no (specattn convert and specattn push add the remote code, specattn fold makes it unnecessary)"

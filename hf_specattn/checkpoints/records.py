@@ -1,0 +1,126 @@
+"""What was done to a checkpoint, in a file beside its weights: what a model card can say afterwards without the source."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..balance import BalanceReport
+from ..diagnostics.spectra import ProjectionSpectra
+from ..reports import ProjectionReport, Spectrum
+from ..training.atomic_files import write_json
+from ..version import __version__
+
+RECORD = "specattn.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class KappaRow:
+    """Condition numbers of one projection before and after; None where one is infinite, which JSON does not have.
+
+    Attributes:
+        name: full name of the module that holds the weight.
+        projection: `query`, `key`, `value` or `output`.
+        before, after: of the whole projection. For a conditioned model of W and W + C, for a balanced one of W and W.
+        head_before, head_after: means over the heads.
+        note: what is to be said of this row, or "".
+    """
+
+    name: str
+    projection: str
+    before: float | None
+    after: float | None
+    head_before: float | None
+    head_after: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was done.
+
+    Attributes:
+        command: `convert`, `fold` or `balance`.
+        source: name of the source on the Hub, or of its folder; never where the folder lies.
+        source_revision: commit of the source on the Hub.
+        base_model: name on the Hub of the model that this one was made of; None where it is not known.
+        spectral: settings of the correction; None for a balanced model.
+        init: how the weights entered; of a converted model.
+        comparison: the change of the outputs on the probe (see `probe.Comparison`).
+        diagonal_loss: mean relative error of W's diagonal that half precision cost; None where it cost nothing.
+        rows: the condition numbers.
+        notes: what else is to be said.
+        card: what the source's model card says: licence, language, tags, datasets.
+        version: of this package.
+    """
+
+    command: str
+    source: str
+    source_revision: str | None
+    base_model: str | None
+    spectral: dict[str, Any] | None
+    init: str | None
+    comparison: dict[str, Any]
+    diagonal_loss: float | None
+    rows: list[KappaRow]
+    notes: list[str] = field(default_factory=list)
+    card: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+        write_json(folder / RECORD, {"format": FORMAT, **asdict(self)})
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in a checkpoint's folder; None where there is none, or one of another version's format."""
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if content.pop("format") != FORMAT:
+            return None
+        return Record(**{**content, "rows": [KappaRow(**row) for row in content["rows"]]})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def conditioning_rows(reports: Sequence[ProjectionReport], init: str) -> list[KappaRow]:
+    """Of [`condition`]'s reports; with `init="preserve"` W + C is W as it was, and no row is to be judged."""
+    notes = ("" if init == "preserve" or report.kappa_fell else "kappa did not fall" for report in reports)
+    return [
+        _row(report.name, report.projection, report.before, report.after, note) for report, note in zip(reports, notes)
+    ]
+
+
+def balance_rows(reports: Sequence[BalanceReport]) -> list[KappaRow]:
+    """Of [`balance`]'s reports."""
+    rows = []
+    for report in reports:
+        notes = [f"left alone: {report.left_alone}"] if report.left_alone else []
+        if report.left_alone_heads:
+            notes.append(f"rank-deficient, left alone: heads {', '.join(map(str, report.left_alone_heads))}")
+        rows.append(_row(report.name, report.projection, report.before, report.after, "; ".join(notes)))
+    return rows
+
+
+def spectra_rows(spectra: Sequence[ProjectionSpectra]) -> list[KappaRow]:
+    """Of a model as it stands: W, and W + C."""
+    return [_row(item.name, item.projection, item.raw, item.effective, "") for item in spectra]
+
+
+def _row(name: str, projection: str, before: Spectrum, after: Spectrum, note: str) -> KappaRow:
+    return KappaRow(
+        name,
+        projection,
+        _finite(before.kappa),
+        _finite(after.kappa),
+        _finite(sum(before.head_kappa) / len(before.head_kappa)),
+        _finite(sum(after.head_kappa) / len(after.head_kappa)),
+        note,
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,77 @@
+"""The source files that a checkpoint carries, with which `trust_remote_code=True` loads it where the package is missing.
+
+transformers copies such files from one flat folder and follows `from .x import y`; `auto_map` in config.json names the class
+for each Auto class. `save_pretrained` would name that of the saved head alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import crammed_bert, modeling
+from ..architectures import ARCHITECTURES
+from ..modeling import CONDITIONED_MODELS, CRAMMED_BERT_CLASSES, MODEL_TYPE_PREFIX
+
+CONFIG = "config.json"
+
+
+def needs_remote_code(config: dict[str, Any]) -> bool:
+    """Whether a transformers without this package has no class for a model type."""
+    return _module_of(str(config.get("model_type"))) is not None
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Auto class -> `<file>.<class>`, for the configuration and every head of a model type of this package.
+
+    Raises:
+        ValueError: for a model type of transformers.
+    """
+    module = _module_of(model_type)
+    if module is None:
+        raise ValueError(f"model_type={model_type!r} is transformers' own and needs no remote code.")
+    stock_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    classes = CONDITIONED_MODELS[stock_type] if model_type != stock_type else CRAMMED_BERT_CLASSES
+    config_class = next(iter(classes.values())).config_class
+    stem = Path(str(module.__file__)).stem
+    named = {"AutoConfig": config_class, **classes}
+    return {auto_class: f"{stem}.{target.__name__}" for auto_class, target in named.items()}
+
+
+def source_files(model_type: str) -> list[Path]:
+    """The files that a checkpoint of this model type carries: the module of its classes, and those that it imports."""
+    module = _module_of(model_type)
+    if module is None:
+        return []
+    main = Path(str(module.__file__))
+    return [main, *sorted({Path(file) for file in get_relative_import_files(main)})]
+
+
+def remote_code(config: dict[str, Any]) -> dict[str, bytes]:
+    """What a checkpoint with this config.json lacks for `trust_remote_code`: file name -> content, config.json included.
+
+    Empty for a model type of transformers.
+    """
+    if not needs_remote_code(config):
+        return {}
+    model_type = str(config["model_type"])
+    files = {file.name: file.read_bytes() for file in source_files(model_type)}
+    # Entries of others, such as a tokenizer's, stay.
+    complete = {**config, "auto_map": {**config.get("auto_map", {}), **auto_map(model_type)}}
+    files[CONFIG] = (json.dumps(complete, indent=2, sort_keys=True) + "\n").encode()
+    return files
+
+
+def add_remote_code(folder: Path) -> list[str]:
+    """Put the source files and `auto_map` into a saved checkpoint; return the names of the files written."""
+    files = remote_code(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return sorted(files)
+
+
+def _module_of(model_type: str) -> Any:
+    if model_type.startswith(MODEL_TYPE_PREFIX) and model_type.removeprefix(MODEL_TYPE_PREFIX) in ARCHITECTURES:
+        return modeling
+    return crammed_bert if model_type == crammed_bert.CrammedBertConfig.model_type else None

@@ -1,0 +1,32 @@
+"""Condition numbers as a plain-text table."""
+
+from collections.abc import Sequence
+
+from .records import KappaRow
+
+
+def format_rows(rows: Sequence[KappaRow], is_conditioned: bool) -> str:
+    """One line per projection: the condition number of the whole projection, and the mean over its heads.
+
+    Args:
+        is_conditioned: show `W + C` beside `W`.
+    """
+    header = ("projection", "kappa(W)", "kappa(W+C)", "per head", "per head+C", "")
+    cells = [header] + [
+        (
+            f"{row.name} {row.projection}",
+            *(_number(value) for value in (row.before, row.after, row.head_before, row.head_after)),
+            row.note,
+        )
+        for row in rows
+    ]
+    if not is_conditioned:
+        cells = [(line[0], line[1], line[3], line[5]) for line in cells]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
+             for line in cells)  # fmt: skip
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:.4g}"

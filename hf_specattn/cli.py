@@ -1,0 +1,200 @@
+"""The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints."""
+
+import sys
+from typing import Annotated, Any, NoReturn
+
+import torch
+import typer
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from transformers.utils import logging
+
+from .balance import OutputChangedError
+from .checkpoints.conversion import Options, balance_checkpoint, fold_checkpoint
+from .checkpoints.conversion import convert as convert_checkpoint
+from .checkpoints.inspection import inspect_checkpoint
+from .checkpoints.publishing import plan, publish
+from .config import PROJECTIONS, SpectralConfig
+from .version import __version__
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+app = typer.Typer(
+    name="specattn",
+    help="Spectral conditioning of attention: make, look at and publish checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or the name of a model on the Hub.")]
+Dst = Annotated[str, typer.Argument(metavar="DST", help="The folder to write; it is there whole or not at all.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
+Dtype = Annotated[str, typer.Option(help=f"Of the written weights: auto (that of SRC), {', '.join(DTYPES)}.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST that is not empty, as a whole.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Load weights that are only there as a pickle, with weights_only.")
+]
+BaseModel = Annotated[
+    str | None, typer.Option(help="Name of SRC on the Hub, for the model card, where SRC is a folder.")
+]
+
+
+@app.command()
+def convert(
+    src: Src,
+    dst: Dst,
+    method: Annotated[str, typer.Option(help="identity (C = lambda * I) or svd (C from the SVD of W).")] = "identity",
+    lambda_: Annotated[
+        str | None,
+        typer.Option(
+            "--lambda", help="identity: a number > 0 (10 if left out), or one per target: query=1,key=1,value=10."
+        ),
+    ] = None,
+    init: Annotated[
+        str,
+        typer.Option(
+            help="additive (W stays, the function changes) or preserve (W becomes W - C, the function stays)."
+        ),
+    ] = "additive",
+    targets: Annotated[str, typer.Option(help="The projections to condition, with commas.")] = ",".join(PROJECTIONS),
+    granularity: Annotated[str, typer.Option(help="One C per projection, or per head.")] = "projection",
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    base_model: BaseModel = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Make a conditioned checkpoint of a stock one: each query, key and value projection computes with W + C."""
+    options = Options(revision, _dtype(dtype), overwrite, allow_pickle, base_model)
+    config = SpectralConfig(method, _lambda(lambda_), tuple(_split(targets)), granularity)
+    _report(convert_checkpoint(src, dst, config, init, options).describe())
+
+
+@app.command()
+def fold(
+    src: Src,
+    dst: Dst,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    base_model: BaseModel = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a plain checkpoint of a conditioned one: W + C in the weights of the stock architecture."""
+    options = Options(revision, _dtype(dtype), overwrite, base_model=base_model)
+    _report(fold_checkpoint(src, dst, options).describe())
+
+
+@app.command()
+def balance(
+    src: Src,
+    dst: Dst,
+    revision: Revision = None,
+    dtype: Dtype = "auto",
+    base_model: BaseModel = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+) -> None:
+    """Make each head of a stock checkpoint better conditioned along its gauge, with its outputs kept."""
+    options = Options(revision, _dtype(dtype), overwrite, allow_pickle, base_model)
+    _report(balance_checkpoint(src, dst, options).describe())
+
+
+@app.command()
+def inspect(src: Src, revision: Revision = None, allow_pickle: AllowPickle = False) -> None:
+    """Say what a checkpoint is, and the condition numbers of its projections."""
+    _report(inspect_checkpoint(src, revision, allow_pickle).describe())
+
+
+@app.command()
+def push(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: organization/model.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and ask nothing of the Hub.")] = False,
+    new_card: Annotated[bool, typer.Option("--new-card", help="Write a new model card although SRC has one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created where it does not exist.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    commit_message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
+    publication = plan(src, repo_id, new_card)
+    _report(publication.describe())
+    if dry_run:
+        _report("Dry run: nothing was uploaded.")
+        return
+    commit = publish(
+        publication,
+        private=private or None,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message,
+    )
+    _report(f"Published: {commit.pr_url or commit.commit_url}")
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Spectral conditioning of attention: make, look at and publish checkpoints."""
+    if version:
+        _report(__version__)
+        raise typer.Exit
+
+
+def _report(text: str) -> None:
+    typer.echo(text)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _lambda(text: str | None) -> Any:
+    """A number, or a mapping; what it may be is for SpectralConfig to say."""
+    if text is None:
+        return None
+    if "=" not in text:
+        return _number(text)
+    pairs = [part.partition("=") for part in _split(text)]
+    names = [name.strip() for name, _, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"--lambda {text} names a projection twice.")
+    return {name: _number(number) for name, (_, _, number) in zip(names, pairs)}
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"--lambda {text!r} is no number; give one > 0, or one per target, such as query=1,key=1,value=10."
+        ) from None
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name != "auto" and name not in DTYPES:
+        raise ValueError(f"--dtype {name!r} is unknown; choose one of auto, {', '.join(DTYPES)}.")
+    return DTYPES.get(name)
+
+
+def _fail(error: Exception) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    raise SystemExit(1)
+
+
+def main() -> None:
+    """Run the command; what a user can change is a message and exit status 1."""
+    logging.set_verbosity_error()  # the reports say what there is to say
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        app()
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        told = f"the Hub refused ({type(error).__name__}{'' if status is None else f', status {status}'})"
+        _fail(RuntimeError(f"{told}: check the name, and that you are logged in with write access (`hf auth login`)."))
+    except (ValueError, OSError, OutputChangedError) as error:
+        _fail(error)
+
+
+if __name__ == "__main__":
+    main()
