@@ -98,6 +98,7 @@ def test_lists_the_kernels_of_a_compiled_step(bench, tmp_path):
     ("given", "message"),
     [
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["--refresh_every", "0"], "--refresh_every 0 must be at least 1"),
         (["--num_hidden_layers", "0"], "--num_hidden_layers 0 must be at least 1"),
         (["--sequence_length", "513"], "--sequence_length 513 exceeds the 512 positions"),
         (["--image_size", "40"], "--image_size 40 must be a multiple of the patch size"),
@@ -155,6 +156,54 @@ def test_median_interval_of_known_cases(bench):
     assert bench.median_interval(range(5)) is None
     assert bench.median_interval(range(6)) == (0, 5)
     assert bench.median_interval(range(12)) == (2, 9)
+
+
+def test_a_dynamic_step_is_a_step_and_its_share_of_a_refresh(bench, step_of, monkeypatch):
+    arguments = bench.BenchArguments(scale="tiny", device="cpu", refresh_every=[1, 4], refresh_rounds=6)
+    fixed = {bench.STOCK: [2.0] * 6, "svd": [2.2] * 6, "products": [0.4] * 6, "exact": [4.0] * 6}
+    calls = []
+
+    def rounds(parts, count, seed):
+        for part in parts.values():
+            assert part() > 0
+        calls.append(count)
+        return fixed
+
+    monkeypatch.setattr(bench, "time_rounds", rounds)
+    exacts = []
+    monkeypatch.setattr(bench, "refresh", lambda model, exact: exacts.append(exact))
+    result = bench.refreshing({bench.STOCK: step_of(), "svd": step_of("svd")}, arguments)
+    assert calls == [1, 6]
+    assert exacts == [False, True] * 2
+    medians = {label: ratio["median"] for label, ratio in result.items() if label != "seconds"}
+    assert medians == pytest.approx(
+        {
+            "svd, refresh_every 1, products": 1.3,
+            "svd, refresh_every 4, products": 1.15,
+            "svd, refresh_every 1, exact": 3.1,
+            "svd, refresh_every 4, exact": 1.6,
+        }
+    )
+    lines = bench.refresh_lines({"refreshing": result})[0].splitlines()
+    assert lines[2] == "| svd, refresh_every 1, products | 400.0 | 1.300 | 1.300 to 1.300 |"
+    assert bench.refresh_lines({"refreshing": None}) == []
+
+
+def test_the_ratios_of_the_papers_table_7(bench):
+    hours = {  # hrs:mins of stock and of Theorem 3.5
+        "ViT-B": ("29:29", "41:38"),
+        "DeiT-B": ("26:16", "37:54"),
+        "Swin-B": ("53:12", "68:32"),
+        "XCiT-M": ("91:03", "109:12"),
+        "DaViT": ("75:09", "93:12"),
+    }
+
+    def minutes(text):
+        return 60 * int(text.split(":")[0]) + int(text.split(":")[1])
+
+    page = " ".join(bench.EXPLANATIONS)
+    for name, (stock, svd) in hours.items():
+        assert f"{minutes(svd) / minutes(stock):.2f} ({name})" in page
 
 
 def test_flops_by_hand(bench, step_of):
