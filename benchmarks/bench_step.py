@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                                    # BERT-base and ViT-B/16, some minutes on a CPU
     python benchmarks/bench_step.py --device cuda --dtypes fp32 bf16 --modes eager compile --batch_size 32 --rounds 100
+    python benchmarks/bench_step.py --models vit deit swin xcit davit  # the families of the paper's Table 7 (needs timm)
 
 All variants, and stock a second time as the control, step in turns in one process: each round steps every one of them
 once, and the ratio to stock is taken within the round, so that whatever else the machine does falls on both sides. What the
@@ -9,6 +10,7 @@ control's ratio leaves open, this machine cannot tell. Beside it stands what nee
 operations, elements written, and under `torch.compile` the kernels. Writes `bench_step_<device>.json` and `.md`.
 """
 
+import importlib.util
 import os
 import platform
 import random
@@ -22,6 +24,7 @@ from itertools import product
 from math import comb
 from pathlib import Path
 from statistics import median, quantiles
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from hf_specattn import SpectralConfig, condition, fold, refresh
+from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
 from hf_specattn.training import atomic_files
 from hf_specattn.training.memory import saved_for_backward, storages_of, total_bytes
 from hf_specattn.training.metrics import package_versions
@@ -49,6 +52,19 @@ VARIANTS = {
     "svd": SpectralConfig("svd"),
     "svd_head": SpectralConfig("svd", granularity="head"),
 }
+# timm's names of the paper's families, by scale; ViT-B itself is "vit".
+TIMM = {
+    "deit": {"base": "deit_base_patch16_224", "tiny": "deit_tiny_patch16_224"},
+    "swin": {"base": "swin_base_patch4_window7_224", "tiny": "swin_tiny_patch4_window7_224"},
+    "xcit": {"base": "xcit_medium_24_p16_224", "tiny": "xcit_nano_12_p16_224"},
+    "davit": {"base": "davit_base", "tiny": "davit_tiny"},
+}
+TIMM_ATTENTION = AttentionSpec(
+    ("Attention", "WindowAttention", "ChannelAttention", "XCA"),
+    {"qkv": ("query", "key", "value")},
+    query_heads="num_heads",
+)
+MODELS = ["bert", "vit", *TIMM]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as in pretraining here
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -60,7 +76,10 @@ class BenchArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["bert", "vit"],
-        metadata={"help": "bert: BertForMaskedLM; vit: ViTForImageClassification.", "choices": ["bert", "vit"]},
+        metadata={
+            "help": "bert: BertForMaskedLM; vit: ViTForImageClassification; the others are timm's, whole and at 224 pixels.",
+            "choices": MODELS,
+        },
     )
     variants: list[str] = field(
         default_factory=lambda: ["identity", "svd"],
@@ -102,6 +121,14 @@ class BenchArguments:
             raise ValueError(f"--sequence_length {self.sequence_length} exceeds the 512 positions of BERT.")
         if self.image_size % 16:
             raise ValueError(f"--image_size {self.image_size} must be a multiple of the patch size, 16.")
+        if whole := sorted({*self.models} & {*TIMM}):
+            if self.num_hidden_layers is not None or self.image_size != 224:
+                raise ValueError(
+                    f"--models {' '.join(whole)} have their own number of layers and 224 pixels; leave out "
+                    "--num_hidden_layers and --image_size."
+                )
+            if importlib.util.find_spec("timm") is None:
+                raise ValueError(f"--models {' '.join(whole)} need timm; pip install timm, or leave them out.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -109,10 +136,39 @@ class BenchArguments:
 # --- what is stepped -------------------------------------------------------------------------------------------------
 
 
+class TimmClassifier(nn.Module):
+    """A timm model that takes and gives what a transformers one does."""
+
+    def __init__(self, name: str, num_labels: int) -> None:
+        import timm  # an extra, which BERT and ViT do not need
+
+        super().__init__()
+        self.timm_model = timm.create_model(name, pretrained=False, num_classes=num_labels)
+        attentions = [m for m in self.modules() if type(m).__name__ in TIMM_ATTENTION.class_names]
+        self.config = SimpleNamespace(
+            model_type="vit", num_channels=3, num_labels=num_labels, num_hidden_layers=len(attentions)
+        )
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> SimpleNamespace:
+        """The mean cross-entropy, as `loss`."""
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.timm_model(pixel_values), labels))
+
+    def num_parameters(self) -> int:
+        """As transformers models have it."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def condition_model(model: nn.Module, config: SpectralConfig) -> None:
+    """Condition in place, timm's models by their own description."""
+    condition(model, config, architecture=TIMM_ATTENTION if isinstance(model, TimmClassifier) else None)
+
+
 def build_model(name: str, arguments: BenchArguments) -> Any:
     """A stock model with the weights of the seed, on the CPU."""
     torch.manual_seed(arguments.seed)
     tiny = arguments.scale == "tiny"
+    if name in TIMM:
+        return TimmClassifier(TIMM[name][arguments.scale], 10 if tiny else 1000).train()
     sizes: dict[str, Any] = NO_DROPOUT | (TINY if tiny else {})
     if arguments.num_hidden_layers is not None:
         sizes["num_hidden_layers"] = arguments.num_hidden_layers
@@ -152,7 +208,7 @@ class TrainingStep:
         self.batch = build_batch(self.model, arguments)
         self.device, self.autocast = self.batch["labels"].device, AUTOCAST[dtype]
         if variant in VARIANTS:
-            condition(self.model, VARIANTS[variant])
+            condition_model(self.model, VARIANTS[variant])
         self.model.to(self.device)
         self.forward: Callable[..., Any] = torch.compile(self.model) if mode == "compile" else self.model
         # A rate so small that the model stays what it is over any number of rounds.
@@ -251,7 +307,7 @@ def refreshing(steps: Mapping[str, TrainingStep], arguments: BenchArguments) -> 
     round has to wait for the hundredth.
     """
     dynamic = build_model(steps["svd"].name, arguments)
-    condition(dynamic, SpectralConfig("svd", refresh_every=1))
+    condition_model(dynamic, SpectralConfig("svd", refresh_every=1))
     dynamic.to(arguments.device)
 
     def timed(exact: bool) -> Callable[[], float]:
@@ -393,7 +449,8 @@ COLUMNS = (
 
 def report(results: Sequence[Mapping[str, Any]], arguments: BenchArguments, machine: Mapping[str, Any]) -> str:
     """The Markdown page."""
-    sizes = {"bert": f"{arguments.sequence_length} tokens", "vit": f"{arguments.image_size}² pixels"}
+    sizes = dict.fromkeys(MODELS, f"{arguments.image_size}² pixels")
+    sizes["bert"] = f"{arguments.sequence_length} tokens"
     lines = ["# A training step: stock against spectrally conditioned", ""]
     lines += ["Machine: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
     for result in results:

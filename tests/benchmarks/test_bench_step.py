@@ -13,6 +13,7 @@ from scipy import stats
 from scripts_loading import REPOSITORY, load_script
 
 from hf_specattn import fold
+from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import SpectralLayer
 
 SCRIPT = REPOSITORY / "benchmarks" / "bench_step.py"
@@ -56,6 +57,35 @@ def test_measures_every_combination(bench, tmp_path, capsys):
             assert row.count("|") == len(bench.COLUMNS) + 1
         stock, control = (result["variants"][name] for name in (bench.STOCK, bench.CONTROL))
         assert all(stock[key] == control[key] for key in ("memory_bytes", "flops", "elements_written"))
+
+
+@pytest.mark.parametrize(("name", "attentions"), [("deit", 12), ("swin", 24), ("xcit", 24), ("davit", 24)])
+def test_the_papers_families_have_their_attention_found(bench, name, attentions):
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = bench.build_model(name, bench.BenchArguments(device="cpu"))
+    found = find_projections(model, bench.TIMM_ATTENTION)
+    assert len(found) == model.config.num_hidden_layers == attentions
+    for item in found:
+        assert item.layout.kind == "qkv_blocked"
+        assert item.layout.out_features == item.module.weight.shape[0] == 3 * item.module.weight.shape[1]
+    assert 80e6 < model.num_parameters() < 90e6
+
+
+@pytest.mark.slow
+def test_a_model_of_timm_is_conditioned_whole_and_trains(bench):
+    pytest.importorskip("timm")
+    arguments = bench.BenchArguments(scale="tiny", batch_size=1, device="cpu")
+    step = bench.TrainingStep("deit", "svd", "fp32", "eager", arguments)
+    layers = [module for module in step.model.modules() if isinstance(module, SpectralLayer)]
+    assert len(layers) == 12
+    for layer in layers:
+        parts = layer.layout.split(layer.effective_weight().detach())
+        assert list(parts) == ["query", "key", "value"]
+        assert all(torch.linalg.cond(part.double()) <= 2 + 1e-4 for part in parts.values())
+    assert step() > 0
+    assert all(parameter.grad is not None for parameter in step.model.parameters())
+    bench.check_fold(step.model, bench.build_model("deit", arguments))
 
 
 def test_results_name_no_machine_and_no_path(bench, tmp_path):
@@ -102,6 +132,10 @@ def test_lists_the_kernels_of_a_compiled_step(bench, tmp_path):
         (["--num_hidden_layers", "0"], "--num_hidden_layers 0 must be at least 1"),
         (["--sequence_length", "513"], "--sequence_length 513 exceeds the 512 positions"),
         (["--image_size", "40"], "--image_size 40 must be a multiple of the patch size"),
+        (
+            ["--models", "deit", "swin", "--num_hidden_layers", "2"],
+            "--models deit swin have their own number of layers",
+        ),
         (["--variants", "other"], "invalid choice: 'other'"),
     ],
 )
