@@ -63,6 +63,7 @@ class PolarBenchArguments:
         default_factory=lambda: ["bert", "vit"], metadata={"help": "As of bench_step.py.", "choices": ["bert", "vit"]}
     )
     scale: str = field(default="base", metadata={"help": "As of bench_step.py.", "choices": ["base", "tiny"]})
+    num_hidden_layers: int | None = field(default=None, metadata={"help": "Layers. None: those of the scale."})
     sequences: list[int] = field(
         default_factory=lambda: [2, 8], metadata={"help": "The two batch sizes of the step: sequences or images."}
     )
@@ -94,7 +95,7 @@ class PolarBenchArguments:
 
     def of_step(self, sequences: int) -> BenchArguments:
         """The same in the terms of bench_step.py."""
-        names = ("scale", "sequence_length", "device", "seed")
+        names = ("scale", "num_hidden_layers", "sequence_length", "device", "seed")
         return BenchArguments(batch_size=sequences, **{name: getattr(self, name) for name in names})
 
 
@@ -200,6 +201,7 @@ def measure_model(name: str, arguments: PolarBenchArguments) -> dict[str, Any]:
     weights = [tuple(layer.weight.shape) for _, layer in spectral_layers(dynamic)]
     return {
         "model": name,
+        "layers": dynamic.config.num_hidden_layers,
         "weights": len(weights),
         "shapes": sorted({f"{rows} x {columns}" for rows, columns in weights}),
         "tokens": tokens,
@@ -273,7 +275,7 @@ def report(rows: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]
             for name, tokens in zip(("small step", "large step"), model["tokens"])
         )
         lines.append(
-            f"{model['weights']} weights of {' and '.join(model['shapes'])}. A stock step ({settings['precision']}, "
+            f"{model['layers']} layers, {model['weights']} weights of {' and '.join(model['shapes'])}. A stock step ({settings['precision']}, "
             f"{settings['mode']}, AdamW) takes {step} tokens, so {1e6 * model['seconds_per_token']:,.1f} microseconds per "
             f"token and {1000 * model['seconds_fixed']:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
         )

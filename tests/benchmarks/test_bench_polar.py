@@ -23,6 +23,7 @@ def bench():
 
 def test_measures_every_combination(bench, tmp_path, capsys):
     flags = ["--sizes", "8", "20", "--kappas", "10", "1e6", "--dtypes", "fp32", "fp64", "--models", "bert"]
+    flags += ["--num_hidden_layers", "3"]
     bench.main([*TINY, *flags, "--batch", "2", "--largest_reference", "8", "--output_dir", str(tmp_path)])
     content = json.loads((tmp_path / "bench_polar_cpu.json").read_text())
     page = (tmp_path / "bench_polar_cpu.md").read_text(encoding="utf-8")
@@ -36,7 +37,7 @@ def test_measures_every_combination(bench, tmp_path, capsys):
             assert row["error_products"] < 1e-2
             assert row["kappa"] is None or row["kappa_measured"] == pytest.approx(row["kappa"], rel=0.2)
     (model,) = content["models"]
-    assert (model["weights"], model["shapes"], model["tokens"]) == (6, ["32 x 32"], [8, 16])
+    assert (model["layers"], model["weights"], model["shapes"], model["tokens"]) == (3, 9, ["32 x 32"], [8, 16])
     assert len(model["break_even_tokens"]) == 6
     for line in page.splitlines():
         if line.startswith(("| 8 |", "| 20 |")):
