@@ -2,6 +2,7 @@
 
     python benchmarks/bench_step.py                                    # BERT-base and ViT-B/16, some minutes on a CPU
     python benchmarks/bench_step.py --device cuda --dtypes fp32 bf16 --modes eager compile --batch_size 32 --rounds 100
+    python benchmarks/bench_step.py --models vit deit swin xcit davit  # the families of the paper's Table 7 (needs timm)
 
 All variants, and stock a second time as the control, step in turns in one process: each round steps every one of them
 once, and the ratio to stock is taken within the round, so that whatever else the machine does falls on both sides. What the
@@ -9,6 +10,7 @@ control's ratio leaves open, this machine cannot tell. Beside it stands what nee
 operations, elements written, and under `torch.compile` the kernels. Writes `bench_step_<device>.json` and `.md`.
 """
 
+import importlib.util
 import os
 import platform
 import random
@@ -22,6 +24,7 @@ from itertools import product
 from math import comb
 from pathlib import Path
 from statistics import median, quantiles
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from hf_specattn import SpectralConfig, condition, fold
+from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
 from hf_specattn.training import atomic_files
 from hf_specattn.training.memory import saved_for_backward, storages_of, total_bytes
 from hf_specattn.training.metrics import package_versions
@@ -49,6 +52,19 @@ VARIANTS = {
     "svd": SpectralConfig("svd"),
     "svd_head": SpectralConfig("svd", granularity="head"),
 }
+# timm's names of the paper's families, by scale; ViT-B itself is "vit".
+TIMM = {
+    "deit": {"base": "deit_base_patch16_224", "tiny": "deit_tiny_patch16_224"},
+    "swin": {"base": "swin_base_patch4_window7_224", "tiny": "swin_tiny_patch4_window7_224"},
+    "xcit": {"base": "xcit_medium_24_p16_224", "tiny": "xcit_nano_12_p16_224"},
+    "davit": {"base": "davit_base", "tiny": "davit_tiny"},
+}
+TIMM_ATTENTION = AttentionSpec(
+    ("Attention", "WindowAttention", "ChannelAttention", "XCA"),
+    {"qkv": ("query", "key", "value")},
+    query_heads="num_heads",
+)
+MODELS = ["bert", "vit", *TIMM]
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # as in pretraining here
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -60,7 +76,10 @@ class BenchArguments:
 
     models: list[str] = field(
         default_factory=lambda: ["bert", "vit"],
-        metadata={"help": "bert: BertForMaskedLM; vit: ViTForImageClassification.", "choices": ["bert", "vit"]},
+        metadata={
+            "help": "bert: BertForMaskedLM; vit: ViTForImageClassification; the others are timm's, whole and at 224 pixels.",
+            "choices": MODELS,
+        },
     )
     variants: list[str] = field(
         default_factory=lambda: ["identity", "svd"],
@@ -82,17 +101,34 @@ class BenchArguments:
     image_size: int = field(default=224, metadata={"help": "Pixels per side (vit), a multiple of 16."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"choices": ["cpu", "cuda"]})
     rounds: int = field(default=30, metadata={"help": "Timed rounds; an interval needs at least 6."})
+    refresh_every: list[int] = field(
+        default_factory=lambda: [1, 10, 100],
+        metadata={
+            "help": "Beside svd: a step with its share of a refresh, by products and exact. Nothing: leave out."
+        },
+    )
+    refresh_rounds: int = field(default=6, metadata={"help": "Timed rounds of refreshing, each beside a stock step."})
     seed: int = field(default=0, metadata={"help": "Decides weights, inputs and the order within a round."})
     output_dir: str = field(default="benchmarks/results", metadata={"help": "Folder for the two files."})
 
     def __post_init__(self) -> None:
-        for name in ("num_hidden_layers", "batch_size", "sequence_length", "image_size", "rounds"):
+        for name in ("num_hidden_layers", "batch_size", "sequence_length", "image_size", "rounds", "refresh_rounds"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1.")
+        if min(self.refresh_every, default=1) < 1:
+            raise ValueError(f"--refresh_every {min(self.refresh_every)} must be at least 1.")
         if self.sequence_length > 512:
             raise ValueError(f"--sequence_length {self.sequence_length} exceeds the 512 positions of BERT.")
         if self.image_size % 16:
             raise ValueError(f"--image_size {self.image_size} must be a multiple of the patch size, 16.")
+        if whole := sorted({*self.models} & {*TIMM}):
+            if self.num_hidden_layers is not None or self.image_size != 224:
+                raise ValueError(
+                    f"--models {' '.join(whole)} have their own number of layers and 224 pixels; leave out "
+                    "--num_hidden_layers and --image_size."
+                )
+            if importlib.util.find_spec("timm") is None:
+                raise ValueError(f"--models {' '.join(whole)} need timm; pip install timm, or leave them out.")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no CUDA device here; use --device cpu.")
 
@@ -100,10 +136,39 @@ class BenchArguments:
 # --- what is stepped -------------------------------------------------------------------------------------------------
 
 
+class TimmClassifier(nn.Module):
+    """A timm model that takes and gives what a transformers one does."""
+
+    def __init__(self, name: str, num_labels: int) -> None:
+        import timm  # an extra, which BERT and ViT do not need
+
+        super().__init__()
+        self.timm_model = timm.create_model(name, pretrained=False, num_classes=num_labels)
+        attentions = [m for m in self.modules() if type(m).__name__ in TIMM_ATTENTION.class_names]
+        self.config = SimpleNamespace(
+            model_type="vit", num_channels=3, num_labels=num_labels, num_hidden_layers=len(attentions)
+        )
+
+    def forward(self, pixel_values: Tensor, labels: Tensor) -> SimpleNamespace:
+        """The mean cross-entropy, as `loss`."""
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.timm_model(pixel_values), labels))
+
+    def num_parameters(self) -> int:
+        """As transformers models have it."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def condition_model(model: nn.Module, config: SpectralConfig) -> None:
+    """Condition in place, timm's models by their own description."""
+    condition(model, config, architecture=TIMM_ATTENTION if isinstance(model, TimmClassifier) else None)
+
+
 def build_model(name: str, arguments: BenchArguments) -> Any:
     """A stock model with the weights of the seed, on the CPU."""
     torch.manual_seed(arguments.seed)
     tiny = arguments.scale == "tiny"
+    if name in TIMM:
+        return TimmClassifier(TIMM[name][arguments.scale], 10 if tiny else 1000).train()
     sizes: dict[str, Any] = NO_DROPOUT | (TINY if tiny else {})
     if arguments.num_hidden_layers is not None:
         sizes["num_hidden_layers"] = arguments.num_hidden_layers
@@ -138,11 +203,12 @@ class TrainingStep:
     """
 
     def __init__(self, model: str, variant: str, dtype: str, mode: str, arguments: BenchArguments) -> None:
+        self.name = model
         self.model = build_model(model, arguments)
         self.batch = build_batch(self.model, arguments)
         self.device, self.autocast = self.batch["labels"].device, AUTOCAST[dtype]
         if variant in VARIANTS:
-            condition(self.model, VARIANTS[variant])
+            condition_model(self.model, VARIANTS[variant])
         self.model.to(self.device)
         self.forward: Callable[..., Any] = torch.compile(self.model) if mode == "compile" else self.model
         # A rate so small that the model stays what it is over any number of rounds.
@@ -231,6 +297,41 @@ def peak_memory(step: TrainingStep, base: int) -> int:
     return total_bytes(storages_of(held) | saved)
 
 
+REFRESHES = {"products": False, "exact": True}
+
+
+def refreshing(steps: Mapping[str, TrainingStep], arguments: BenchArguments) -> dict[str, Any]:
+    """Seconds of a refresh by products and by the SVD, and the ratio to stock of an svd step with its share of them.
+
+    The refresh is timed by itself and its n-th part added to the svd step of the same round: every step counts, and no
+    round has to wait for the hundredth.
+    """
+    dynamic = build_model(steps["svd"].name, arguments)
+    condition_model(dynamic, SpectralConfig("svd", refresh_every=1))
+    dynamic.to(arguments.device)
+
+    def timed(exact: bool) -> Callable[[], float]:
+        def run() -> float:
+            steps["svd"].synchronize()
+            started = time.perf_counter()
+            refresh(dynamic, exact=exact)
+            steps["svd"].synchronize()
+            return time.perf_counter() - started
+
+        return run
+
+    parts: dict[str, Callable[[], float]] = {STOCK: steps[STOCK], "svd": steps["svd"]}
+    parts |= {name: timed(exact) for name, exact in REFRESHES.items()}
+    time_rounds(parts, 1, arguments.seed)
+    seconds = time_rounds(parts, arguments.refresh_rounds, arguments.seed)
+    result: dict[str, Any] = {"seconds": {name: [round(x, 6) for x in values] for name, values in seconds.items()}}
+    for name, every in product(REFRESHES, arguments.refresh_every):
+        with_share = [step + own / every for step, own in zip(seconds["svd"], seconds[name])]
+        label = f"svd, refresh_every {every}, {name}"
+        result[label] = ratios({STOCK: seconds[STOCK], label: with_share})[label]
+    return result
+
+
 MEMORY = {
     "cpu": "bytes of parameters, gradients, buffers, optimizer state and all tensors saved for the backward pass "
     "(temporary workspace is not in it: torch keeps no peak on a CPU)",
@@ -313,11 +414,12 @@ def measure(model: str, dtype: str, mode: str, arguments: BenchArguments) -> dic
     for name, numbers in variants.items():
         numbers |= {"median_seconds": median(seconds[name]), "ratio": ratio_to_stock.get(name)}
         numbers["seconds"] = [round(value, 6) for value in seconds[name]]
+    dynamic = refreshing(steps, arguments) if "svd" in steps and arguments.refresh_every else None
     for name in arguments.variants:
         check_fold(steps[name].model, steps[STOCK].model)
     stock = steps[STOCK].model
     size = {"layers": stock.config.num_hidden_layers, "parameters": stock.num_parameters()}
-    return {"model": model, "dtype": dtype, "mode": mode, **size, "variants": variants}
+    return {"model": model, "dtype": dtype, "mode": mode, **size, "variants": variants, "refreshing": dynamic}
 
 
 def describe_machine(device: str) -> dict[str, Any]:
@@ -347,7 +449,8 @@ COLUMNS = (
 
 def report(results: Sequence[Mapping[str, Any]], arguments: BenchArguments, machine: Mapping[str, Any]) -> str:
     """The Markdown page."""
-    sizes = {"bert": f"{arguments.sequence_length} tokens", "vit": f"{arguments.image_size}² pixels"}
+    sizes = dict.fromkeys(MODELS, f"{arguments.image_size}² pixels")
+    sizes["bert"] = f"{arguments.sequence_length} tokens"
     lines = ["# A training step: stock against spectrally conditioned", ""]
     lines += ["Machine: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".", ""]
     for result in results:
@@ -358,13 +461,17 @@ def report(results: Sequence[Mapping[str, Any]], arguments: BenchArguments, mach
             f"{sizes[result['model']]}, dropout 0, AdamW, {arguments.rounds} rounds.\n"
         )
         rows = [row(name, numbers, variants[STOCK]) for name, numbers in variants.items()]
-        lines += [markdown_table(COLUMNS, rows), *kernel_lines(variants)]
+        lines += [markdown_table(COLUMNS, rows), *refresh_lines(result), *kernel_lines(variants)]
     return "\n".join([*lines, *EXPLANATIONS, f"- Memory: {MEMORY[arguments.device]}.", ""])
 
 
 EXPLANATIONS = (
     "- Ratio: to stock's time in the same round. Its interval is that of the median (sign test). One that contains 1 or "
     "overlaps the control's shows no difference, which is not to show that there is none.",
+    "- Dynamic: a step of svd with its share of the time of a refresh, against the stock step of the same round. Products "
+    "and exact: `refresh(model, exact=False)` and `exact=True`.",
+    "- The paper's Table 7 (A100, full training): its svd took 1.41 (ViT-B), 1.44 (DeiT-B), 1.29 (Swin-B), 1.20 (XCiT-M) and "
+    "1.24 (DaViT) times the hours of stock.",
     "- FLOPs: of the matrix products and convolutions in a forward and a backward pass (torch's FlopCounterMode). The "
     "optimizer, the same for all, is not in it.",
     "- Other elements written: by all other operations of those passes, in eager mode with attention as plain products "
@@ -387,6 +494,21 @@ def row(name: str, numbers: Mapping[str, Any], stock: Mapping[str, Any]) -> list
     ]
     calls = NOTHING if kernels is None else str(sum(kernels.values()))
     return [name, f"{1000 * numbers['median_seconds']:,.1f}", *spread, *counts, calls]
+
+
+def refresh_lines(result: Mapping[str, Any]) -> list[str]:
+    """The table of steps with their share of a refresh; nothing where none was measured."""
+    measured = result["refreshing"]
+    if measured is None:
+        return []
+    rows = []
+    for label, ratio in measured.items():
+        if label != "seconds":
+            method = label.rpartition(", ")[2]
+            interval = "too few rounds" if ratio["interval_95"] is None else between(ratio["interval_95"])
+            seconds = median(measured["seconds"][method])
+            rows.append([label, f"{1000 * seconds:,.1f}", f"{ratio['median']:.3f}", interval])
+    return [markdown_table(("dynamic", "a refresh, median (ms)", "ratio to stock, median", "95 % interval"), rows)]
 
 
 def between(ends: Sequence[float]) -> str:

@@ -66,8 +66,12 @@ class ProjectionLayout:
 
         Views where the layout allows it, copies where the projection's rows do not lie together.
         """
-        grouped = matrix.unflatten(0, (self.groups, -1)).split(self.rows_per_group, dim=1)
-        return {name: part.flatten(0, 1) for name, part in zip(self.projections, grouped)}
+        return {name: part.flatten(0, 1) for name, part in self.grouped(matrix).items()}
+
+    def grouped(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Views of each projection's rows in an `(out_features, in_features)` weight: `(groups, rows, in_features)`."""
+        parts = matrix.unflatten(0, (self.groups, -1)).split(self.rows_per_group, dim=1)
+        return dict(zip(self.projections, parts))
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The inverse of `split`."""

@@ -1,19 +1,25 @@
 """Dynamic corrections: recomputing them, and noticing when nobody does."""
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .adapted import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, SpectralLayer, spectral_layers
+from .polar import polar_correction
 
 logger = logging.get_logger(__name__)
 
 # After this many missed intervals training stops: by then the corrections are those of another model.
 MISSED_INTERVALS = 10
+# Entries of the weights whose corrections are computed together: enough for a GPU (28 matrices of 768 x 768), while the
+# work takes about six times their memory.
+ELEMENTS_AT_ONCE = 2**24
 
 
 def refresh_interval(model: nn.Module) -> int | None:
@@ -27,11 +33,18 @@ def steps_since_refresh(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def refresh(model: nn.Module) -> None:
+def refresh(model: nn.Module, exact: bool | None = None) -> None:
     """Recompute the dynamic svd corrections of `model` once, in place, from the weights as they stand.
 
     Call it after the optimizer's step, every `refresh_every` steps: with the Trainer [`SpectralCallback`] does. A refresh
     moves the model's function by the change of `C`. Projections under an adapter of PEFT keep theirs: their `W` is frozen.
+
+    Args:
+        model: conditioned with `refresh_every`.
+        exact: True takes the SVD of each weight. False takes matrix products (`polar.py`), all weights of one shape
+            together: the same `C` but for rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU, where an
+            SVD takes longer than a training step; elsewhere the SVD, which LAPACK does in the time of about 15 products of
+            the weight's size. It is an argument and no setting, because the function does not depend on it.
 
     Raises:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function.
@@ -43,22 +56,75 @@ def refresh(model: nn.Module) -> None:
             "SpectralConfig(method='svd', refresh_every=n) was given. Leave the call out, or condition with refresh_every."
         )
     adapted = adapted_layers(model)
-    for layer in layers:
-        if layer in adapted:
-            STEPS_SINCE_REFRESH[layer] = 0
-        else:
+    following = [layer for layer in layers if layer not in adapted]
+    by_products = [layer for layer in following if not _takes_svd(layer, exact)]
+    for layer in following:
+        if _takes_svd(layer, exact):
             recompute(layer)
+    recompute_by_products(by_products)
+    for layer in layers:
+        STEPS_SINCE_REFRESH[layer] = 0
+
+
+def _takes_svd(layer: SpectralLayer, exact: bool | None) -> bool:
+    return layer.weight.device.type != "cuda" if exact is None else exact
 
 
 @torch.no_grad()
 def recompute(layer: SpectralLayer) -> None:
     """Recompute one stored svd correction; FSDP2-sharded weights are gathered first, on every rank alike."""
-    weight = layer.weight.detach()
-    if hasattr(weight, "full_tensor"):
-        weight = weight.full_tensor()
-    layer.correction.copy_(layer.orient(layer.correction_of(layer.orient(weight))))
+    layer.correction.copy_(layer.orient(layer.correction_of(layer.orient(_whole_weight(layer)))))
     if layer.spectral.dynamic:
         STEPS_SINCE_REFRESH[layer] = 0
+
+
+class _Block(NamedTuple):
+    """Matrices of one shape from one weight, `(matrices, m, n)`, and the rows of the correction that belong to them."""
+
+    matrices: Tensor
+    correction: Tensor
+
+
+@torch.no_grad()
+def recompute_by_products(layers: Sequence[SpectralLayer]) -> None:
+    """Recompute stored svd corrections through [`polar_correction`], many matrices of one shape at once.
+
+    What is taken together follows from the layers' order and shapes alone, so that every rank does the same and a resumed
+    run, too. FSDP2-sharded weights are gathered one after the other, on every rank alike.
+    """
+    waiting: dict[Any, list[_Block]] = defaultdict(list)
+    for layer in layers:
+        for block in _blocks(layer):
+            key = (block.matrices.shape[1:], block.matrices.dtype, block.matrices.device)
+            waiting[key].append(block)
+            if sum(each.matrices.numel() for each in waiting[key]) >= ELEMENTS_AT_ONCE:
+                _correct(waiting.pop(key))
+    for blocks in waiting.values():
+        _correct(blocks)
+
+
+def _blocks(layer: SpectralLayer) -> Iterator[_Block]:
+    corrections = layer.layout.grouped(layer.orient(layer.correction))
+    for name, matrix in layer.layout.split(layer.orient(_whole_weight(layer))).items():
+        if name in layer.spectral.targets:
+            per_head = layer.spectral.granularity == "head"
+            yield _Block(layer.layout.head_blocks(name, matrix) if per_head else matrix[None], corrections[name])
+
+
+def _correct(blocks: Sequence[_Block]) -> None:
+    result = polar_correction(torch.cat([block.matrices for block in blocks]))
+    for block, correction in zip(blocks, result.correction.split([len(block.matrices) for block in blocks])):
+        block.correction.copy_(correction.reshape(block.correction.shape))
+    logger.debug(
+        f"{len(result.exact)} corrections by matrix products: {int(result.continued.sum())} took more of them, and "
+        f"{int(result.exact.sum())} an SVD."
+    )
+
+
+def _whole_weight(layer: SpectralLayer) -> Tensor:
+    weight: Any = layer.weight.detach()
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
 
 
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -262,6 +262,7 @@ class Bench:
         data: Task -> its data.
         results: Where the records go.
         stop: Whether a signal asks to stop.
+        exact_refresh: How dynamic corrections are recomputed, for `refresh`.
         bases: Model -> the copy that its adapters name as their base.
         loaded: Models that were loaded before, whose warnings were seen.
         tokens: Sets of the task at hand, by file.
@@ -273,6 +274,7 @@ class Bench:
     data: dict[str, TaskData]
     results: Results
     stop: StopRequest
+    exact_refresh: bool | None = None
     bases: dict[str, str] = field(default_factory=dict)
     loaded: set[str] = field(default_factory=set)
     tokens: dict[Path, TokenizedExamples] = field(default_factory=dict)
@@ -411,7 +413,7 @@ def train(bench: Bench, run: Run) -> None:
                     schedule.step()
                 step += 1
                 if refresh_every is not None and step % refresh_every == 0:
-                    refresh(run.model)
+                    refresh(run.model, exact=bench.exact_refresh)
                 bar.update()
                 if bench.stop.requested():
                     raise StoppedError
@@ -606,7 +608,7 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
     bases = name_bases(arguments, accelerator, variants) if to_do else {}
     by_label = {variant.label: variant for variant in variants}
     with stop_on_signals(accelerator) as stop:
-        bench = Bench(arguments, accelerator, by_label, data, results, stop, bases)
+        bench = Bench(arguments, accelerator, by_label, data, results, stop, spectral.spectral_exact_refresh, bases)
         stopped = run_all(bench, to_do)
     if accelerator.is_main_process:
         report(arguments, results)

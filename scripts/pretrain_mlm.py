@@ -261,6 +261,7 @@ def settings_to_keep(
 
     A resumed run prepares its data anew, tokenizer included, which gives the same: the fingerprints tell if not.
     """
+    exact = spectral.spectral_exact_refresh
     return {
         **model_description(model.config),
         **{name: getattr(arguments, name) for name in RUN_SETTINGS},
@@ -272,6 +273,8 @@ def settings_to_keep(
         "micro_batch_size": micro_batch(arguments, accelerator) if arguments.batch_size_ramp else None,
         "mixed_precision": accelerator.mixed_precision,
         "spectral_init": spectral.init,
+        # Only where it was chosen: runs from before this flag can be resumed.
+        **({} if exact is None else {"spectral_exact_refresh": exact}),
         "train_fingerprint": sequences_fingerprint(task.data.train),
         "validation_fingerprint": task.data.validation_fingerprint,
         "tokenizer_size": len(task.data.tokenizer),
@@ -299,6 +302,7 @@ class Training:
         optimizer: As accelerate wrapped it.
         schedule: Of the learning rate.
         sparse: Whether the model computes logits at the masked positions only.
+        exact_refresh: How dynamic corrections are recomputed, for `refresh`.
         checkpoints: Of the model and optimizer.
     """
 
@@ -307,11 +311,13 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: BudgetSchedule
     sparse: bool
+    exact_refresh: bool | None
     checkpoints: Checkpoints
 
 
 def prepare_training(
     arguments: PretrainArguments,
+    spectral: SpectralArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
     data: MlmData,
@@ -327,7 +333,7 @@ def prepare_training(
     parts = TrainingParts(model, prepared, scaler=accelerator.scaler, processor=data.tokenizer)
     limit = arguments.save_total_limit
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
-    return Training(model, wrapped, prepared, schedule, sparse, checkpoints)
+    return Training(model, wrapped, prepared, schedule, sparse, spectral.spectral_exact_refresh, checkpoints)
 
 
 def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
@@ -380,7 +386,7 @@ def train(
             announce_new_pass(task, step, batch)
             loss = train_step(arguments, accelerator, task, training, batch, micro_steps, step)
             if refresh_every is not None and step % refresh_every == 0:
-                refresh(training.model)
+                refresh(training.model, exact=training.exact_refresh)
             position += len(batch.indices)
             seconds = common_seconds(arguments, accelerator, started)
             last = budget.share(step, seconds) >= 1
@@ -550,7 +556,7 @@ def pretrain(arguments: PretrainArguments, spectral: SpectralArguments, accelera
     if not finished:
         accelerator.init_trackers("pretrain_mlm", config=tracker_config(metrics.arguments))
     description = settings_to_keep(arguments, spectral, accelerator, model, task)
-    training = prepare_training(arguments, accelerator, model, data, description)
+    training = prepare_training(arguments, spectral, accelerator, model, data, description)
     # Last before the loop: it restores the random number generators.
     begun = begin(arguments, accelerator, training.checkpoints)
     if finished:

@@ -2,13 +2,18 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from models import ARCHITECTURES, each_architecture
 from torch import nn
 
-from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
+from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh, refreshing
+from hf_specattn.corrections import svd_correction
+from hf_specattn.layers import spectral_layers
+from hf_specattn.polar import polar_correction
 from hf_specattn.refreshing import MISSED_INTERVALS, refresh_interval, steps_since_refresh
 
 
@@ -58,6 +63,123 @@ def test_refresh_follows_the_weight():
         assert np.linalg.cond(layer.effective_weight().detach().numpy()) <= 2 * (1 + 1e-9)
         assert not layer.correction.requires_grad
     assert not torch.equal(model.q.correction, before)
+
+
+# --- by matrix products ----------------------------------------------------------------------------------------------
+
+
+def moved(tiny, dtype=torch.float64, **settings):
+    """A conditioned tiny model whose weights have moved since its corrections were computed."""
+    model = tiny.model(dtype=dtype)
+    condition(model, SpectralConfig("svd", refresh_every=1, **settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=dtype))
+    return model
+
+
+def corrections(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("correction")}
+
+
+@each_architecture
+@pytest.mark.parametrize("granularity", ["projection", "head"])
+@pytest.mark.parametrize("targets", [("query", "key", "value"), ("key",)])
+def test_products_give_the_correction_of_the_svd(tiny, granularity, targets):
+    model = moved(tiny, granularity=granularity, targets=targets)
+    before = corrections(model)
+    refresh(model, exact=True)
+    expected = corrections(model)
+    for name, buffer in model.named_buffers():
+        if name in expected:
+            buffer.copy_(before[name])
+    refresh(model, exact=False)
+    for name, correction in corrections(model).items():
+        assert not torch.equal(correction, before[name])
+        torch.testing.assert_close(correction, expected[name], rtol=0, atol=1e-8 * expected[name].norm().item())
+        # Rows that are no target have no correction, not a tiny one.
+        assert torch.equal(correction == 0, expected[name] == 0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_interleaved_projections(exact):
+    class FusedAttention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads = 3
+            self.qkv = nn.Linear(12, 36, dtype=torch.float64)
+
+    model = FusedAttention()
+    spec = AttentionSpec("FusedAttention", {"qkv": ("query", "key", "value")}, interleaved=True, query_heads="heads")
+    condition(model, SpectralConfig("svd", refresh_every=1), architecture=spec)
+    nn.init.normal_(model.qkv.weight)
+    refresh(model, exact=exact)
+    rows = np.arange(36).reshape(3, 3, 4)  # head, projection, row
+    for projection in range(3):
+        own = rows[:, projection].ravel()
+        expected = numpy_svd_correction(model.qkv.weight[own])
+        torch.testing.assert_close(model.qkv.correction[own], expected, rtol=0, atol=1e-10)
+
+
+def test_products_meet_the_limit_in_float32_and_count_from_anew():
+    model = moved(ARCHITECTURES["bert"], dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(**ARCHITECTURES["bert"].batch()).last_hidden_state.sum().backward()
+    optimizer.step()
+    assert steps_since_refresh(model) == 1
+    refresh(model, exact=False)
+    assert steps_since_refresh(model) == 0
+    for _, layer in spectral_layers(model):
+        assert np.linalg.cond(layer.effective_weight().detach().double().numpy()) <= 2.02
+        assert not layer.correction.requires_grad
+
+
+def test_what_is_computed_together_changes_rounding_only(monkeypatch):
+    model = moved(ARCHITECTURES["llama"], dtype=torch.float32)  # key and value are of another shape than query
+    shapes = []
+
+    def record(weight):
+        shapes.append(tuple(weight.shape))
+        return polar_correction(weight)
+
+    monkeypatch.setattr(refreshing, "polar_correction", record)
+    refresh(model, exact=False)
+    together = corrections(model)
+    assert shapes == [(2, 32, 32), (4, 16, 32)]
+    shapes.clear()
+    monkeypatch.setattr(refreshing, "ELEMENTS_AT_ONCE", 2 * 16 * 32)
+    refresh(model, exact=False)
+    assert shapes == [(1, 32, 32), (2, 16, 32)] * 2
+    for name, correction in corrections(model).items():
+        torch.testing.assert_close(correction, together[name], rtol=0, atol=1e-5 * together[name].norm().item())
+
+
+def test_the_device_decides_unless_told(monkeypatch):
+    model = moved(ARCHITECTURES["bert"])
+    by_products = []
+    monkeypatch.setattr(refreshing, "recompute_by_products", lambda layers: by_products.append(len(layers)))
+    for exact, count in ((None, 0), (True, 0), (False, 6)):  # on a CPU
+        refresh(model, exact=exact)
+        assert by_products.pop() == count
+    on_gpu = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda", 0)))
+    assert [refreshing._takes_svd(on_gpu, exact) for exact in (None, True, False)] == [False, True, False]
+
+
+def test_what_products_cannot_do_is_left_to_the_svd():
+    model = moved(ARCHITECTURES["bert"], dtype=torch.float32)
+    layers = [layer for _, layer in spectral_layers(model)]
+    with torch.no_grad():
+        layers[1].weight[4] = 0
+        layers[3].weight.zero_()
+    refresh(model, exact=False)
+    assert torch.equal(layers[1].correction, svd_correction(layers[1].weight))
+    assert np.linalg.cond(layers[1].effective_weight().detach().double().numpy()) <= 2.02
+    assert not layers[3].correction.any()
+    with torch.no_grad():
+        layers[2].weight[0, 0] = float("nan")
+    with pytest.raises(torch.linalg.LinAlgError, match="non-finite"):
+        refresh(model, exact=False)
 
 
 def test_static_correction_decays_as_the_method_says():

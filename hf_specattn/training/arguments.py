@@ -41,6 +41,12 @@ class SpectralArguments:
     spectral_refresh_every: int | None = field(
         default=None, metadata={"help": "Recompute svd corrections every so many optimizer steps (never)."}
     )
+    spectral_exact_refresh: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Refresh by an SVD (True) or by matrix products, checked (False). None: products on a GPU, SVD on a CPU."
+        },
+    )
     spectral_init: str | None = field(
         default=None,
         metadata={
@@ -56,6 +62,11 @@ class SpectralArguments:
             raise ValueError(f"{flags} given without --spectral_conditioning; add that flag, or leave {flags} out.")
         config = self.to_config()  # refuses bad values before any work
         check_choice("spectral_init", self.init, INITS)
+        if self.spectral_exact_refresh is not None and (config is None or not config.dynamic):
+            raise ValueError(
+                f"--spectral_exact_refresh {self.spectral_exact_refresh} says how corrections are recomputed, and without "
+                "--spectral_refresh_every they are not; add that flag, or leave this one out."
+            )
         if config is not None and config.dynamic and self.init == "preserve":
             raise ValueError(
                 "--spectral_init preserve keeps the function for a fixed C only, so it excludes "
@@ -85,6 +96,7 @@ class SpectralArguments:
         if not self.spectral_conditioning:
             return {}
         given = {name: value for name, value in self._settings().items() if value is not None}
+        given.pop("spectral_exact_refresh", None)  # for `refresh`: the model's function does not depend on it
         if self.lambda_ is not None:
             given["lambda_"] = parse_lambda(self.lambda_)
         return {"spectral_conditioning": True, **given}

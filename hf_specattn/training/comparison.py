@@ -261,7 +261,8 @@ def spectral_label(record: RunMetrics) -> str:
     if config.granularity == "head":
         parts.append("per head")
     if config.refresh_every is not None:
-        parts.append(f"refreshed every {config.refresh_every}")
+        by = {None: "", True: " by SVD", False: " by products"}[arguments.spectral_exact_refresh]
+        parts.append(f"refreshed every {config.refresh_every}{by}")
     if arguments.init != "additive":
         parts.append(arguments.init)
     return ", ".join(parts)

@@ -13,6 +13,7 @@ from scipy import stats
 from scripts_loading import REPOSITORY, load_script
 
 from hf_specattn import fold
+from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import SpectralLayer
 
 SCRIPT = REPOSITORY / "benchmarks" / "bench_step.py"
@@ -58,6 +59,35 @@ def test_measures_every_combination(bench, tmp_path, capsys):
         assert all(stock[key] == control[key] for key in ("memory_bytes", "flops", "elements_written"))
 
 
+@pytest.mark.parametrize(("name", "attentions"), [("deit", 12), ("swin", 24), ("xcit", 24), ("davit", 24)])
+def test_the_papers_families_have_their_attention_found(bench, name, attentions):
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = bench.build_model(name, bench.BenchArguments(device="cpu"))
+    found = find_projections(model, bench.TIMM_ATTENTION)
+    assert len(found) == model.config.num_hidden_layers == attentions
+    for item in found:
+        assert item.layout.kind == "qkv_blocked"
+        assert item.layout.out_features == item.module.weight.shape[0] == 3 * item.module.weight.shape[1]
+    assert 80e6 < model.num_parameters() < 90e6
+
+
+@pytest.mark.slow
+def test_a_model_of_timm_is_conditioned_whole_and_trains(bench):
+    pytest.importorskip("timm")
+    arguments = bench.BenchArguments(scale="tiny", batch_size=1, device="cpu")
+    step = bench.TrainingStep("deit", "svd", "fp32", "eager", arguments)
+    layers = [module for module in step.model.modules() if isinstance(module, SpectralLayer)]
+    assert len(layers) == 12
+    for layer in layers:
+        parts = layer.layout.split(layer.effective_weight().detach())
+        assert list(parts) == ["query", "key", "value"]
+        assert all(torch.linalg.cond(part.double()) <= 2 + 1e-4 for part in parts.values())
+    assert step() > 0
+    assert all(parameter.grad is not None for parameter in step.model.parameters())
+    bench.check_fold(step.model, bench.build_model("deit", arguments))
+
+
 def test_results_name_no_machine_and_no_path(bench, tmp_path):
     bench.main([*TINY, "--models", "vit", "--variants", "identity", "--output_dir", str(tmp_path)])
     for file in tmp_path.iterdir():
@@ -98,9 +128,14 @@ def test_lists_the_kernels_of_a_compiled_step(bench, tmp_path):
     ("given", "message"),
     [
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
+        (["--refresh_every", "0"], "--refresh_every 0 must be at least 1"),
         (["--num_hidden_layers", "0"], "--num_hidden_layers 0 must be at least 1"),
         (["--sequence_length", "513"], "--sequence_length 513 exceeds the 512 positions"),
         (["--image_size", "40"], "--image_size 40 must be a multiple of the patch size"),
+        (
+            ["--models", "deit", "swin", "--num_hidden_layers", "2"],
+            "--models deit swin have their own number of layers",
+        ),
         (["--variants", "other"], "invalid choice: 'other'"),
     ],
 )
@@ -155,6 +190,54 @@ def test_median_interval_of_known_cases(bench):
     assert bench.median_interval(range(5)) is None
     assert bench.median_interval(range(6)) == (0, 5)
     assert bench.median_interval(range(12)) == (2, 9)
+
+
+def test_a_dynamic_step_is_a_step_and_its_share_of_a_refresh(bench, step_of, monkeypatch):
+    arguments = bench.BenchArguments(scale="tiny", device="cpu", refresh_every=[1, 4], refresh_rounds=6)
+    fixed = {bench.STOCK: [2.0] * 6, "svd": [2.2] * 6, "products": [0.4] * 6, "exact": [4.0] * 6}
+    calls = []
+
+    def rounds(parts, count, seed):
+        for part in parts.values():
+            assert part() > 0
+        calls.append(count)
+        return fixed
+
+    monkeypatch.setattr(bench, "time_rounds", rounds)
+    exacts = []
+    monkeypatch.setattr(bench, "refresh", lambda model, exact: exacts.append(exact))
+    result = bench.refreshing({bench.STOCK: step_of(), "svd": step_of("svd")}, arguments)
+    assert calls == [1, 6]
+    assert exacts == [False, True] * 2
+    medians = {label: ratio["median"] for label, ratio in result.items() if label != "seconds"}
+    assert medians == pytest.approx(
+        {
+            "svd, refresh_every 1, products": 1.3,
+            "svd, refresh_every 4, products": 1.15,
+            "svd, refresh_every 1, exact": 3.1,
+            "svd, refresh_every 4, exact": 1.6,
+        }
+    )
+    lines = bench.refresh_lines({"refreshing": result})[0].splitlines()
+    assert lines[2] == "| svd, refresh_every 1, products | 400.0 | 1.300 | 1.300 to 1.300 |"
+    assert bench.refresh_lines({"refreshing": None}) == []
+
+
+def test_the_ratios_of_the_papers_table_7(bench):
+    hours = {  # hrs:mins of stock and of Theorem 3.5
+        "ViT-B": ("29:29", "41:38"),
+        "DeiT-B": ("26:16", "37:54"),
+        "Swin-B": ("53:12", "68:32"),
+        "XCiT-M": ("91:03", "109:12"),
+        "DaViT": ("75:09", "93:12"),
+    }
+
+    def minutes(text):
+        return 60 * int(text.split(":")[0]) + int(text.split(":")[1])
+
+    page = " ".join(bench.EXPLANATIONS)
+    for name, (stock, svd) in hours.items():
+        assert f"{minutes(svd) / minutes(stock):.2f} ({name})" in page
 
 
 def test_flops_by_hand(bench, step_of):

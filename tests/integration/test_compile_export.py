@@ -17,6 +17,7 @@ from models import (
     relative_difference,
     svd_by_numpy,
 )
+from torch._dynamo.testing import CompileCounter
 
 from hf_specattn import SpectralConfig, condition, fold, refresh
 from hf_specattn.layers import spectral_layers
@@ -185,6 +186,25 @@ def dynamic_model():
     model = BERT.model(dtype=torch.float32)
     condition(model, SpectralConfig("svd", refresh_every=1))
     return model
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_refreshing_breaks_no_graph_and_compiles_nothing_anew(exact):
+    model = dynamic_model()
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    batch = BERT.batch(dtype=torch.float32)
+    for _ in range(3):
+        optimizer.zero_grad()
+        output = compiled(**batch).last_hidden_state
+        # The refreshed corrections are what the compiled graph reads.
+        torch.testing.assert_close(output, model(**batch).last_hidden_state)
+        output.square().mean().backward()
+        optimizer.step()
+        refresh(model, exact=exact)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(

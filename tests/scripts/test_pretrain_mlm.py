@@ -216,6 +216,20 @@ def test_dynamic_corrections_belong_to_the_last_refresh(pretrain):
     assert mismatch(pretrain(*SVD, "--learning_rate", "1e-2", name="static")) > 1e-2
 
 
+def test_refreshing_by_products_trains_as_by_the_svd(pretrain):
+    moving = ["--spectral_refresh_every", "1", "--learning_rate", "1e-2"]
+    runs = {
+        value: pretrain(*SVD, *moving, "--spectral_exact_refresh", value, name=value) for value in ("True", "False")
+    }
+    assert losses_of(runs["False"]) == pytest.approx(losses_of(runs["True"]), rel=1e-3)
+    assert losses_of(runs["False"]) != losses_of(runs["True"])  # they differ in rounding, so the flag arrived
+    assert metrics_of(runs["False"])["arguments"]["spectral_exact_refresh"] is False
+    (runs["True"] / "metrics.json").unlink()  # as if it had been stopped
+    other = ["--spectral_exact_refresh", "False", "--resume_from_checkpoint"]
+    with pytest.raises(SystemExit, match="spectral_exact_refresh"):
+        pretrain(*SVD, *moving, *other, name="True")
+
+
 def test_a_checkpoint_is_continued(pretrain):
     first = pretrain(*SVD, name="first")
     more = ["--model_name_or_path", str(first), "--learning_rate", "1e-12"]

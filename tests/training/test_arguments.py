@@ -52,6 +52,31 @@ def test_every_flag_arrives():
     assert dynamic.to_config() == SpectralConfig("svd", refresh_every=5)
 
 
+DYNAMIC = ("--spectral_conditioning", "--spectral_method", "svd", "--spectral_refresh_every", "5")
+
+
+@pytest.mark.parametrize(
+    ("flags", "exact"),
+    [
+        ((), None),
+        (("--spectral_exact_refresh", "True"), True),
+        (("--spectral_exact_refresh", "False"), False),
+    ],
+)
+def test_how_corrections_are_refreshed_is_no_setting_of_the_model(flags, exact):
+    arguments = parse(*DYNAMIC, *flags)
+    assert arguments.spectral_exact_refresh is exact
+    assert arguments.to_config() == SpectralConfig("svd", refresh_every=5)
+    assert arguments.to_loading_kwargs() == parse(*DYNAMIC).to_loading_kwargs()
+
+
+@pytest.mark.parametrize("value", ["True", "False"])
+@pytest.mark.parametrize("flags", [(), ("--spectral_method", "svd")])
+def test_how_to_refresh_what_is_never_refreshed_is_refused(flags, value):
+    with pytest.raises(ValueError, match=f"--spectral_exact_refresh {value}.*--spectral_refresh_every"):
+        parse("--spectral_conditioning", *flags, "--spectral_exact_refresh", value)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -59,6 +84,7 @@ def test_every_flag_arrives():
         ("--spectral_method", "svd"),
         ("--spectral_targets", "key"),
         ("--spectral_init", "additive"),
+        ("--spectral_exact_refresh", "False"),
     ],
 )
 def test_a_spectral_flag_without_the_main_one_is_an_error(flags):

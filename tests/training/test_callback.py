@@ -1,9 +1,10 @@
 import pytest
 import torch
 from models import ARCHITECTURES
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn.training import callback
 from hf_specattn.training.callback import SpectralCallback
 
 
@@ -49,6 +50,18 @@ def test_corrections_follow_the_weights_every_so_many_optimizer_steps(tmp_path, 
     torch.testing.assert_close(
         layer.correction.double(), polar_correction(layer.weight.detach()), rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("exact", [None, True, False])
+def test_how_to_recompute_is_handed_on(monkeypatch, exact):
+    calls = []
+    monkeypatch.setattr(callback, "refresh", lambda model, **settings: calls.append(settings))
+    model = tiny_model()
+    condition(model, SpectralConfig(method="svd", refresh_every=3))
+    for step in range(1, 8):
+        state = TrainerState(global_step=step)
+        SpectralCallback(exact).on_step_end(TrainingArguments(use_cpu=True), state, TrainerControl(), model=model)
+    assert calls == [{"exact": exact}] * 2
 
 
 def test_static_and_stock_models_are_left_alone(tmp_path):

@@ -103,7 +103,7 @@ def train(checkpoints: Checkpoints, start: Progress, last_step: int, wrapped: nn
         parts.optimizer.zero_grad()
         parts.schedule.step()
         if interval is not None and step % interval == 0:
-            refresh(parts.model)
+            refresh(parts.model, exact=step % 2 == 1)  # in turns by an SVD and by matrix products
         losses.append(loss.item())
     return Progress(last_step, start.seconds + 1.5, {"losses": losses})
 
