@@ -1,25 +1,32 @@
 """Seeing whether attention is well conditioned, saturated or fine."""
 
+from .capture import CapturedAttention, capture
 from .estimate import JacobianEstimate, estimate_jacobian
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
-from .saturation import attention_entropy
+from .saturation import GradientNorms, Saturation, attention_entropy, gradient_norms, saturation
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
 
 __all__ = [
     "AttentionHead",
+    "CapturedAttention",
     "FullSpectrum",
+    "GradientNorms",
     "Indicator",
     "JacobianEstimate",
     "JacobianSpectrum",
     "NotConvergedError",
     "ProjectionSpectra",
+    "Saturation",
     "attention_entropy",
+    "capture",
     "effective_rank",
     "estimate_jacobian",
+    "gradient_norms",
     "jacobian_indicator",
     "jacobian_spectrum",
+    "saturation",
     "softmax_jacobian_extremes",
     "spectra",
 ]

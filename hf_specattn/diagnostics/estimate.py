@@ -119,7 +119,7 @@ class _Problem:
         sizes = [weight.numel() for weight in weights]
 
         def output(query: Tensor, key: Tensor, value_change: Tensor) -> Tensor:
-            keys = rotated(key_x @ key if head.key_bias is None else key_x @ key + head.key_bias, head.rotation)
+            keys = rotated(key_x @ key if head.key_bias is None else key_x @ key + head.key_bias, head.keys_rotation)
             queries = x @ query if head.query_bias is None else x @ query + head.query_bias
             return head.softmax(rotated(queries, head.rotation), keys) @ values + mixed @ value_change
 

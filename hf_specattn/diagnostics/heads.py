@@ -1,6 +1,6 @@
 """One attention head on one sequence: everything that its Jacobian depends on."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ class AttentionHead:
         mask: `(N, M)`, added to the scaled logits: -inf where a query must not see a key, or any other bias; boolean True
             where it may. None: every query sees every key.
         x_key: `(M, D)`, the input of key and value where it is another one (cross-attention); None: `x`.
-        rotation: `(N, d, d)`, the matrices `R_i` that take query and key i to `R_i q_i` and `R_i k_i` (rotary position
-            embeddings); None: none. Self-attention only.
+        rotation: `(N, d, d)`, the matrices `R_i` that take query i to `R_i q_i` (rotary position embeddings); None: none.
+        key_rotation: `(M, d, d)`, likewise of the keys; None: `rotation`.
         epsilon: relative accuracy of `x`, which decides its rank; 0: that of its dtype.
 
     Raises:
@@ -44,6 +44,7 @@ class AttentionHead:
     mask: Tensor | None = None
     x_key: Tensor | None = None
     rotation: Tensor | None = None
+    key_rotation: Tensor | None = None
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
@@ -62,13 +63,29 @@ class AttentionHead:
         """The input of key and value, `(M, D)`."""
         return self.x if self.x_key is None else self.x_key
 
+    @property
+    def keys_rotation(self) -> Tensor | None:
+        """The rotations of the keys, `(M, d, d)`."""
+        return self.rotation if self.key_rotation is None else self.key_rotation
+
+    def at_queries(self, places: Tensor) -> "AttentionHead":
+        """The same head with its output at some of the queries only, `(n,)` indices; every key stays."""
+        return replace(
+            self,
+            x=self.x[places],
+            x_key=self.keys_x,
+            mask=None if self.mask is None else self.mask[places],
+            rotation=None if self.rotation is None else self.rotation[places],
+            key_rotation=self.keys_rotation,
+        )
+
     def queries(self) -> Tensor:
         """Q, `(N, d)`; rotated, where there is a rotation."""
         return rotated(_affine(self.x, self.query, self.query_bias), self.rotation)
 
     def keys(self) -> Tensor:
         """K, `(M, d)`; rotated, where there is a rotation."""
-        return rotated(_affine(self.keys_x, self.key, self.key_bias), self.rotation)
+        return rotated(_affine(self.keys_x, self.key, self.key_bias), self.keys_rotation)
 
     def weights(self) -> Tensor:
         """The attention weights P, `(N, M)`."""
@@ -77,7 +94,7 @@ class AttentionHead:
     def output(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The head's output, `(N, d_v)`, for other weights in place of its own: the function whose Jacobian is meant."""
         queries = rotated(_affine(self.x, query, self.query_bias), self.rotation)
-        keys = rotated(_affine(self.keys_x, key, self.key_bias), self.rotation)
+        keys = rotated(_affine(self.keys_x, key, self.key_bias), self.keys_rotation)
         return self.softmax(queries, keys) @ _affine(self.keys_x, value, self.value_bias)
 
     def softmax(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -96,13 +113,16 @@ class AttentionHead:
             "value_bias": self.value.shape[:1],
             "mask": (rows, keys),
             "rotation": (rows, self.query.shape[0], self.query.shape[0]),
+            "key_rotation": (keys, self.query.shape[0], self.query.shape[0]),
         }
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; beside the others it must be {shape}.")
-        if self.rotation is not None and self.x_key is not None:
-            raise ValueError("rotation goes with self-attention only; leave out x_key.")
+        if (self.rotation is None) != (self.keys_rotation is None) or (
+            self.rotation is not None and self.key_rotation is None and rows != keys
+        ):
+            raise ValueError("rotation and key_rotation go together; give both where there is an x_key.")
 
 
 def _float64(name: str, tensor: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ class JacobianParts:
         if head.rotation is None:
             key_inputs = scaled @ inputs.key_x
             return cls(inputs, key_inputs @ inputs.key, queries, key_inputs, None)
-        rotated = (scaled, inputs.key_x, torch.einsum("lfe,if->ile", head.rotation, queries))
+        rotated = (scaled, inputs.key_x, torch.einsum("lfe,if->ile", head.keys_rotation, queries))
         return cls(inputs, scaled @ head.keys() @ head.rotation, queries, None, rotated)
 
     @property
