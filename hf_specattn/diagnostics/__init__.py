@@ -1,14 +1,17 @@
 """Seeing whether attention is well conditioned, saturated or fine."""
 
+from .advice import Advice, advise
 from .capture import CapturedAttention, capture
 from .estimate import JacobianEstimate, estimate_jacobian
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
+from .monitor import SpectralMonitor
 from .saturation import GradientNorms, Saturation, attention_entropy, gradient_norms, saturation
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
 
 __all__ = [
+    "Advice",
     "AttentionHead",
     "CapturedAttention",
     "FullSpectrum",
@@ -19,6 +22,8 @@ __all__ = [
     "NotConvergedError",
     "ProjectionSpectra",
     "Saturation",
+    "SpectralMonitor",
+    "advise",
     "attention_entropy",
     "capture",
     "effective_rank",
