@@ -7,6 +7,7 @@ from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
 from .monitor import SpectralMonitor
+from .report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
 from .saturation import GradientNorms, Saturation, attention_entropy, gradient_norms, saturation
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
 
@@ -14,10 +15,12 @@ __all__ = [
     "Advice",
     "AttentionHead",
     "CapturedAttention",
+    "Diagnosis",
     "FullSpectrum",
     "GradientNorms",
     "Indicator",
     "JacobianEstimate",
+    "JacobianRow",
     "JacobianSpectrum",
     "NotConvergedError",
     "ProjectionSpectra",
@@ -26,6 +29,7 @@ __all__ = [
     "advise",
     "attention_entropy",
     "capture",
+    "diagnose",
     "effective_rank",
     "estimate_jacobian",
     "gradient_norms",
@@ -34,4 +38,6 @@ __all__ = [
     "saturation",
     "softmax_jacobian_extremes",
     "spectra",
+    "write_report",
+    "write_training_report",
 ]
