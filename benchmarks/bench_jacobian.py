@@ -36,10 +36,10 @@ GIB = 2**30
 class BenchArguments:
     """Arguments of the benchmark."""
 
-    tokens: int = field(default=24, metadata={"help": "Tokens of the head on which both ways are compared."})
-    width: int = field(default=96, metadata={"help": "Width of its layer."})
+    tokens: int = field(default=48, metadata={"help": "Tokens of the head on which both ways are compared."})
+    width: int = field(default=192, metadata={"help": "Width of its layer."})
     head_width: int = field(default=16, metadata={"help": "Its own width."})
-    rounds: int = field(default=5, metadata={"help": "Rounds of the comparison."})
+    rounds: int = field(default=3, metadata={"help": "Rounds of the comparison."})
     skip_large: bool = field(default=False, metadata={"help": "Leave out the head of ViT-B."})
     output_dir: str = field(
         default=str(Path(__file__).parent / "results"), metadata={"help": "Folder for jacobian.json and .md."}
