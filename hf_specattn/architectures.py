@@ -28,9 +28,9 @@ class AttentionSpec:
         query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
             on its `config`, then on the model's.
         key_value_heads: the same for key and value; None where they have as many heads as the query.
-        output: where the output projection W_O is, for [`balance`]: a dotted path from the attention module, each leading
-            `..` a step up to the module that holds it (`"o_proj"`, `"..output.dense"`). Its inputs are the heads of the
-            query, in order, each as long as a head of the value.
+        output: where the output projection W_O is, for [`balance`] and the diagnostics: a dotted path from the attention
+            module, each leading `..` a step up to the module that holds it (`"o_proj"`, `"..output.dense"`). Its inputs
+            are the heads of the query, in order, each as long as a head of the value.
         query_key_barrier: what stands between `X W_Q` and `X W_K` and their product, and so forbids the gauge
             `W_Q M, W_K M^-T`; None says nothing does.
         value_output_barrier: what stands between `X W_V` and `W_O` beside the attention weights of each head, and so
@@ -42,8 +42,8 @@ class AttentionSpec:
     interleaved: bool = False
     query_heads: str | int = "num_attention_heads"
     key_value_heads: str | int | None = None
-    # Only `balance` reads these; a row that does not say is taken to forbid both gauges.
     output: str | None = None
+    # Only `balance` reads these; a row that does not say is taken to forbid both gauges.
     query_key_barrier: str | None = UNSTATED
     value_output_barrier: str | None = UNSTATED
 
@@ -72,6 +72,18 @@ class AttentionSpec:
         return type(module).__name__ in self.class_names and all(
             isinstance(getattr(module, child, None), nn.Module) for child in self.modules
         )
+
+    def output_name(self, attention: str) -> str | None:
+        """Full name of the module with W_O, of the attention with that full name.
+
+        None where `output` is None, or lies outside the part of a model in which the attention has this name.
+        """
+        owner, path = attention, self.output
+        while path is not None and path.startswith(".."):
+            if not owner:
+                return None
+            owner, path = owner.rpartition(".")[0], path[2:]
+        return path if not owner or path is None else f"{owner}.{path}"
 
     def layout(self, attention: nn.Module, child: str, out_features: int, model_config: Any) -> ProjectionLayout:
         """The rows of `child`'s weight.

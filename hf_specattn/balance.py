@@ -549,14 +549,9 @@ def _unknown_parts(attention: nn.Module, spec: AttentionSpec) -> str | None:
 
 
 def _find_output(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> _Output | None:
-    if spec.output is None:
+    full_name = spec.output_name(name)
+    if full_name is None:
         return None
-    owner, path = name, spec.output
-    while path.startswith(".."):
-        if not owner:
-            return None
-        owner, path = owner.rpartition(".")[0], path[2:]
-    full_name = f"{owner}.{path}" if owner else path
     try:
         module = model.get_submodule(full_name)
     except AttributeError as error:

@@ -41,6 +41,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
@@ -52,6 +53,7 @@ from transformers.utils import logging as transformers_logging
 from hf_specattn import condition, refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
+from hf_specattn.diagnostics.monitor import MONITOR_FILE, SpectralMonitor
 from hf_specattn.training.arguments import SpectralArguments
 from hf_specattn.training.batching import Batch, BatchOrder
 from hf_specattn.training.checkpointing import (
@@ -81,7 +83,7 @@ from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arg
 from hf_specattn.training.run_description import model_description, sequences_fingerprint
 from hf_specattn.training.saving import save_pretrained
 from hf_specattn.training.schedules import BudgetSchedule, learning_rate_factor, ramped_micro_steps
-from hf_specattn.training.sharding import configure_sharding
+from hf_specattn.training.sharding import configure_sharding, will_shard
 from hf_specattn.training.throughput import LossWindow
 from hf_specattn.training.training_state import gather_weights
 
@@ -114,6 +116,10 @@ def build_accelerator(arguments: PretrainArguments) -> Accelerator:
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+    if arguments.spectral_monitor_every and will_shard(accelerator):
+        raise ValueError(
+            "--spectral_monitor_every needs whole weights, and FSDP shards them; leave it out, or use DDP."
+        )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     for name in ("pretrain_mlm", "hf_specattn"):  # of the package: what it prepares, and skips
         logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -304,6 +310,7 @@ class Training:
         sparse: Whether the model computes logits at the masked positions only.
         exact_refresh: How dynamic corrections are recomputed, for `refresh`.
         checkpoints: Of the model and optimizer.
+        monitor: Of the conditioning of attention; None: not asked for, or another process's.
     """
 
     model: PreTrainedModel
@@ -313,6 +320,7 @@ class Training:
     sparse: bool
     exact_refresh: bool | None
     checkpoints: Checkpoints
+    monitor: SpectralMonitor | None
 
 
 def prepare_training(
@@ -333,7 +341,12 @@ def prepare_training(
     parts = TrainingParts(model, prepared, scaler=accelerator.scaler, processor=data.tokenizer)
     limit = arguments.save_total_limit
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
-    return Training(model, wrapped, prepared, schedule, sparse, spectral.spectral_exact_refresh, checkpoints)
+    monitor = None
+    if arguments.spectral_monitor_every and accelerator.is_main_process:
+        batch = {"input_ids": torch.from_numpy(data.validation[np.arange(2)].astype("int64"))}
+        file = Path(arguments.output_dir) / MONITOR_FILE
+        monitor = SpectralMonitor(arguments.spectral_monitor_every, batch=batch, file=file)
+    return Training(model, wrapped, prepared, schedule, sparse, spectral.spectral_exact_refresh, checkpoints, monitor)
 
 
 def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
@@ -374,6 +387,8 @@ def train(
     seconds = begun.seconds
     refresh_every = refresh_interval(training.model)
     with_bar = show_progress(arguments, accelerator)
+    if training.monitor is not None and (values := training.monitor.begin(training.model, step)):
+        accelerator.log(values, step=step)
     progress = tqdm(total=budget.steps, initial=step, desc="Training", unit="step", disable=not with_bar)
     training.wrapped.train()
     with stop_on_signals(accelerator) as stop:
@@ -387,6 +402,9 @@ def train(
             loss = train_step(arguments, accelerator, task, training, batch, micro_steps, step)
             if refresh_every is not None and step % refresh_every == 0:
                 refresh(training.model, exact=training.exact_refresh)
+            if training.monitor is not None and training.monitor.is_due(step):
+                with window.paused():
+                    accelerator.log(training.monitor.measure(training.model, step), step=step)
             position += len(batch.indices)
             seconds = common_seconds(arguments, accelerator, started)
             last = budget.share(step, seconds) >= 1
@@ -422,6 +440,8 @@ def train(
             if stopping:
                 break
     progress.close()
+    if training.monitor is not None:
+        training.monitor.end()
     return Progress(step, seconds, {"position": position})
 
 
@@ -497,6 +517,8 @@ def train_step(
     norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), arguments.max_grad_norm or math.inf)
     if accelerator.scaler is None:  # fp16's loss scaling skips a step whose gradient overflowed
         require_finite_gradient(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm), step)
+    if training.monitor is not None:
+        training.monitor.observe_gradients(training.model, step)
     training.optimizer.step()
     training.optimizer.zero_grad()
     return step_loss.item()

@@ -35,6 +35,7 @@ REPORTING = frozenset(
         "logging_steps",
         "per_device_eval_batch_size",
         "report_to",
+        "spectral_monitor_every",
         "disable_tqdm",
         "save_steps",
         "save_total_limit",

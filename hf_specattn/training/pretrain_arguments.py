@@ -215,6 +215,12 @@ class PretrainArguments:
     save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
     eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
     logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
+    spectral_monitor_every: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
+        },
+    )
     report_to: list[str] | None = field(
         default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
     )
@@ -300,6 +306,7 @@ class PretrainArguments:
         bounds += [
             ("eval_steps", 0, 2**31),
             ("save_steps", 0, 2**31),
+            ("spectral_monitor_every", 0, 2**31),
             ("seed", 0, 2**32 - 1),
             ("weight_decay", 0, 1e9),
             ("max_grad_norm", 0, 1e9),

@@ -11,6 +11,12 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 
+def will_shard(accelerator: Accelerator) -> bool:
+    """Whether `configure_sharding` will have the model sharded."""
+    on_cpu = accelerator.distributed_type == DistributedType.MULTI_CPU and _is_asked_for()
+    return on_cpu or accelerator.distributed_type == DistributedType.FSDP
+
+
 def configure_sharding(accelerator: Accelerator, model: PreTrainedModel) -> bool:
     """Make accelerate's FSDP ready for `model`; call it before `accelerator.prepare`.
 

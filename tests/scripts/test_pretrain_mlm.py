@@ -609,3 +609,31 @@ def test_the_demonstration_runs_through_the_launcher_on_the_embedded_corpus(tmp_
     folder = tmp_path / "runs" / "pretrain_mlm"
     assert metrics_of(folder)["facts"]["parameters"] == 3_675_137
     assert AutoModelForMaskedLM.from_pretrained(folder).config.model_type == "specattn_crammed_bert"
+
+
+# --- the monitor of attention ---
+
+
+def test_spectral_monitor_changes_no_weight_and_reaches_trackers(pretrain, monkeypatch, caplog):
+    plain = pretrain(*IDENTITY, name="plain")
+    logged = {}
+
+    def log(accelerator, values, step=None, **kwargs):
+        logged.setdefault(step, {}).update(values)
+
+    monkeypatch.setattr("accelerate.Accelerator.log", log)
+    with caplog.at_level("INFO", logger="hf_specattn"):
+        seen = pretrain(*IDENTITY, "--spectral_monitor_every", "3", name="seen")
+    assert (seen / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    records = json.loads((seen / "spectral_monitor.json").read_text())["records"]
+    assert [record["step"] for record in records] == [0, 3, 6]
+    assert [step for step in logged if "spectral/kappa_jacobian" in logged[step]] == [0, 3, 6]
+    assert all(logged[step]["spectral/grad_norm_query"] > 0 for step in (3, 6))
+    assert any("3 measurements took" in record.getMessage() for record in caplog.records)
+    assert not (plain / "spectral_monitor.json").exists()
+
+
+def test_spectral_monitor_refuses_sharded_weights(pretrain, monkeypatch, script):
+    monkeypatch.setattr(script, "will_shard", lambda accelerator: True)
+    with pytest.raises(SystemExit, match="--spectral_monitor_every needs whole weights"):
+        pretrain("--spectral_monitor_every", "3")

@@ -1,0 +1,140 @@
+"""The attention modules of a model, with their projections as blocks of heads."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..architectures import AttentionSpec, attention_specs
+from ..conditioning import Projection, find_projections
+from ..layers import SPECTRAL_CLASSES, SpectralLayer
+
+Architecture = AttentionSpec | Sequence[AttentionSpec] | None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention module, stock or conditioned.
+
+    Attributes:
+        layer: its place among the model's attention modules, from 0.
+        name: its full name.
+        module: itself.
+        holders: the modules that hold query, key and value.
+        output_name: full name of the module with W_O; None where the architecture does not say where it is.
+        root: the model.
+        heads: the number of heads of each projection.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+    holders: tuple[Projection, ...]
+    output_name: str | None
+    root: nn.Module
+    heads: dict[str, int]
+
+    def head_weights(self, effective: bool = True) -> dict[str, Tensor]:
+        """The `(heads, head_dim, in_features)` blocks of W + C, or of W, of each projection; detached, in its dtype."""
+        blocks = {}
+        for item in self.holders:
+            conditioned = effective and isinstance(item.module, SpectralLayer)
+            weight = item.module.effective_weight() if conditioned else item.module.weight
+            for name, part in item.layout.split(item.orient(weight.detach())).items():
+                blocks[name] = item.layout.head_blocks(name, part)
+        return blocks
+
+    def head_biases(self) -> dict[str, Tensor]:
+        """The `(heads, head_dim)` biases of the projections that have one; detached."""
+        blocks = {}
+        for item in self.holders:
+            if item.module.bias is not None:
+                for name, part in item.layout.split(item.module.bias.detach()).items():
+                    blocks[name] = item.layout.head_blocks(name, part)
+        return blocks
+
+    def output(self) -> nn.Module | None:
+        """The module with W_O; None where the architecture does not say where it is.
+
+        Raises:
+            ValueError: if it is not where the architecture says, or has no weight that can be read.
+        """
+        if self.output_name is None:
+            return None
+        try:
+            module = self.root.get_submodule(self.output_name)
+        except AttributeError as error:
+            raise ValueError(
+                f"{type(self.root).__name__} should have an output projection at {self.output_name}, but has none there; "
+                "pass architecture=AttentionSpec(..., output=...) with the right path."
+            ) from error
+        if type(module) not in SPECTRAL_CLASSES:
+            raise ValueError(
+                f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is read "
+                "from exact torch.nn.Linear and transformers Conv1D modules only. Look at the model before quantizing it or "
+                "wrapping it with PEFT."
+            )
+        _check_readable(self.output_name, module.weight)
+        return module
+
+    def output_weight(self) -> Tensor | None:
+        """W_O as `nn.Linear` stores it, `(out_features, heads * head_dim)`, detached; None where it is not known."""
+        module = self.output()
+        if module is None:
+            return None
+        weight: Any = module.weight
+        return SPECTRAL_CLASSES[type(module)].orient(weight.detach())
+
+
+def find_attentions(
+    model: nn.Module, architecture: Architecture = None, layers: Iterable[int] | None = None
+) -> list[Attention]:
+    """Every attention module of `model`, or those of the given places, in the order of its modules.
+
+    Args:
+        architecture: as in [`condition`], for a model that the table of architectures does not know.
+        layers: places among the attention modules, from 0; negative ones count from the end. None: all.
+
+    Raises:
+        ValueError: where no projection is found, a place does not exist, or weights have no values that can be read
+            (sharded, on the meta device).
+    """
+    specs = attention_specs(architecture)
+    holders: dict[str, list[Projection]] = {}
+    for item in find_projections(model, architecture):
+        _check_readable(item.name, item.module.weight)
+        holders.setdefault(item.name.rpartition(".")[0], []).append(item)
+    attentions = []
+    for layer, (name, items) in enumerate(holders.items()):
+        module = model.get_submodule(name)
+        spec = next(spec for spec in specs if spec.matches(module))
+        heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
+        attentions.append(Attention(layer, name, module, tuple(items), spec.output_name(name), model, heads))
+    return attentions if layers is None else [attentions[layer] for layer in _places(layers, len(attentions))]
+
+
+def _places(layers: Iterable[int], count: int) -> list[int]:
+    wanted = list(layers)
+    wrong = [layer for layer in wanted if not -count <= layer < count]
+    if wrong or not wanted:
+        raise ValueError(
+            f"layers={wanted} must name one or more of the model's {count} attention layers, 0 to {count - 1} (negative "
+            "numbers count from the end)."
+        )
+    return sorted({layer % count for layer in wanted})
+
+
+def _check_readable(name: str, weight: object) -> None:
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(f"The weight of {name} is quantized; look at the model before quantizing it.")
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"The weight of {name} is sharded (a DTensor); look at the model before it is sharded.")
+    if weight.is_meta:
+        raise ValueError(f"The weight of {name} is on the meta device and has no values; load the weights first.")
+
+
+def to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, on the CPU where its device has no float64."""
+    return tensor.cpu().to(dtype) if tensor.device.type == "mps" and dtype == torch.float64 else tensor.to(dtype)

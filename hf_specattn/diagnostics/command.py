@@ -1,0 +1,109 @@
+"""`specattn report` and `specattn report-training`, for the command line to register."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+
+from ..balance import probe_batch
+from ..training.comparison import ComparisonError, group_runs, read_runs
+from .monitor import MONITOR_FILE
+from .report import write_report, write_training_report
+
+# What a text model is looked at on where no data are given.
+DEFAULT_TEXT = (
+    "The condition number of a matrix is its largest singular value divided by its smallest. Where it is large, some "
+    "directions of the input hardly reach the output, and small changes of the weights along them are lost.",
+    "A cat sat in the shade of the old wall and watched the road, on which nothing had moved since the morning.",
+)
+
+
+def report(
+    model: Annotated[str, typer.Argument(help="A checkpoint: folder, or model of the Hub; stock or conditioned.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file; its first lines are what the model is looked at on. None: two sentences."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for report.html and its figures.")] = Path("report"),
+    sequences: Annotated[int, typer.Option(min=1, help="Lines of the data to take.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line to take.")] = 128,
+    queries: Annotated[
+        int, typer.Option(min=1, help="Tokens of the first line at which the Jacobian's output is taken.")
+    ] = 16,
+    jacobian_heads: Annotated[
+        int | None, typer.Option(min=0, help="Heads of each layer whose Jacobian is computed. None: all.")
+    ] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+) -> None:
+    """Show how well conditioned the attention of a model is: one HTML page with figures, as PNG and SVG, too."""
+    try:
+        loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+        batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
+        page = write_report(loaded, batch, output_dir, title=model, queries=queries, jacobian_heads=jacobian_heads)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"Wrote {page}, with its figures beside it.")
+
+
+def report_training(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of finished runs of pretrain_mlm.py with the monitor on.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder for training.png and training.svg.")] = Path("report"),
+) -> None:
+    """Draw the conditioning of attention over training: runs that differ in their seed alone make one line with a band."""
+    try:
+        groups = {
+            group.label: [read_records(run.directory) for run in group.runs] for group in group_runs(read_runs(runs))
+        }
+        picture = write_training_report(groups, output_dir)
+    except (ComparisonError, ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
+    typer.echo(f"Wrote {picture} and .svg.")
+
+
+def read_records(run: Path) -> Sequence[dict[str, Any]]:
+    """The measurements of one run.
+
+    Raises:
+        ValueError: if the run has none, or its file is not the monitor's.
+    """
+    file = run / MONITOR_FILE
+    if not file.is_file():
+        raise ValueError(f"{run} has no {MONITOR_FILE}; train it with --spectral_monitor_every.")
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["records"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a file of SpectralMonitor ({type(error).__name__}: {error}).") from error
+
+
+def _batch(
+    model: PreTrainedModel, path: str, data: Path | None, sequences: int, max_length: int, trust_remote_code: bool
+) -> dict[str, Any]:
+    if model.main_input_name != "input_ids":
+        if data is not None:
+            raise ValueError(f"--data {data} is text, but {type(model).__name__} takes {model.main_input_name}.")
+        typer.echo("Looking at random input: its entropies and Jacobians say little about real ones.", err=True)
+        return probe_batch(model)
+    lines = list(DEFAULT_TEXT) if data is None else _first_lines(data, sequences)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    positions = getattr(AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code),
+                        "max_position_embeddings", max_length)  # fmt: skip
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    # Some models count positions from an offset of two.
+    length = max(2, min(max_length, positions - 2))
+    encoded = tokenizer(lines, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    return {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+
+
+def _first_lines(data: Path, count: int) -> list[str]:
+    with data.open(encoding="utf-8") as stream:
+        lines = [line.strip() for line, _ in zip((line for line in stream if line.strip()), range(count))]
+    if not lines:
+        raise ValueError(f"--data {data} has no line of text.")
+    return lines

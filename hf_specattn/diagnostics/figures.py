@@ -1,0 +1,200 @@
+"""Pictures of the conditioning of attention: of one model, and of training runs in the paper's layout."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..training.comparison import COLORS, MARKERS
+from ..training.presentation import new_figure
+from .monitor import summary_of
+from .saturation import Saturation
+from .spectra import ProjectionSpectra
+
+PROJECTION_ORDER = ("query", "key", "value", "output")
+# Perceptually uniform, and told apart with any colour vision.
+COLOR_MAP = "viridis"
+Record = Mapping[str, Any]
+
+
+def projections_in(rows: Sequence[ProjectionSpectra]) -> list[str]:
+    """The projections that occur, in the usual order."""
+    return [name for name in PROJECTION_ORDER if any(row.projection == name for row in rows)]
+
+
+def is_conditioned(rows: Sequence[ProjectionSpectra]) -> bool:
+    """Whether anything is added to some weight."""
+    return any(row.raw is not row.effective for row in rows)
+
+
+def spectra_figure(rows: Sequence[ProjectionSpectra]) -> Any:
+    """Smallest and largest singular value and condition number of each projection over the layers, of W and of W + C."""
+    figure = new_figure(12, 4.2)
+    panels = (("sigma_min", "smallest singular value"), ("sigma_max", "largest singular value"), ("kappa", "kappa"))
+    for axes, (attribute, label) in zip(figure.subplots(1, 3), panels):
+        for index, name in enumerate(projections_in(rows)):
+            chosen = [row for row in rows if row.projection == name]
+            style = {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4}
+            layers = [row.layer for row in chosen]
+            axes.plot(layers, [getattr(row.raw, attribute) for row in chosen], linestyle=":", fillstyle="none",
+                      label=f"{name}: W", **style)  # fmt: skip
+            if is_conditioned(chosen):
+                axes.plot(
+                    layers, [getattr(row.effective, attribute) for row in chosen], label=f"{name}: W + C", **style
+                )
+        axes.set(xlabel="attention layer", ylabel=label, yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.suptitle("Spectra of the whole projections")
+    return figure
+
+
+def distributions_figure(rows: Sequence[ProjectionSpectra]) -> Any:
+    """All singular values of each projection by rank, one line per layer, of what the forward pass uses."""
+    names = projections_in(rows)
+    figure = new_figure(3.4 * len(names), 3.8)
+    layers = max(row.layer for row in rows) + 1
+    colors = _colors(layers)
+    all_axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(all_axes, names):
+        for row in rows:
+            if row.projection == name:
+                values = row.effective.singular_values.numpy()
+                axes.plot(np.arange(1, len(values) + 1), values, color=colors[row.layer], linewidth=1)
+        conditioned = is_conditioned([row for row in rows if row.projection == name])
+        axes.set(xlabel="rank of the singular value", title=f"{name}: {'W + C' if conditioned else 'W'}", yscale="log")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("singular value")
+    _layer_scale(figure, all_axes, layers)
+    return figure
+
+
+def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Saturation]) -> Any:
+    """Condition number of every head's block, of what the forward pass uses, and attention entropy, by layer and head."""
+    names = projections_in(rows)
+    maps = [
+        (f"log10 kappa, {name}", _by_layer({row.layer: np.log10(row.effective.head_kappa) for row in rows
+                                            if row.projection == name}))
+        for name in names
+    ]  # fmt: skip
+    if saturations:
+        shares = {row.layer: row.entropy.numpy() / max(row.uniform_entropy, 1e-12) for row in saturations}
+        maps.append(("entropy / entropy of uniform attention", _by_layer(shares)))
+    figure = new_figure(3.2 * len(maps), 3.4)
+    for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
+        limits = {"vmin": 0.0, "vmax": 1.0} if title.startswith("entropy") else {}
+        picture = axes.imshow(values, aspect="auto", cmap=COLOR_MAP, **limits)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="head", ylabel="attention layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        figure.colorbar(picture, ax=axes)
+    return figure
+
+
+def jacobian_figure(rows: Sequence[Any]) -> Any:
+    """kappa of the Jacobian of the heads looked at, beside the indicator, over the layers.
+
+    Args:
+        rows: `JacobianRow`s of the report.
+    """
+    figure = new_figure(7, 4.2)
+    axes = figure.subplots()
+    for index, (attribute, label) in enumerate((("kappa", "kappa of the Jacobian"), ("product", "indicator (10)"))):
+        values = [row.kappa if attribute == "kappa" else row.indicator.product for row in rows]
+        layers = [row.layer for row in rows]
+        style = {"color": COLORS[index], "marker": MARKERS[index]}
+        axes.plot(layers, values, linestyle="none", alpha=0.5, markersize=4, **style)
+        means = [np.exp(np.mean(np.log([v for v, here in zip(values, layers) if here == layer])))
+                 for layer in sorted(set(layers))]  # fmt: skip
+        axes.plot(sorted(set(layers)), means, label=f"{label}, geometric mean over heads", color=COLORS[index])
+    if lower := [row for row in rows if row.is_lower_bound]:
+        axes.plot([row.layer for row in lower], [row.kappa for row in lower], linestyle="none", marker="^", color="black",
+                  markersize=8, fillstyle="none", label="at least: beyond what the Gram matrix resolves")  # fmt: skip
+    axes.set(xlabel="attention layer", ylabel="condition number", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
+    """The paper's layout over training: smallest singular value, kappa of W and W + C, kappa of the Jacobian.
+
+    Lines are means over the runs of a group (seeds), bands their standard deviations. Query, key and value are averaged.
+
+    Args:
+        groups: label -> the records of each run, as `spectral_monitor.json` has them.
+    """
+    figure = new_figure(13, 4.4)
+    left, middle, right = figure.subplots(1, 3)
+    for index, (label, runs) in enumerate(groups.items()):
+        color = COLORS[index % len(COLORS)]
+        curves = [_curves(records) for records in runs]
+        for axes, raw, effective in ((left, "sigma_min", "sigma_min_effective"), (middle, "kappa", "kappa_effective")):
+            _draw_band(axes, [(steps, values[raw]) for steps, values in curves], f"{label}: W", color, ":")
+            if any(values[raw] != values[effective] for _, values in curves):
+                _draw_band(axes, [(s, v[effective]) for s, v in curves], f"{label}: W + C", color, "-")
+        _draw_band(right, [(s, v["kappa_jacobian"]) for s, v in curves], f"{label}: Jacobian", color, "-")
+        _draw_band(right, [(s, v["indicator"]) for s, v in curves], f"{label}: indicator (10)", color, "--")
+    left.set(ylabel="smallest singular value", title="Smallest singular value")
+    middle.set(ylabel="kappa", title="Condition number of W and W + C")
+    right.set(ylabel="kappa", title="Condition number of the Jacobian")
+    for axes in (left, middle, right):
+        axes.set(xlabel="optimizer step", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    return figure
+
+
+def _curves(records: Sequence[Record]) -> tuple[list[int], dict[str, list[float]]]:
+    """Steps, and per quantity its means over layers, heads and the three projections."""
+    summaries = [summary_of(record) for record in records]
+    curves: dict[str, list[float]] = {}
+    for name in ("sigma_min", "sigma_min_effective", "kappa", "kappa_effective"):
+        base, ending, _ = name.partition("_effective")
+        keys = [f"{base}_{projection}{ending}" for projection in PROJECTION_ORDER[:3]]
+        curves[name] = [float(np.mean([values.get(key, np.nan) for key in keys])) for values in summaries]
+    for name in ("kappa_jacobian", "indicator"):
+        curves[name] = [values.get(name, np.nan) for values in summaries]
+    return [record["step"] for record in records], curves
+
+
+def _draw_band(
+    axes: Any, curves: Sequence[tuple[Sequence[int], Sequence[float]]], label: str, color: str, style: str
+) -> None:
+    """The mean over runs at the steps that all have, and where there are several the standard deviation around it."""
+    common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
+    values = np.array([[dict(zip(steps, row))[step] for step in common] for steps, row in curves])
+    if np.isnan(values).all():
+        return
+    mean = values.mean(axis=0)
+    axes.plot(common, mean, label=label, color=color, linestyle=style)
+    if len(values) > 1:
+        deviation = values.std(axis=0, ddof=1)
+        axes.fill_between(common, np.maximum(mean - deviation, mean * 1e-2), mean + deviation, color=color, alpha=0.15)
+
+
+def _by_layer(values: Mapping[int, np.ndarray]) -> np.ndarray:
+    """A (layers, heads) array; nan where a layer has fewer heads."""
+    heads = max(len(row) for row in values.values())
+    filled = np.full((max(values) + 1, heads), np.nan)
+    for layer, row in values.items():
+        filled[layer, : len(row)] = row
+    return filled
+
+
+def _colors(count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[COLOR_MAP](np.linspace(0, 0.9, max(count, 2)))
+
+
+def _layer_scale(figure: Any, axes: Any, layers: int) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    mappable = ScalarMappable(Normalize(0, max(layers - 1, 1)), ListedColormap(_colors(layers)))
+    bar = figure.colorbar(mappable, ax=list(axes), label="attention layer")
+    bar.locator.set_params(integer=True)

@@ -1,0 +1,309 @@
+"""`SpectralMonitor`: the conditioning and saturation of attention while training, under the Trainer or in a loop."""
+
+import contextlib
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..training import atomic_files
+from .advice import advise
+from .attentions import Architecture, find_attentions
+from .capture import CapturedAttention, capture
+from .indicator import jacobian_indicator
+from .jacobian import jacobian_spectrum
+from .saturation import Saturation, gradient_norms
+from .spectra import ProjectionSpectra, spectra
+
+MONITOR_FILE = "spectral_monitor.json"
+PREFIX = "spectral/"
+LABELS = ("labels", "label", "label_ids", "next_sentence_label")
+
+logger = logging.get_logger(__name__)
+
+Values = dict[str, float]
+
+
+class SpectralMonitor(TrainerCallback):
+    """Every so many optimizer steps: spectra of W and W + C, the Jacobian's kappa, entropy, saturation, gradient norms.
+
+    For the Trainer, `SpectralMonitor().attach(trainer)`, which adds it as a callback and logs through `trainer.log`, so that
+    every tracker has the values; as a plain member of `callbacks=[...]` it logs to the state's history only. In a loop of
+    one's own: `begin` before the first step, `observe_gradients` before each optimizer's step, `measure` after it where
+    `is_due`, `end` after the last. The values are means over the chosen layers and all heads, as in the paper's figures; the
+    file has them by layer.
+
+    Nothing about training changes: eval mode for one forward pass, no random number drawn, no gradient touched.
+
+    Args:
+        every: optimizer steps between measurements; there is one before the first step, too.
+        batch: keyword arguments of a forward pass on which attention is looked at; labels are left out. None: under the
+            Trainer the first two samples of the training data.
+        layers: places of the attention layers to look at, from 0, negative ones from the end. None: first, middle and last.
+        jacobian_heads: heads of each layer, spread evenly, whose Jacobian is looked at; 0: none.
+        queries: tokens at which the Jacobian's output is taken, spread evenly (see `CapturedAttention.head`): its cost grows
+            with their third power.
+        architecture: as in [`condition`].
+        file: JSON file for the measurements by layer. None: under the Trainer `spectral_monitor.json` in its output folder,
+            else nowhere.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+
+    def __init__(
+        self,
+        every: int = 200,
+        *,
+        batch: Mapping[str, Any] | None = None,
+        layers: Iterable[int] | None = None,
+        jacobian_heads: int = 1,
+        queries: int = 8,
+        architecture: Architecture = None,
+        file: str | Path | None = None,
+    ):
+        for name, value, least in (
+            ("every", every, 1),
+            ("jacobian_heads", jacobian_heads, 0),
+            ("queries", queries, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r} is not allowed; give an integer >= {least}.")
+        self.every, self.jacobian_heads, self.queries = every, jacobian_heads, queries
+        self.architecture, self.file = architecture, None if file is None else Path(file)
+        self.layers = None if layers is None else list(layers)
+        self.records: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        self._batch = batch
+        self._inputs: dict[str, Any] = {}
+        self._gradients: tuple[int, dict[str, list[list[float]]]] | None = None
+        self._began: float | None = None
+        self._log: Callable[[Values], None] | None = None
+
+    # --- in a loop of one's own ---
+
+    def begin(self, model: nn.Module, step: int = 0) -> Values:
+        """Warn of what is wrong before training, and measure; `step` is where a resumed run goes on.
+
+        Returns:
+            The values by name, each beginning with `spectral/`; empty for a resumed run, whose file is read instead.
+
+        Raises:
+            ValueError: without a batch, or where the attention of this model cannot be looked at.
+        """
+        if self._batch is None:
+            raise ValueError("SpectralMonitor needs batch={...}, the keyword arguments of a forward pass to look at.")
+        self._began = time.perf_counter()
+        self._inputs = _on_device(self._batch, model)
+        places = len(find_attentions(model, self.architecture))
+        if self.layers is None:
+            self.layers = sorted({0, places // 2, places - 1})
+        if step:
+            self.records = self._earlier(step)
+            return {}
+        with self._timed():
+            advice = advise(model, self._inputs, self.architecture)
+        for warning in advice.warnings():
+            logger.warning(warning)
+        return self.measure(model, 0)
+
+    def is_due(self, step: int) -> bool:
+        """Whether this step, counted from 1, has a measurement."""
+        return step % self.every == 0
+
+    def observe_gradients(self, model: nn.Module, step: int) -> None:
+        """Read the gradients before optimizer step `step`, if it has a measurement."""
+        if self.is_due(step):
+            with self._timed():
+                rows = gradient_norms(model, self.architecture, self.layers)
+                names = rows[0].norms
+                self._gradients = (step, {name: [row.norms[name].tolist() for row in rows] for name in names})
+
+    def measure(self, model: nn.Module, step: int) -> Values:
+        """Look at the model now, keep the record and write the file; returns the values for the trackers."""
+        with self._timed() as timer:
+            record: dict[str, Any] = {"step": step, "layers": self.layers}
+            rows = spectra(model, self.architecture, layers=self.layers)
+            record |= _spectra_record(rows)
+            captured = capture(model, self._inputs, self.architecture, self.layers)
+            record |= _saturation_record([Saturation.of(item) for item in captured])
+            if self.jacobian_heads:
+                record |= self._jacobian_record(captured)
+            if self._gradients is not None and self._gradients[0] == step:
+                record |= {f"grad_norm_{name}": norms for name, norms in self._gradients[1].items()}
+            self._gradients = None
+        record["seconds"] = timer[0]
+        self.records.append(record)
+        if self.file is not None:
+            atomic_files.write_json(self.file, {"every": self.every, "records": self.records})
+        return {f"{PREFIX}{name}": value for name, value in summary_of(record).items()}
+
+    def end(self) -> str:
+        """Say what it cost, and return that line."""
+        total = 0.0 if self._began is None else time.perf_counter() - self._began
+        share = f", {self.seconds / total:.1%} of the {total:.1f} s since training began" if total else ""
+        line = f"Spectral monitor: {len(self.records)} measurements took {self.seconds:.2f} s{share}."
+        logger.info(line)
+        return line
+
+    # --- under the Trainer ---
+
+    def attach(self, trainer: Trainer) -> "SpectralMonitor":
+        """Become a callback of the Trainer and log through it."""
+        trainer.add_callback(self)
+        self._log = trainer.log
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn and measure before the first step."""
+        if not state.is_world_process_zero:
+            return
+        if self._batch is None:
+            self._batch = _first_samples(kwargs["train_dataloader"])
+        if self.file is None:
+            self.file = Path(str(args.output_dir)) / MONITOR_FILE
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._report(state, self.begin(kwargs["model"], state.global_step))
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read the gradients, which are gone when the step ends."""
+        if state.is_world_process_zero:
+            self.observe_gradients(kwargs["model"], state.global_step + 1)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure where it is due."""
+        if state.is_world_process_zero and self.is_due(state.global_step):
+            self._report(state, self.measure(kwargs["model"], state.global_step))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say what it cost."""
+        if state.is_world_process_zero:
+            print(self.end())
+
+    def _report(self, state: TrainerState, values: Values) -> None:
+        if not values:
+            return
+        if self._log is not None:
+            self._log(dict(values))
+        else:
+            state.log_history.append({**values, "step": state.global_step})
+
+    # --- parts ---
+
+    def _jacobian_record(self, captured: list[CapturedAttention]) -> dict[str, Any]:
+        found: dict[str, Any] = {"jacobian_heads": [], "kappa_jacobian": [], "jacobian_at_least": [], "indicator": []}
+        for item in captured:
+            count = min(self.jacobian_heads, item.heads)
+            places = sorted({round(place) for place in np.linspace(0, item.heads - 1, count)})
+            heads = [item.head(place, queries=self.queries) for place in places]
+            exact = [jacobian_spectrum(head) for head in heads]
+            found["jacobian_heads"].append(places)
+            found["kappa_jacobian"].append([_finite(spectrum.kappa) for spectrum in exact])
+            found["jacobian_at_least"].append([spectrum.is_lower_bound for spectrum in exact])
+            found["indicator"].append([_finite(jacobian_indicator(head).product) for head in heads])
+        return found
+
+    def _earlier(self, step: int) -> list[dict[str, Any]]:
+        if self.file is None or not self.file.is_file():
+            return []
+        records = json.loads(self.file.read_text(encoding="utf-8"))["records"]
+        return [record for record in records if record["step"] <= step]
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[list[float]]:
+        """Add the time within to the cost; the list has it afterwards."""
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # what training has queued is not the monitor's
+        started, timer = time.perf_counter(), [0.0]
+        try:
+            yield timer
+        finally:
+            timer[0] = time.perf_counter() - started
+            self.seconds += timer[0]
+
+
+def summary_of(record: Mapping[str, Any]) -> Values:
+    """Of one measurement: the means over its layers and heads, by the names that trackers get (without `spectral/`)."""
+    values = {}
+    for name, by_layer in record.items():
+        if name in ("step", "layers", "jacobian_heads", "jacobian_at_least"):
+            continue
+        numbers = [number for row in by_layer for number in row] if isinstance(by_layer, list) else [by_layer]
+        known = [number for number in numbers if number is not None]
+        if known:
+            values[name] = sum(known) / len(known)
+    return values
+
+
+def _spectra_record(rows: list[ProjectionSpectra]) -> dict[str, Any]:
+    """Per name a list over layers of lists over heads; `_effective` is W + C."""
+    record: dict[str, Any] = {}
+    for row in rows:
+        for suffix, spectrum in (("", row.raw), ("_effective", row.effective)):
+            for name, values in (
+                ("sigma_min", spectrum.head_sigma_min),
+                ("sigma_max", spectrum.head_sigma_max),
+                ("kappa", spectrum.head_kappa),
+                ("effective_rank", spectrum.head_effective_rank),
+            ):
+                record.setdefault(f"{name}_{row.projection}{suffix}", []).append([_finite(value) for value in values])
+    return record
+
+
+def _saturation_record(rows: list[Saturation]) -> dict[str, Any]:
+    return {
+        "entropy": [row.entropy.tolist() for row in rows],
+        "uniform_entropy": [[row.uniform_entropy] for row in rows],
+        "saturated_share": [[_finite(share) for share in row.saturated_share.tolist()] for row in rows],
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has neither nan nor infinity
+
+
+def _on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in LABELS
+    }
+
+
+def _first_samples(loader: Any, count: int = 2) -> Mapping[str, Any]:
+    """The first samples of a loader's dataset, collated; the random generators stay as they are."""
+    dataset = getattr(loader, "dataset", None)
+    if dataset is None or isinstance(dataset, IterableDataset):
+        raise ValueError(
+            "SpectralMonitor cannot take samples from this training data without drawing from its stream; pass "
+            "batch={...}, the keyword arguments of a forward pass to look at."
+        )
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  collators draw from the global generator
+    try:
+        with torch.random.fork_rng():
+            batch = loader.collate_fn([dataset[index] for index in range(count)])
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"The collator returned a {type(batch).__name__}; pass batch={{...}} to SpectralMonitor.")
+    return batch

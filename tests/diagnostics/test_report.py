@@ -1,0 +1,225 @@
+"""The page: every picture decodes, every number is that of the functions; the figures and the commands."""
+
+import base64
+import io
+import json
+import math
+from html.parser import HTMLParser
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+import typer
+from models import ARCHITECTURES
+from PIL import Image
+from transformers import AutoModel
+from typer.testing import CliRunner
+
+from hf_specattn import SpectralConfig, condition
+from hf_specattn.diagnostics import (
+    capture,
+    diagnose,
+    jacobian_indicator,
+    jacobian_spectrum,
+    saturation,
+    spectra,
+    write_report,
+    write_training_report,
+)
+from hf_specattn.diagnostics.command import read_records, report, report_training
+from hf_specattn.diagnostics.figures import training_figure
+from hf_specattn.diagnostics.monitor import MONITOR_FILE
+
+BERT = ARCHITECTURES["bert"]
+
+
+class Page(HTMLParser):
+    """The pictures, and the rows of each table by its id."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.pictures, self.tables, self.items, self.tags = [], {}, [], set()
+        self._rows, self._text = None, None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        attributes = dict(attributes)
+        if tag == "img":
+            self.pictures.append(attributes)
+        elif tag == "table":
+            self._rows = self.tables.setdefault(attributes["id"], [])
+        elif tag == "tr":
+            self._rows.append([])
+        elif tag in ("td", "li"):
+            self._text = ""
+
+    def handle_data(self, data):
+        if self._text is not None:
+            self._text += data
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self._rows[-1].append(self._text)
+            self._text = None
+        elif tag == "li":
+            self.items.append(self._text)
+            self._text = None
+
+    def rows(self, table):
+        return [row for row in self.tables[table] if row]
+
+
+def four_digits(*values):
+    return [f"{value:.4g}" for value in values]
+
+
+def check_page(page, model, batch, heads, queries):
+    parsed = Page(page.read_text())
+    assert not parsed.tags & {"script", "link", "iframe"}
+    for picture in parsed.pictures:
+        kind, _, content = picture["src"].partition(";base64,")
+        assert kind == "data:image/png"
+        image = Image.open(io.BytesIO(base64.b64decode(content, validate=True)))
+        image.load()
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20
+        assert picture["alt"]
+    expected = [
+        [
+            row.projection,
+            str(row.layer),
+            f"{row.shape[0]} x {row.shape[1]}",
+            *four_digits(row.raw.sigma_min, row.raw.sigma_max, row.raw.kappa, row.effective.kappa),
+            *four_digits(row.raw.effective_rank, row.effective.effective_rank),
+            *four_digits(fmean(row.raw.head_kappa), fmean(row.effective.head_kappa)),
+        ]
+        for row in spectra(model, output=True)
+    ]
+    assert parsed.rows("spectra") == expected
+    assert parsed.rows("saturation") == [
+        [str(row.layer), *four_digits(row.entropy.mean(), row.uniform_entropy, row.saturated_share.mean())]
+        for row in saturation(model, batch)
+    ]
+    jacobians = []
+    for item in capture(model, batch):
+        for head in heads:
+            built = item.head(head, queries=queries)
+            found, factors = jacobian_spectrum(built), jacobian_indicator(built)
+            row = [str(item.attention.layer), str(head), ("at least " * found.is_lower_bound) + f"{found.kappa:.4g}"]
+            row += [str(found.rank), str(found.shape[0])]
+            row += four_digits(factors.product, factors.x, factors.softmax, factors.query, factors.key, factors.value)
+            jacobians.append(row)
+    assert parsed.rows("jacobian") == jacobians
+    return parsed
+
+
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_every_number_and_picture_of_the_page(conditioned, tmp_path):
+    model, batch = BERT.model(), BERT.batch()
+    if conditioned:
+        condition(model, SpectralConfig(lambda_=1.0))
+    page = write_report(model, batch, tmp_path / "out", title="<tiny>", queries=4, jacobian_heads=2)
+    parsed = check_page(page, model, batch, (0, 3), 4)
+    assert len(parsed.pictures) == 4
+    assert "&lt;tiny&gt;" in page.read_text()
+    assert ("W + C" in parsed.items[0]) is conditioned
+    names = {"spectra", "heat_maps", "distributions", "jacobian"}
+    assert {path.name for path in page.parent.iterdir()} == {"report.html"} | {
+        f"{name}.{ending}" for name in names for ending in ("png", "svg")
+    }
+
+
+def test_what_is_wrong_is_said(tmp_path):
+    model = BERT.model()
+    condition(model, SpectralConfig(lambda_=30.0))
+    page = write_report(model, {"input_ids": torch.arange(12)[None]}, tmp_path, jacobian_heads=0)
+    parsed = Page(page.read_text())
+    assert "jacobian" not in parsed.tables
+    assert any("is saturated" in item and "lambda_=" in item for item in parsed.items)
+    with torch.no_grad():
+        for layer in (model := BERT.model()).encoder.layer:
+            layer.attention.self.value.weight[0] *= 1e-6
+    items = Page(write_report(model, BERT.batch(), tmp_path, jacobian_heads=0).read_text()).items
+    assert any("That is above 1000" in item for item in items)
+    assert "No layer's softmax is saturated." in items
+
+
+def test_diagnose_looks_at_every_head_by_default():
+    rows = diagnose(BERT.model(), BERT.batch(), queries=2).jacobians
+    assert [(row.layer, row.head) for row in rows] == [(layer, head) for layer in (0, 1) for head in range(4)]
+
+
+@pytest.fixture
+def app():
+    application = typer.Typer()
+    application.command()(report)
+    application.command(name="report-training")(report_training)
+    return application
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"spectral_conditioning": True, "lambda_": 1.0}], ids=["stock", "identity"])
+def test_command_on_minilm(settings, app, minilm_path, tmp_path):
+    checkpoint = minilm_path
+    if settings:
+        from transformers import AutoTokenizer
+
+        checkpoint = tmp_path / "checkpoint"
+        AutoModel.from_pretrained(minilm_path, **settings).save_pretrained(checkpoint)
+        AutoTokenizer.from_pretrained(minilm_path).save_pretrained(checkpoint)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat and looked at the other cat.\n\nAnother line.\n")
+    arguments = ["--data", str(text), "--output-dir", str(tmp_path / "out"), "--jacobian-heads", "2", "--queries", "6"]
+    result = CliRunner().invoke(app, ["report", str(checkpoint), *arguments])
+    assert result.exit_code == 0, result.output
+    model = AutoModel.from_pretrained(checkpoint)
+    from transformers import AutoTokenizer
+
+    batch = AutoTokenizer.from_pretrained(checkpoint)(
+        ["The cat sat on the mat and looked at the other cat.", "Another line."], padding=True, return_tensors="pt"
+    )
+    check_page(tmp_path / "out" / "report.html", model, dict(batch), (0, 11), 6)
+
+
+def test_command_says_what_is_wrong(app, tmp_path):
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
+    assert result.exit_code == 2
+    result = CliRunner().invoke(app, ["report-training", str(tmp_path)])
+    assert result.exit_code == 2
+
+
+def records(kappa):
+    steps = [0, 10, 20]
+    names = [f"{name}_{part}{end}" for name in ("sigma_min", "kappa") for part in ("query", "key", "value")
+             for end in ("", "_effective")]  # fmt: skip
+    return [
+        {"step": step, "layers": [0], "indicator": [[1e6]], "kappa_jacobian": [[kappa + step]], "seconds": 0.1}
+        | {name: [[kappa * (1 + step)]] for name in names}
+        for step in steps
+    ]
+
+
+def test_training_figure_has_means_over_runs_and_heads(tmp_path):
+    groups = {"stock": [records(3.0), records(5.0)], "svd": [records(2.0)]}
+    axes = training_figure(groups).axes
+    assert [panel.get_yscale() for panel in axes] == ["log"] * 3
+    lines = {line.get_label(): line for line in axes[2].lines}
+    assert lines["stock: Jacobian"].get_xdata().tolist() == [0, 10, 20]
+    assert lines["stock: Jacobian"].get_ydata().tolist() == [4.0, 14.0, 24.0]
+    assert {line.get_label(): line for line in axes[1].lines}["svd: W"].get_ydata().tolist() == [2.0, 22.0, 42.0]
+    band = axes[2].collections[0].get_paths()[0].vertices
+    assert band[:, 1].max() == pytest.approx(max(24 + math.sqrt(2), 14 + math.sqrt(2)))
+    path = write_training_report(groups, tmp_path)
+    Image.open(path).load()
+    assert path.with_suffix(".svg").is_file()
+
+
+def test_records_of_a_run(tmp_path):
+    with pytest.raises(ValueError, match="train it with --spectral_monitor_every"):
+        read_records(tmp_path)
+    (tmp_path / MONITOR_FILE).write_text("[]")
+    with pytest.raises(ValueError, match="is not a file of SpectralMonitor"):
+        read_records(tmp_path)
+    (tmp_path / MONITOR_FILE).write_text(json.dumps({"records": [{"step": 0}]}))
+    assert read_records(tmp_path) == [{"step": 0}]
