@@ -1,4 +1,4 @@
-"""Where query, key and value live, per architecture: one table, matched on the module tree.
+"""Where query, key and value live, per architecture: one table in two parts, matched on the module tree.
 
 Class names and child names are looked up in the live model, so a row holds for every model that contains such an
 attention (a BERT inside a VisionEncoderDecoder, a ViT inside a plain `nn.Module`), whatever the model's type or release.
@@ -24,9 +24,11 @@ class AttentionSpec:
         attention: class name, or names, of the module that holds the projections.
         modules: child name -> the projection in it, or the projections in order for a fused tensor:
             `{"q_proj": "query", "k_proj": "key", "v_proj": "value"}` or `{"qkv": ("query", "key", "value")}`.
+        defined_in: where the class is defined: dotted names of modules, or of packages that contain them; empty for
+            anywhere. A class name such as `Attention` says nothing without it.
         interleaved: a fused tensor runs per key/value head (`[heads, 3 * head_dim]`) instead of in blocks.
         query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
-            on its `config`, then on the model's.
+            on its `config`, then on the model's. Of several names the first that is there counts.
         key_value_heads: the same for key and value; None where they have as many heads as the query.
         output: where the output projection W_O is, for [`balance`] and the diagnostics: a dotted path from the attention
             module, each leading `..` a step up to the module that holds it (`"o_proj"`, `"..output.dense"`). Its inputs
@@ -40,8 +42,9 @@ class AttentionSpec:
     attention: str | tuple[str, ...]
     modules: Mapping[str, str | tuple[str, ...]]
     interleaved: bool = False
-    query_heads: str | int = "num_attention_heads"
-    key_value_heads: str | int | None = None
+    query_heads: str | int | tuple[str, ...] = "num_attention_heads"
+    key_value_heads: str | int | tuple[str, ...] | None = None
+    defined_in: tuple[str, ...] = ()
     output: str | None = None
     # Only `balance` reads these; a row that does not say is taken to forbid both gauges.
     query_key_barrier: str | None = UNSTATED
@@ -69,9 +72,12 @@ class AttentionSpec:
 
     def matches(self, module: nn.Module) -> bool:
         """Whether `module` is this attention class and has these children."""
-        return type(module).__name__ in self.class_names and all(
-            isinstance(getattr(module, child, None), nn.Module) for child in self.modules
-        )
+        if type(module).__name__ not in self.class_names or not self._is_defined_here(type(module).__module__):
+            return False
+        return all(isinstance(getattr(module, child, None), nn.Module) for child in self.modules)
+
+    def _is_defined_here(self, module_name: str) -> bool:
+        return not self.defined_in or any(f"{module_name}.".startswith(f"{place}.") for place in self.defined_in)
 
     def output_name(self, attention: str) -> str | None:
         """Full name of the module with W_O, of the attention with that full name.
@@ -109,9 +115,12 @@ class AttentionSpec:
 
     def _heads(self, field: str, attention: nn.Module, model_config: Any) -> int:
         value = getattr(self, field)
-        if isinstance(value, str):
+        if isinstance(value, (str, tuple)):
             owners = (attention, getattr(attention, "config", None), model_config)
-            found = [getattr(owner, value) for owner in owners if getattr(owner, value, None) is not None]
+            names = (value,) if isinstance(value, str) else value
+            found = [
+                number for name in names for owner in owners if (number := getattr(owner, name, None)) is not None
+            ]
             if not found:
                 raise ValueError(
                     f"{field}={value!r} is an attribute neither of {type(attention).__name__} nor of its config; give "
@@ -125,14 +134,18 @@ class AttentionSpec:
 
 QUERY_KEY_VALUE = {"query": "query", "key": "key", "value": "value"}
 Q_K_V_PROJ = {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+Q_K_V_LIN = {"q_lin": "query", "k_lin": "key", "v_lin": "value"}
+Q_K_V = {"q": "query", "k": "key", "v": "value"}
+FUSED_QKV = {"qkv": PROJECTIONS}
 
 # Plain softmax(X W_Q W_K^T X^T) X W_V W_O: scale, mask and attention dropout stand in the way of neither gauge.
 NO_BARRIER: dict[str, Any] = {"query_key_barrier": None, "value_output_barrier": None}
 # RoPE leaves of M only scaled rotations of pairs of channels, too few to balance anything.
 ROTARY: dict[str, Any] = {"query_key_barrier": "rotary position embeddings", "value_output_barrier": None}
 
-# Model type -> how its attention classes keep their projections. Where a class appears twice, the first row whose
-# children all exist is taken: names differ between releases, and between self- and cross-attention.
+# Model types that the Auto classes condition by a flag -> how their attention classes keep their projections. Where a
+# class appears twice, the first row whose children all exist is taken: names differ between releases, and between self-
+# and cross-attention.
 ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "bert": (
         AttentionSpec(
@@ -166,13 +179,107 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "llama": (
         AttentionSpec("LlamaAttention", Q_K_V_PROJ, key_value_heads="num_key_value_heads", output="o_proj", **ROTARY),
     ),
+    "deit": (
+        AttentionSpec("DeiTAttention", Q_K_V_PROJ, output="o_proj", **NO_BARRIER),
+        AttentionSpec("DeiTSelfAttention", QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER),
+    ),
+    "dinov2": (
+        AttentionSpec("Dinov2Attention", Q_K_V_PROJ, output="o_proj", **NO_BARRIER),
+        AttentionSpec("Dinov2SelfAttention", QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER),
+    ),
+    "electra": (
+        AttentionSpec(
+            ("ElectraSelfAttention", "ElectraCrossAttention"), QUERY_KEY_VALUE, output="..output.dense", **NO_BARRIER
+        ),
+    ),
+    "xlm-roberta": (
+        AttentionSpec(
+            ("XLMRobertaSelfAttention", "XLMRobertaCrossAttention"),
+            QUERY_KEY_VALUE,
+            output="..output.dense",
+            **NO_BARRIER,
+        ),
+    ),
+    "distilbert": (
+        AttentionSpec("DistilBertSelfAttention", Q_K_V_LIN, query_heads="n_heads", output="out_lin", **NO_BARRIER),
+    ),
+    "modernbert": (AttentionSpec("ModernBertAttention", {"Wqkv": PROJECTIONS}, output="Wo", **ROTARY),),
+    # `balance` leaves the following alone: relative position biases, convolutions, norms or learned scales stand in the
+    # attention module, and no test says that they let the gauges through.
+    "albert": (AttentionSpec("AlbertAttention", QUERY_KEY_VALUE),),
+    "beit": (
+        AttentionSpec("BeitAttention", Q_K_V_PROJ),
+        AttentionSpec(("BeitSelfAttention", "BeitSdpaSelfAttention"), QUERY_KEY_VALUE),
+    ),
+    "nystromformer": (AttentionSpec("NystromformerSelfAttention", QUERY_KEY_VALUE),),
+    "swin": (
+        AttentionSpec("SwinAttention", Q_K_V_PROJ),
+        AttentionSpec("SwinSelfAttention", QUERY_KEY_VALUE),
+    ),
+    "swinv2": (
+        AttentionSpec("Swinv2Attention", Q_K_V_PROJ),
+        AttentionSpec("Swinv2SelfAttention", QUERY_KEY_VALUE),
+    ),
+}
+
+# What `condition` knows beside those: families that the Auto classes load as stock models only.
+MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
+    "gpt_neox": (AttentionSpec("GPTNeoXAttention", {"query_key_value": PROJECTIONS}, interleaved=True),),
+    "qwen": (
+        AttentionSpec(
+            ("Qwen2Attention", "Qwen3Attention", "Qwen2MoeAttention", "Qwen3MoeAttention"),
+            Q_K_V_PROJ,
+            key_value_heads="num_key_value_heads",
+        ),
+    ),
+    # Self- and cross-attention are one class.
+    "t5": (AttentionSpec(("T5Attention", "MT5Attention", "UMT5Attention"), Q_K_V, query_heads="n_heads"),),
+    "bart": (AttentionSpec("BartAttention", Q_K_V_PROJ, query_heads="num_heads"),),
+    "clip": (AttentionSpec("CLIPAttention", Q_K_V_PROJ, query_heads="num_heads"),),
+    "florence2": (
+        AttentionSpec("Florence2VisionWindowAttention", FUSED_QKV, query_heads="num_heads"),
+        AttentionSpec("Florence2VisionChannelAttention", FUSED_QKV, query_heads="groups"),
+    ),
+    # ViT, DeiT and most plain vision transformers of timm; its SwinV2, BEiT and EVA classes bear similar names, but hand
+    # their weight to a functional call, past any module.
+    "timm_vit": (
+        AttentionSpec(
+            "Attention",
+            FUSED_QKV,
+            query_heads="num_heads",
+            defined_in=("timm.layers.attention", "timm.models.vision_transformer"),
+        ),
+    ),
+    "timm_swin": (
+        AttentionSpec(
+            "WindowAttention", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.swin_transformer",)
+        ),
+    ),
+    # Cross-covariance attention, and the class attention that XCiT took from CaiT.
+    "timm_xcit": (
+        AttentionSpec("XCA", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.xcit",)),
+        AttentionSpec("ClassAttn", Q_K_V, query_heads="num_heads", defined_in=("timm.models.cait",)),
+    ),
+    # The names of timm's code: its ChannelAttention takes the softmax of the products of what it calls k and v, and
+    # applies it to what it calls q (ChannelAttentionV2 has the usual order). All three are conditioned alike by default.
+    "timm_davit": (
+        AttentionSpec(
+            ("WindowAttention", "ChannelAttention"),
+            FUSED_QKV,
+            query_heads="num_heads",
+            defined_in=("timm.models.davit",),
+        ),
+        AttentionSpec("ChannelAttentionV2", FUSED_QKV, query_heads="groups", defined_in=("timm.models.davit",)),
+    ),
 }
 
 
 def attention_specs(architecture: AttentionSpec | Sequence[AttentionSpec] | None) -> tuple[AttentionSpec, ...]:
-    """The rows to match: those given, or the whole table."""
+    """The rows to match: those given, or both parts of the table."""
     if architecture is None:
-        return tuple(spec for specs in ARCHITECTURES.values() for spec in specs)
+        return tuple(
+            spec for table in (ARCHITECTURES, MORE_ARCHITECTURES) for specs in table.values() for spec in specs
+        )
     specs = (architecture,) if isinstance(architecture, AttentionSpec) else tuple(architecture)
     if not specs or not all(isinstance(spec, AttentionSpec) for spec in specs):
         raise ValueError(f"architecture={architecture!r} must be an AttentionSpec or a non-empty sequence of them.")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapted import refuse_adapters
-from .architectures import ARCHITECTURES, AttentionSpec, attention_specs
+from .architectures import ARCHITECTURES, MORE_ARCHITECTURES, AttentionSpec, attention_specs
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .layers import (
@@ -303,10 +303,11 @@ def _multihead_message(name: str) -> str:
 
 
 def _nothing_found_message(model: nn.Module, unmatched: list[str], architecture: Any) -> str:
+    names = ", ".join((*ARCHITECTURES, *MORE_ARCHITECTURES))
     known = (
         f"architecture={architecture!r} matches no module"
         if architecture is not None
-        else f"none of its modules is an attention of a known architecture ({', '.join(ARCHITECTURES)})"
+        else f"none of its modules is an attention of a known architecture ({names})"
     )
     seen = f" Attention-like modules in it: {', '.join(unmatched[:4])}." if unmatched else ""
     return (

@@ -141,6 +141,8 @@ class SpectralConfigMixin:
             config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
             _refuse_other_settings(config_dict, given)
+        elif config_dict.get("architectures"):  # an Auto class with several classes for one type chooses by them
+            config_dict = {**config_dict, "architectures": [f"Spec{name}" for name in config_dict["architectures"]]}
         return super().from_dict({**config_dict, **given, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -408,8 +410,9 @@ def _enter_stock_weights(model: Any, spectral_init: str) -> None:
 # --- the classes, one set per model type -----------------------------------------------------------------------------
 
 
-def _stock_classes(model_type: str) -> tuple[type[PretrainedConfig], dict[str, type[PreTrainedModel]]]:
-    """The stock configuration class, and the stock model class of each Auto class that has one."""
+def _stock_classes(model_type: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
+    """The stock configuration class, and for each Auto class that has one the stock model class, or a tuple of several
+    between which the `architectures` of a checkpoint decide (DeiT with and without a teacher)."""
     if model_type == CrammedBertConfig.model_type:
         return CrammedBertConfig, CRAMMED_BERT_CLASSES
     config_class = transformers.AutoConfig.for_model(model_type).__class__
@@ -460,19 +463,33 @@ def _define_classes(model_type: str) -> dict[str, Any]:
     _share_key_conversions(stock_config.model_type, config_class.model_type)
     by_auto_class = {}
     for auto_name, stock in heads.items():
-        if stock not in CONDITIONED_CLASSES:
-            CONDITIONED_CLASSES[stock] = _conditioned_model_class(stock, config_class)
-            globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
-            _share_key_conversions(stock.__name__, CONDITIONED_CLASSES[stock].__name__)
-        by_auto_class[auto_name] = CONDITIONED_CLASSES[stock]
+        several = isinstance(stock, tuple)
+        classes = tuple(_define_model_class(each, config_class) for each in (stock if several else (stock,)))
+        by_auto_class[auto_name] = classes if several else classes[0]
     if IS_REMOTE_CODE:
         # Some heads (Llama's) build their base by AutoModel.from_config, which would ask anew whether to trust this code.
-        transformers.AutoModel.register(config_class, by_auto_class["AutoModel"], exist_ok=True)
-        by_auto_class["AutoModel"].register_for_auto_class("AutoModel")  # saved again, it brings its code along
+        base = conditioned_class(by_auto_class["AutoModel"])
+        transformers.AutoModel.register(config_class, base, exist_ok=True)
+        base.register_for_auto_class("AutoModel")  # saved again, it brings its code along
     return by_auto_class
 
 
-# Model type -> Auto class name -> conditioned model class.
+def _define_model_class(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> Any:
+    if stock not in CONDITIONED_CLASSES:
+        CONDITIONED_CLASSES[stock] = _conditioned_model_class(stock, config_class)
+        globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
+        _share_key_conversions(stock.__name__, CONDITIONED_CLASSES[stock].__name__)
+    return CONDITIONED_CLASSES[stock]
+
+
+def conditioned_class(classes: Any, architectures: Sequence[str] = ()) -> Any:
+    """Of several classes for one Auto class, the one that a checkpoint's `architectures` name; the first if they name none."""
+    if not isinstance(classes, tuple):
+        return classes
+    return next((each for each in classes if each.__name__ in architectures), classes[0])
+
+
+# Model type -> Auto class name -> conditioned model class, or a tuple of them.
 CONDITIONED_MODELS: dict[str, dict[str, Any]] = {
     model_type: _define_classes(model_type) for model_type in ARCHITECTURES
 }

@@ -32,7 +32,10 @@ class TinyArchitecture:
         classes: what each Auto class must load: Auto class -> stock class, both by name.
         weights: regular expression of the names of the weights that hold query, key and value; its first group begins
             with q, k or v, unless the weight is fused.
-        fused: whether each weight is `[query | key | value]` as `(in_features, out_features)`, a transformers Conv1D.
+        fused: whether each weight is `[query | key | value]`.
+        transposed: whether a fused weight is `(in_features, out_features)`, a transformers Conv1D.
+        layers: how many attentions have weights of their own.
+        padded: whether the second text is padded.
         key_value_heads: heads of key and value.
         rotary: whether rotary position embeddings act on query and key.
         outputs: regular expression of the names of the weights of the attentions' output projections.
@@ -44,6 +47,9 @@ class TinyArchitecture:
     classes: Mapping[str, str]
     weights: str = r"\.(query|key|value|q_proj|k_proj|v_proj)\.weight$"
     fused: bool = False
+    transposed: bool = True
+    layers: int = LAYERS
+    padded: bool = True
     key_value_heads: int = HEADS
     rotary: bool = False
     outputs: str = r"(attention\.output\.dense|attention_output|o_proj|attn\.c_proj)\.weight$"
@@ -69,7 +75,7 @@ class TinyArchitecture:
         return model.to(dtype).eval()
 
     def batch(self, auto_name: str = "AutoModel", dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """Two samples; the second text is padded on the right."""
+        """Two samples; the second text is padded on the right, where the architecture takes that."""
         generator = torch.Generator().manual_seed(1)
         if "image_size" in self.settings:
             channels, size = self.settings["num_channels"], self.settings["image_size"]
@@ -78,6 +84,8 @@ class TinyArchitecture:
         shape = (2, 3, LENGTH) if auto_name == "AutoModelForMultipleChoice" else (2, LENGTH)
         tokens = torch.randint(5, VOCABULARY, shape, generator=generator)
         mask = torch.ones_like(tokens)
+        if not self.padded:
+            return {"input_ids": tokens}
         tokens[1, ..., LENGTH - 3 :], mask[1, ..., LENGTH - 3 :] = 0, 0
         return {"input_ids": tokens, "attention_mask": mask}
 
@@ -90,7 +98,8 @@ class TinyArchitecture:
         for name, weight in model.state_dict().items():
             match = re.search(self.weights, name)
             if match and self.fused:
-                found += [(name, *part) for part in zip(PROJECTIONS, np.split(weight.numpy().T, 3))]
+                matrix = weight.numpy().T if self.transposed else weight.numpy()
+                found += [(name, *part) for part in zip(PROJECTIONS, np.split(matrix, 3))]
             elif match:
                 found.append((name, next(p for p in PROJECTIONS if p[0] == match[1][0]), weight.numpy()))
         return found
@@ -235,7 +244,7 @@ def add_correction(
 ) -> nn.Module:
     """A stock `model` whose weights become W + C, in place, without the package."""
     projections = tiny.projections(model)
-    assert len(projections) == 3 * LAYERS
+    assert len(projections) == 3 * tiny.layers
     for _, projection, matrix in projections:
         if projection in targets:
             for block in np.split(matrix, tiny.heads_of(projection)) if per_head else [matrix]:

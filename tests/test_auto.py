@@ -332,8 +332,8 @@ def test_settings_beside_a_configuration_are_not_ignored(conditioned, stock_chec
 
 
 def test_an_architecture_that_is_not_in_the_table_does_not_ignore_the_flag(tmp_path):
-    config = transformers.DistilBertConfig(vocab_size=VOCABULARY, dim=32, n_layers=1, n_heads=4, hidden_dim=48)
-    transformers.DistilBertModel(config).save_pretrained(tmp_path)
+    config = transformers.FlaubertConfig(vocab_size=VOCABULARY, emb_dim=32, n_layers=1, n_heads=4)
+    transformers.FlaubertModel(config).save_pretrained(tmp_path)
     with pytest.raises((TypeError, ValueError), match="spectral_conditioning"):
         AutoModel.from_pretrained(tmp_path, spectral_conditioning=True)
 

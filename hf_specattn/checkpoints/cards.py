@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from transformers.modelcard import TASK_MAPPING
 
-from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX
+from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX, conditioned_class
 from ..training.glue.results import Results, ResultsError
 from ..training.glue.tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
 from ..training.metrics import METRICS_FILE
@@ -113,9 +113,8 @@ def _auto_class(config: Mapping[str, Any]) -> str:
     wanted = _stock_class_name(config)
     # The pretraining class is another name of one of the others.
     names = [name for name in AUTO_CLASSES if name != "AutoModelForPreTraining"] + ["AutoModelForPreTraining"]
-    return next(
-        (name for name in names if name in classes and classes[name].stock_class.__name__ == wanted), "AutoModel"
-    )
+    heads = {name: conditioned_class(classes[name], [f"Spec{wanted}"]) for name in names if name in classes}
+    return next((name for name, head in heads.items() if head.stock_class.__name__ == wanted), "AutoModel")
 
 
 def _variables(

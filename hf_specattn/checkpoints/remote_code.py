@@ -5,6 +5,7 @@ for each Auto class. `save_pretrained` would name that of the saved head alone.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import crammed_bert, modeling
 from ..architectures import ARCHITECTURES
-from ..modeling import CONDITIONED_MODELS, CRAMMED_BERT_CLASSES, MODEL_TYPE_PREFIX
+from ..modeling import CONDITIONED_MODELS, CRAMMED_BERT_CLASSES, MODEL_TYPE_PREFIX, conditioned_class
 
 CONFIG = "config.json"
 
@@ -22,8 +23,12 @@ def needs_remote_code(config: dict[str, Any]) -> bool:
     return _module_of(str(config.get("model_type"))) is not None
 
 
-def auto_map(model_type: str) -> dict[str, str]:
+def auto_map(model_type: str, architectures: Sequence[str] = ()) -> dict[str, str]:
     """Auto class -> `<file>.<class>`, for the configuration and every head of a model type of this package.
+
+    Args:
+        model_type: of the checkpoint.
+        architectures: the class names in its config.json, which decide where one Auto class has several heads.
 
     Raises:
         ValueError: for a model type of transformers.
@@ -33,9 +38,10 @@ def auto_map(model_type: str) -> dict[str, str]:
         raise ValueError(f"model_type={model_type!r} is transformers' own and needs no remote code.")
     stock_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
     classes = CONDITIONED_MODELS[stock_type] if model_type != stock_type else CRAMMED_BERT_CLASSES
-    config_class = next(iter(classes.values())).config_class
+    heads = {auto_class: conditioned_class(several, architectures) for auto_class, several in classes.items()}
+    config_class = next(iter(heads.values())).config_class
     stem = Path(str(module.__file__)).stem
-    named = {"AutoConfig": config_class, **classes}
+    named = {"AutoConfig": config_class, **heads}
     return {auto_class: f"{stem}.{target.__name__}" for auto_class, target in named.items()}
 
 
@@ -58,7 +64,10 @@ def remote_code(config: dict[str, Any]) -> dict[str, bytes]:
     model_type = str(config["model_type"])
     files = {file.name: file.read_bytes() for file in source_files(model_type)}
     # Entries of others, such as a tokenizer's, stay.
-    complete = {**config, "auto_map": {**config.get("auto_map", {}), **auto_map(model_type)}}
+    complete = {
+        **config,
+        "auto_map": {**config.get("auto_map", {}), **auto_map(model_type, config.get("architectures") or ())},
+    }
     files[CONFIG] = (json.dumps(complete, indent=2, sort_keys=True) + "\n").encode()
     return files
 
