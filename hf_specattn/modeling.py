@@ -8,7 +8,7 @@ conditioned; parameter names are the stock ones.
 import contextlib
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, ClassVar
 

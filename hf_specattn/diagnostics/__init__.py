@@ -10,6 +10,7 @@ from .monitor import SpectralMonitor
 from .report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
 from .saturation import GradientNorms, Saturation, attention_entropy, gradient_norms, saturation
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
+from .tracing import TracedAttention, trace_attention
 
 __all__ = [
     "Advice",
@@ -26,6 +27,7 @@ __all__ = [
     "ProjectionSpectra",
     "Saturation",
     "SpectralMonitor",
+    "TracedAttention",
     "advise",
     "attention_entropy",
     "capture",
@@ -38,6 +40,7 @@ __all__ = [
     "saturation",
     "softmax_jacobian_extremes",
     "spectra",
+    "trace_attention",
     "write_report",
     "write_training_report",
 ]
