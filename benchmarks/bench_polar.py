@@ -275,8 +275,8 @@ def report(rows: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]
             for name, tokens in zip(("small step", "large step"), model["tokens"])
         )
         lines.append(
-            f"{model['layers']} layers, {model['weights']} weights of {' and '.join(model['shapes'])}. A stock step ({settings['precision']}, "
-            f"{settings['mode']}, AdamW) takes {step} tokens, so {1e6 * model['seconds_per_token']:,.1f} microseconds per "
+            f"{model['layers']} layers, {model['weights']} weights of {' and '.join(model['shapes'])}. A stock step "
+            f"({settings['precision']}, {settings['mode']}, AdamW) takes {step} tokens, so {1e6 * model['seconds_per_token']:,.1f} microseconds per "
             f"token and {1000 * model['seconds_fixed']:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
         )
         lines.append(markdown_table(MODEL_COLUMNS, model_rows(model)))

@@ -483,7 +483,7 @@ def _define_model_class(stock: type[PreTrainedModel], config_class: type[Pretrai
 
 
 def conditioned_class(classes: Any, architectures: Sequence[str] = ()) -> Any:
-    """Of several classes for one Auto class, the one that a checkpoint's `architectures` name; the first if they name none."""
+    """Of several classes for one Auto class, that which a checkpoint's `architectures` name; the first if they name none."""
     if not isinstance(classes, tuple):
         return classes
     return next((each for each in classes if each.__name__ in architectures), classes[0])
