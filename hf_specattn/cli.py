@@ -1,4 +1,4 @@
-"""The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints."""
+"""The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports."""
 
 import sys
 from typing import Annotated, Any, NoReturn
@@ -14,6 +14,7 @@ from .checkpoints.conversion import convert as convert_checkpoint
 from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.publishing import plan, publish
 from .config import PROJECTIONS, SpectralConfig
+from .diagnostics.command import report, report_training
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -130,6 +131,10 @@ def push(
         commit_message=commit_message,
     )
     _report(f"Published: {commit.pr_url or commit.commit_url}")
+
+
+app.command()(report)
+app.command(name="report-training")(report_training)
 
 
 @app.callback(invoke_without_command=True)
