@@ -277,7 +277,8 @@ def report(rows: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]
         lines.append(
             f"{model['layers']} layers, {model['weights']} weights of {' and '.join(model['shapes'])}. A stock step "
             f"({settings['precision']}, {settings['mode']}, AdamW) takes {step} tokens, so "
-            f"{1e6 * model['seconds_per_token']:,.1f} microseconds per token and {1000 * model['seconds_fixed']:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
+            f"{1e6 * model['seconds_per_token']:,.1f} microseconds per token "
+            f"and {1000 * model['seconds_fixed']:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
         )
         lines.append(markdown_table(MODEL_COLUMNS, model_rows(model)))
     return "\n".join([*lines, *MODEL_NOTES, ""])
