@@ -274,11 +274,11 @@ def report(rows: Sequence[Mapping[str, Any]], models: Sequence[Mapping[str, Any]
             f"{1000 * model['median_seconds'][name]:,.0f} ms at {tokens:,}"
             for name, tokens in zip(("small step", "large step"), model["tokens"])
         )
+        per_token, fixed = 1e6 * model["seconds_per_token"], 1000 * model["seconds_fixed"]
         lines.append(
             f"{model['layers']} layers, {model['weights']} weights of {' and '.join(model['shapes'])}. A stock step "
-            f"({settings['precision']}, {settings['mode']}, AdamW) takes {step} tokens, so "
-            f"{1e6 * model['seconds_per_token']:,.1f} microseconds per token "
-            f"and {1000 * model['seconds_fixed']:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
+            f"({settings['precision']}, {settings['mode']}, AdamW) takes {step} tokens, so {per_token:,.1f} microseconds "
+            f"per token and {fixed:,.0f} ms besides. Median of {settings['rounds']} rounds.\n"
         )
         lines.append(markdown_table(MODEL_COLUMNS, model_rows(model)))
     return "\n".join([*lines, *MODEL_NOTES, ""])

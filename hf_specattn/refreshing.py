@@ -42,9 +42,9 @@ def refresh(model: nn.Module, exact: bool | None = None) -> None:
     Args:
         model: conditioned with `refresh_every`.
         exact: True takes the SVD of each weight. False takes matrix products (`polar.py`), all weights of one shape
-            together: the same `C` but for rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU, where an
-            SVD takes longer than a training step; elsewhere the SVD, which LAPACK does in the time of about 15 products of
-            the weight's size. It is an argument and no setting, because the function does not depend on it.
+            together: the same `C` but for rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU; elsewhere
+            the SVD, which LAPACK does in the time of about 15 products of the weight's size, where 27 are needed. It is an
+            argument and no setting, because the function does not depend on it.
 
     Raises:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function.
