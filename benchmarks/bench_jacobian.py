@@ -39,7 +39,7 @@ class BenchArguments:
     tokens: int = field(default=48, metadata={"help": "Tokens of the head on which both ways are compared."})
     width: int = field(default=192, metadata={"help": "Width of its layer."})
     head_width: int = field(default=16, metadata={"help": "Its own width."})
-    rounds: int = field(default=3, metadata={"help": "Rounds of the comparison."})
+    rounds: int = field(default=5, metadata={"help": "Rounds of the comparison."})
     skip_large: bool = field(default=False, metadata={"help": "Leave out the head of ViT-B."})
     output_dir: str = field(
         default=str(Path(__file__).parent / "results"), metadata={"help": "Folder for jacobian.json and .md."}
@@ -208,7 +208,7 @@ def main() -> None:
         raise SystemExit(f"error: --rounds {arguments.rounds} must be at least 2, for quartiles.")
     described = machine()
     results = {
-        "command": "python benchmarks/bench_jacobian.py" + (" --skip_large" if arguments.skip_large else ""),
+        "command": " ".join(["python benchmarks/bench_jacobian.py", *sys.argv[1:]]),
         "machine": described,
         "comparison": compare(arguments),
         "large": None if arguments.skip_large else run_large(),

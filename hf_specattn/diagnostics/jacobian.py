@@ -26,7 +26,7 @@ from .heads import AttentionHead
 EPSILON = torch.finfo(torch.float64).eps
 
 # Above this size the extreme eigenvalues come from a Cholesky factor, below it all of them from LAPACK.
-FULL_SPECTRUM_SIZE = 768
+FULL_SPECTRUM_SIZE = 384
 # Elements of J up to which its own SVD may be taken where squaring does not suffice: 256 MiB.
 SVD_ELEMENTS = 2**25
 # Rows of J that are looked at together, in elements.

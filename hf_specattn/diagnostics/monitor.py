@@ -103,6 +103,8 @@ class SpectralMonitor(TrainerCallback):
         """
         if self._batch is None:
             raise ValueError("SpectralMonitor needs batch={...}, the keyword arguments of a forward pass to look at.")
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()
         self._inputs = _on_device(self._batch, model)
         places = len(find_attentions(model, self.architecture))
@@ -174,7 +176,6 @@ class SpectralMonitor(TrainerCallback):
             self._batch = _first_samples(kwargs["train_dataloader"])
         if self.file is None:
             self.file = Path(str(args.output_dir)) / MONITOR_FILE
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         self._report(state, self.begin(kwargs["model"], state.global_step))
 
     def on_pre_optimizer_step(

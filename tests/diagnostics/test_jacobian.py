@@ -123,7 +123,7 @@ def test_beyond_what_squaring_resolves_the_svd_of_j_is_taken():
     np.testing.assert_allclose(found.singular_values, expected, rtol=0, atol=1e-13 * expected[0])
 
 
-@pytest.mark.parametrize("size", [0, 768])
+@pytest.mark.parametrize("size", [0, 384])
 def test_where_j_is_too_large_for_it_kappa_is_at_least(size, monkeypatch):
     monkeypatch.setattr(module, "FULL_SPECTRUM_SIZE", size)
     head = ill_conditioned()
