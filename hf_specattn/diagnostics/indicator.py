@@ -48,7 +48,7 @@ def jacobian_indicator(head: AttentionHead) -> Indicator:
     softmax = largest[nonzero].max() / smallest[nonzero].min() if nonzero.any() else torch.tensor(torch.nan)
     inputs = [head.x] if head.x_key is None else [head.x, head.x_key]
     kappas = (condition_number(weight).item() for weight in (head.query, head.key, head.value))
-    return Indicator(max(_nonzero_condition_number(x) for x in inputs), softmax.item(), *kappas)
+    return Indicator(max(_nonzero_condition_number(x, head.epsilon) for x in inputs), softmax.item(), *kappas)
 
 
 def softmax_jacobian_extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +86,8 @@ def _root_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return ((start + end) / 2).exp()[..., 0]
 
 
-def _nonzero_condition_number(matrix: Tensor) -> float:
+def _nonzero_condition_number(matrix: Tensor, epsilon: float) -> float:
+    # What a layer norm makes 0 comes out of a float32 model as its rounding.
     sigma = torch.linalg.svdvals(matrix)
-    rank = int((sigma > max(matrix.shape) * torch.finfo(matrix.dtype).eps * sigma[0]).sum())
+    rank = int((sigma > max(matrix.shape) * epsilon * sigma[0]).sum())
     return (sigma[0] / sigma[rank - 1]).item() if rank else float("inf")

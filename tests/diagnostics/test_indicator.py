@@ -9,7 +9,7 @@ import pytest
 import torch
 from jacobian_cases import HeadCase, dense_singular_values
 
-from hf_specattn.diagnostics import jacobian_indicator, softmax_jacobian_extremes
+from hf_specattn.diagnostics import AttentionHead, jacobian_indicator, softmax_jacobian_extremes
 
 
 def softmax_jacobian(row):
@@ -75,3 +75,16 @@ def test_rank_deficient_inputs_count_their_nonzero_singular_values():
     x[6] = 2 * x[5]
     sigma = np.linalg.svd(x.numpy(), compute_uv=False)
     assert jacobian_indicator(replace(head, x=x)).x == pytest.approx(sigma[0] / sigma[5], rel=1e-10)
+
+
+def test_what_a_layer_norm_makes_zero_is_no_singular_value_of_a_float32_input():
+    """Rows without a mean lie in a subspace; rounded to float32 they do not, and float64 alone sees that."""
+    torch.manual_seed(0)
+    x = torch.nn.functional.layer_norm(torch.randn(12, 8, dtype=torch.float64), (8,))
+    weights = {name: torch.randn(4, 8, dtype=torch.float64) for name in ("query", "key", "value")}
+    sigma = torch.linalg.svdvals(x)
+    assert sigma[-1] < 1e-12 < 1e-2 < sigma[-2]
+    expected = (sigma[0] / sigma[-2]).item()
+    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        head = AttentionHead(x=x.to(dtype), scale=0.5, **weights)
+        assert jacobian_indicator(head).x == pytest.approx(expected, rel=rel)
