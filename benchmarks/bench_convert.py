@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.utils import logging
 
 from hf_specattn import SpectralConfig
-from hf_specattn.checkpoints.conversion import balance_checkpoint, convert, fold_checkpoint
+from hf_specattn.checkpoints.conversion import Result, balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.destinations import folder_bytes
 from hf_specattn.training.atomic_files import write_bytes, write_json
 
@@ -34,14 +35,17 @@ MIB = 2**20
 WIDTH, VOCABULARY, INTERMEDIATE = 1024, 30522, 4096
 SAMPLES_PER_SECOND = 50
 
-COMMANDS = {
-    "convert --method identity": lambda source, folder: convert(source, folder / "identity", SpectralConfig()),
-    "convert --init preserve": lambda source, folder: convert(
-        source, folder / "preserve", SpectralConfig(), "preserve"
+# Name -> the folder it reads, the folder it writes, and how.
+COMMANDS: dict[str, tuple[str, str, Callable[[str, Path], Result]]] = {
+    "convert --method identity": ("source", "identity", lambda src, dst: convert(src, dst, SpectralConfig())),
+    "convert --init preserve": (
+        "source",
+        "preserve",
+        lambda src, dst: convert(src, dst, SpectralConfig(), "preserve"),
     ),
-    "convert --method svd": lambda source, folder: convert(source, folder / "svd", SpectralConfig("svd")),
-    "fold (of svd)": lambda source, folder: fold_checkpoint(str(folder / "svd"), folder / "folded"),
-    "balance": lambda source, folder: balance_checkpoint(source, folder / "balanced"),
+    "convert --method svd": ("source", "svd", lambda src, dst: convert(src, dst, SpectralConfig("svd"))),
+    "fold (of svd)": ("svd", "folded", fold_checkpoint),
+    "balance": ("source", "balanced", balance_checkpoint),
 }
 
 
@@ -85,14 +89,19 @@ class Peak(threading.Thread):
             self.highest = {name: max(value, now[name]) for name, value in self.highest.items()}
 
 
-def measure(name: str, source: str, folder: Path, connection: Any) -> None:
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def measure(name: str, folder: Path, connection: Any) -> None:
     """In a process of its own: do it and send the figures."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     peak = Peak()
     peak.start()
     begun = time.perf_counter()
-    result = COMMANDS[name](source, folder)
+    source, destination, command = COMMANDS[name]
+    result = command(str(folder / source), folder / destination)
     seconds = time.perf_counter() - begun
     peak.over.set()
     peak.join()
@@ -102,15 +111,16 @@ def measure(name: str, source: str, folder: Path, connection: Any) -> None:
             "bytes_before": peak.before,
             "bytes_peak": peak.highest,
             "bytes_written": folder_bytes(result.folder),
-            "weight_bytes": sum(file.stat().st_size for file in result.folder.glob("*.safetensors")),
+            "weight_bytes_read": weight_bytes(folder / source),
+            "weight_bytes_written": weight_bytes(result.folder),
         }
     )
 
 
-def in_a_process(name: str, source: str, folder: Path) -> dict[str, Any]:
+def in_a_process(name: str, folder: Path) -> dict[str, Any]:
     spawning = multiprocessing.get_context("spawn")  # a forked process would count this one's memory
     receiver, sender = spawning.Pipe(duplex=False)
-    process = spawning.Process(target=measure, args=(name, source, folder, sender))
+    process = spawning.Process(target=measure, args=(name, folder, sender))
     process.start()
     sender.close()  # so that a failing child ends the waiting
     figures = receiver.recv()
@@ -137,7 +147,8 @@ def report(results: dict[str, Any]) -> str:
     where, size = results["machine"], results["source_bytes"]
     lines = []
     for name, figures in results["conversions"].items():
-        model = max(size, figures["weight_bytes"])  # with its corrections, where it has some
+        # With its corrections, where it has some.
+        model = max(figures["weight_bytes_read"], figures["weight_bytes_written"])
         anonymous = figures["bytes_peak"]["anonymous"] - figures["bytes_before"]["anonymous"]
         resident = figures["bytes_peak"]["resident"] - figures["bytes_before"]["resident"]
         cells = (
@@ -145,24 +156,22 @@ def report(results: dict[str, Any]) -> str:
             f"{model / MIB:,.0f}",
             f"{anonymous / MIB:,.0f}",
             f"{resident / MIB:,.0f}",
-            f"{(anonymous - model) / MIB:+,.0f}",
+            f"{(resident - model) / MIB:,.0f}",
             f"{figures['seconds']:.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     table = "\n".join(lines)
     return (
         f"# Converting a checkpoint\n\n`{results['command']}`: a BERT of {results['parameters']:,} random parameters in "
-        "float32, "
-        f"{size / 1e9:.2f} GB in {results['source_files']} files; one thread.\n\n"
+        f"float32, {size / 1e9:.2f} GB in {results['source_files']} files; one thread.\n\n"
         f"{where['cores']} cores ({where['architecture']}), {where['memory_gib']} GiB of memory, {where['system']}, load "
         f"{where['load_before']} before the start; Python {where['python']}, torch {where['torch']}, transformers "
         f"{where['transformers']}, safetensors {where['safetensors']}.\n\n"
         "Memory in MiB beyond the imported libraries. The model is the weights in their stored dtype, corrections included; "
         "allocated is what the process asked for; resident counts the mapped pages of files too, which the system takes back "
-        f"when it needs them. The embedding, the largest module, is {results['largest_module_float64_bytes'] / MIB:,.0f} "
-        "MiB in "
-        "float64.\n\n"
-        "| | model | peak allocated | peak resident | allocated less model | seconds |\n|---|---:|---:|---:|---:|---:|\n"
+        "when it needs them. The embedding, the largest module, is "
+        f"{results['largest_module_float64_bytes'] / MIB:,.0f} MiB in float64.\n\n"
+        "| | model | peak allocated | peak resident | resident less model | seconds |\n|---|---:|---:|---:|---:|---:|\n"
         f"{table}\n"
     )
 
@@ -182,10 +191,10 @@ def main() -> None:
         results = {
             "command": f"python benchmarks/bench_convert.py --gigabytes {arguments.gigabytes:g}",
             "parameters": parameters,
-            "source_bytes": sum(file.stat().st_size for file in files),
+            "source_bytes": weight_bytes(folder / "source"),
             "source_files": len(files),
             "largest_module_float64_bytes": VOCABULARY * WIDTH * 8,
-            "conversions": {name: in_a_process(name, str(folder / "source"), folder) for name in COMMANDS},
+            "conversions": {name: in_a_process(name, folder) for name in COMMANDS},
             "machine": described,
         }
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
