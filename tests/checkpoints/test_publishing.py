@@ -29,6 +29,7 @@ CODE = {
     "layers.py",
     "modeling.py",
     "refreshing.py",
+    "polar.py",
     "reports.py",
 }
 SECRET = "hf_thisIsASecretToken"

@@ -21,8 +21,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
-    DistilBertConfig,
-    DistilBertModel,
+    MPNetConfig,
+    MPNetModel,
     RobertaConfig,
     RobertaModel,
     get_cosine_schedule_with_warmup,
@@ -898,9 +898,9 @@ def odd_checkpoints(checkpoints, tokenizer, tmp_path):
         if name == "roberta":
             config = RobertaConfig(vocab_size=400, max_position_embeddings=18, pad_token_id=1, **small)
             RobertaModel(config).save_pretrained(folder)
-        elif name == "distilbert":
-            config = DistilBertConfig(vocab_size=len(tokenizer), dim=16, n_layers=1, n_heads=2, hidden_dim=32)
-            DistilBertModel(config).save_pretrained(folder)
+        elif name == "mpnet":
+            config = MPNetConfig(vocab_size=len(tokenizer), **SIZES)
+            MPNetModel(config).save_pretrained(folder)
         elif name == "three classes":
             config = BertConfig(vocab_size=len(tokenizer), num_labels=3, **small)
             BertForSequenceClassification(config).save_pretrained(folder)
@@ -931,7 +931,7 @@ def odd_checkpoints(checkpoints, tokenizer, tmp_path):
         ("small vocabulary", [], r"tokens and the model .*small vocabulary only 50"),
         ("plain", ["--max_seq_length", "1024"], "--max_seq_length 1024 exceeds the 512 positions"),
         ("roberta", ["--max_seq_length", "17"], "--max_seq_length 17 exceeds the 16 positions"),
-        ("distilbert", SVD, "its model type 'distilbert' is not among those with the flag"),
+        ("mpnet", SVD, "its model type 'mpnet' is not among those with the flag"),
         (
             "plain",
             ["--peft", "lora", "--lora_targets", "nothing"],
