@@ -201,3 +201,22 @@ def test_extreme_eigenvalues_beside_a_known_null_space(monkeypatch):
         found = extreme_eigenvalues(gram.clone(), False, basis[:, :5])
         torch.testing.assert_close(found, values[[0, -1]], rtol=1e-10, atol=0)
     torch.testing.assert_close(extreme_eigenvalues(gram, True, basis[:, :5]), values, rtol=1e-10, atol=0)
+
+
+def test_where_the_inverse_iteration_does_not_converge_lapack_decides(monkeypatch):
+    """As for a head of a conditioned MiniLM: next to singular, a solve has more rounding than the iteration tolerates."""
+    monkeypatch.setattr(module, "FULL_SPECTRUM_SIZE", 0)
+    iterate, calls = module._lanczos, []
+
+    def fails_at_the_second_call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise module.NotConvergedError
+        return iterate(*arguments)
+
+    monkeypatch.setattr(module, "_lanczos", fails_at_the_second_call)
+    matrix = torch.randn(40, 60, dtype=torch.float64)
+    expected = np.linalg.eigvalsh((matrix @ matrix.mT).numpy())
+    found = extreme_eigenvalues(matrix @ matrix.mT, False)
+    assert len(calls) == 2
+    np.testing.assert_allclose(found.numpy(), expected[[0, -1]], rtol=1e-9)
