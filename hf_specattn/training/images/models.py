@@ -310,8 +310,8 @@ def _check_forward(model: PreTrainedModel, size: int, channels: int, classes: in
     model.train(training)
     if logits.shape != (1, classes):
         raise ImageModelError(
-            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one image of {classes} classes; name a "
-            "model for image classification."
+            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one image of {classes} classes; name "
+            "a model for image classification."
         )
 
 
