@@ -2,9 +2,10 @@
 
     python scripts/compare_runs.py runs/stock-0 runs/stock-1 runs/identity-0 runs/identity-1 --output_dir docs/images
 
-Runs that differ in their seed alone form a group. The table has for each group the final validation loss (mean and
-standard deviation; of images the accuracy, or the loss with `--metric loss`), perplexity, speed, and the difference to a reference group, paired over the seeds that both have,
-with its 95 % interval. With `--output_dir` it is written there as `comparison.md`, with `comparison.png` and `.svg`.
+Runs that differ in their seed alone form a group. The table has for each group the final validation loss (of image
+classifiers the accuracy, unless `--metric loss` is given; mean and standard deviation), perplexity, speed, and the difference
+to a reference group, paired over the seeds that both have, with its 95 % interval. With `--output_dir` it is written there
+as `comparison.md`, with `comparison.png` and `.svg`.
 
 Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """

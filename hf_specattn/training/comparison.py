@@ -79,7 +79,7 @@ class Metric:
     digits: int = 4
 
 
-# What a run reads ("tokens", "images") -> the metrics that it records, by the names of `--metric`; the first is the usual one.
+# What a run reads -> the metrics that it records, by the names of `--metric`; the first is the usual one.
 METRICS = {
     "tokens": {"loss": Metric("validation_loss", "loss", "nats per predicted token")},
     "images": {

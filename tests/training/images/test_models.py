@@ -131,7 +131,7 @@ def test_models_that_cannot_be(settings, size, message):
 
 def test_images_of_another_size_than_the_models_are_refused(vit_folder):
     with pytest.raises(
-        ImageModelError, match=r"12 x 12 pixels and 3 channel\(s\) do not fit ViT(?s:.*)8 x 8(?s:.*)--image_size"
+        ImageModelError, match=r"12 x 12 pixels and 3 channel\(s\) do not fit ViT(?s:.*)8 x 8(?s:.*)--image"
     ):
         build_stock_model(ImageModelSettings(model_name_or_path=vit_folder), CLASSES, 12, 3)
 

@@ -166,7 +166,7 @@ def test_a_dataset_in_the_layout_of_the_hub(folders, tmp_path):
     pixels = np.asarray(data.train.load(0, "RGB"))
     brightest = pixels.reshape(-1, 3).mean(0).argmax()
     assert ("red", "green", "blue")[brightest] == data.class_names[data.train.labels[0]]
-    with pytest.raises(ImageDataError, match="--validation_split test: .* splits train, validation"):
+    with pytest.raises(ImageDataError, match=r"--validation_split test: .* splits train, validation"):
         find_images(ImageDataSettings(dataset_name=str(root), validation_split="test"))
     with pytest.raises(ImageDataError, match=r"--label_column image: it must name a column of type ClassLabel"):
         find_images(ImageDataSettings(dataset_name=str(root), label_column="image"))
