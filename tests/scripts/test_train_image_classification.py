@@ -60,7 +60,18 @@ CHANCE = [
     "--random_erasing",
     "0.3",
 ]
-CHANCE += "--mixup 0.8 --cutmix 1 --label_smoothing 0.1 --repeated_augmentation 2 --model_ema_decay 0.8".split()  # noqa: SIM905
+CHANCE += [
+    "--mixup",
+    "0.8",
+    "--cutmix",
+    "1",
+    "--label_smoothing",
+    "0.1",
+    "--repeated_augmentation",
+    "2",
+    "--model_ema_decay",
+    "0.8",
+]
 TIMM = ["--timm_model", "vit_tiny_patch16_224", "--image_size", "8", "--drop_path_rate", "0.5", "--timm_model_args"]
 TIMM.append('{"patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}')
 TIMING = {"images_per_second", "seconds"}
@@ -152,8 +163,8 @@ def test_the_record_is_complete(train):
 
 
 def test_accumulation_changes_nothing(train):
-    one = train("--per_device_train_batch_size", "8", name="one", *CHANCE)
-    two = train("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", name="two", *CHANCE)
+    one = train("--per_device_train_batch_size", "8", *CHANCE, name="one")
+    two = train(*["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"], *CHANCE, name="two")
     for first, second in zip(metrics_of(one)["history"], metrics_of(two)["history"], strict=True):
         assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
 
