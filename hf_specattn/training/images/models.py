@@ -242,14 +242,14 @@ def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: 
     if settings.drop_path_rate is not None:
         given["drop_path_rate"] = settings.drop_path_rate
     default_size = _timm_default_config(name).get("input_size", (channels, size, size))[-1]
-    if size != default_size:
-        given.setdefault("img_size", size)
     try:
-        initialized = timm.create_model(name, num_classes=labels["num_labels"], **given)
+        initialized, given = _create_timm_model(
+            name, labels["num_labels"], given, size if size != default_size else None
+        )
     except TypeError as error:
         raise ImageModelError(
-            f"timm's {name} takes none of these arguments, or not all: {json.dumps(given)} ({error}). Leave out "
-            f"--timm_model_args and --drop_path_rate that it has not, or the --image_size (its own is {default_size})."
+            f"timm's {name} takes none of these arguments, or not all: {json.dumps(given)} ({error}). Leave out of "
+            "--timm_model_args and --drop_path_rate what it has not."
         ) from error
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ImageModelError(f"timm's {name} cannot be built with {json.dumps(given)}: {error}") from error
@@ -259,6 +259,24 @@ def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: 
     torch.set_rng_state(generator)
     model.timm_model.load_state_dict(initialized.state_dict())
     return model
+
+
+def _create_timm_model(
+    name: str, classes: int, arguments: dict[str, Any], size: int | None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a model of timm for images of another size than its own; convolutional ones do not ask for it.
+
+    Returns:
+        The model, and what it was given.
+    """
+    if size is not None and "img_size" not in arguments:
+        with_size = {**arguments, "img_size": size}
+        generator = torch.get_rng_state()
+        try:
+            return timm.create_model(name, num_classes=classes, **with_size), with_size
+        except TypeError:
+            torch.set_rng_state(generator)
+    return timm.create_model(name, num_classes=classes, **arguments), arguments
 
 
 def _timm_default_config(name: str) -> dict[str, Any]:
