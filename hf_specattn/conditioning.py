@@ -344,6 +344,12 @@ def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
 
 # --- the class and configuration of transformers models --------------------------------------------------------------
 
+NO_COUNTERPART = (
+    "has no conditioned counterpart to be saved as, and a checkpoint of it would load without its corrections. Call "
+    "fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model anew before "
+    "load_state_dict."
+)
+
 # Stock model class -> its conditioned class (with `adopt`, and `release` the way back); filled by `modeling`.
 CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
 
@@ -371,9 +377,7 @@ def _adopt(host: PreTrainedModel, config: SpectralConfig, as_the_table_says: boo
         return
     for model in _submodels(host):
         if next(spectral_layers(model), None) is not None:
-            # A checkpoint of this model would lose its conditioning in silence.
-            refusal = functools.partial(_refuse_to_save, type(model).__name__)
-            model.save_pretrained = refusal  # type: ignore[method-assign]
+            refuse_to_save(model)  # it would lose its conditioning in silence
 
 
 def _release(model: nn.Module) -> None:
@@ -403,9 +407,16 @@ def _agrees_with_table(model: nn.Module, projections: list[Projection], config: 
     return {item.name: item.layout for item in by_table} == {item.name: item.layout for item in projections}
 
 
-def _refuse_to_save(class_name: str, *args: Any, **kwargs: Any) -> None:
-    raise ValueError(
-        f"{class_name} has no conditioned counterpart to be saved as, and a checkpoint of it would load without its "
-        "corrections. Call fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model "
-        "anew before load_state_dict."
-    )
+def refuse_to_save(model: PreTrainedModel, why: str = NO_COUNTERPART) -> None:
+    """Make `save_pretrained` of a model an error: a checkpoint of it would be loaded as something else."""
+    refusal = functools.partial(_refuse_to_save, f"{type(model).__name__} {why}")
+    model.save_pretrained = refusal  # type: ignore[method-assign]
+
+
+def can_be_saved(model: PreTrainedModel) -> bool:
+    """Whether `save_pretrained` of a model writes what the Auto classes load as the same model."""
+    return "save_pretrained" not in vars(model)
+
+
+def _refuse_to_save(message: str, *args: Any, **kwargs: Any) -> None:
+    raise ValueError(message)

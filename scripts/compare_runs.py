@@ -1,10 +1,11 @@
-"""Compare finished pretraining runs: one table and one picture.
+"""Compare finished runs of pretraining or of image classification: one table and one picture.
 
     python scripts/compare_runs.py runs/stock-0 runs/stock-1 runs/identity-0 runs/identity-1 --output_dir docs/images
 
-Runs that differ in their seed alone form a group. The table has for each group the final validation loss (mean and
-standard deviation), perplexity, speed, and the difference to a reference group, paired over the seeds that both have,
-with its 95 % interval. With `--output_dir` it is written there as `comparison.md`, with `comparison.png` and `.svg`.
+Runs that differ in their seed alone form a group. The table has for each group the final validation loss (of image
+classifiers the accuracy, unless `--metric loss` is given; mean and standard deviation), perplexity, speed, and the difference
+to a reference group, paired over the seeds that both have, with its 95 % interval. With `--output_dir` it is written there
+as `comparison.md`, with `comparison.png` and `.svg`.
 
 Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """
@@ -22,13 +23,16 @@ from hf_specattn.training.comparison import (
     COLORS,
     HARDWARE,
     MARKERS,
+    METRICS,
     ComparisonError,
+    Metric,
     PairedDifference,
     Run,
     RunGroup,
     columns,
     derived_labels,
     find_differences,
+    find_metric,
     find_reference,
     group_runs,
     hardware,
@@ -55,6 +59,13 @@ class CompareArguments:
     reference: str | None = field(
         default=None, metadata={"help": "Name of the group to take differences to. None: stock, else the first."}
     )
+    metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "What to compare by: loss, or accuracy of image classifiers. None: accuracy where there is one.",
+            "choices": ["loss", "accuracy"],
+        },
+    )
     allow_different: bool = field(
         default=False,
         metadata={"help": "Go on although validation data, steps or training tokens differ; the table says so."},
@@ -72,54 +83,61 @@ def parse_arguments(argv: Sequence[str]) -> tuple[CompareArguments, list[str]]:
     return arguments, rest.runs
 
 
-def table(groups: Sequence[RunGroup], reference: RunGroup) -> str:
+def table(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric) -> str:
     """A Markdown table, one row per group."""
+    unit = groups[0].runs[0].unit
     header = [
         "group",
         "runs",
-        "validation loss (nats per predicted token), mean",
+        f"validation {metric.name} ({metric.unit}), mean",
         "standard deviation",
-        "perplexity (exp of the mean)",
-        "training tokens/s, median",
-        f"loss minus that of {reference.label}, mean (seeds)",
+        *(["perplexity (exp of the mean)"] if unit == "tokens" else []),
+        f"training {unit}/s, median",
+        f"{metric.name} minus that of {reference.label}, mean (seeds)",
         "95 % interval",
     ]
-    return markdown_table(header, [row(group, reference) for group in groups])
+    return markdown_table(header, [row(group, reference, metric) for group in groups])
 
 
-def row(group: RunGroup, reference: RunGroup) -> list[str]:
-    value, speed = perplexity(group.mean_loss), group.tokens_per_second
-    difference = None if group is reference else paired_difference(group.losses, reference.losses)
+def row(group: RunGroup, reference: RunGroup, metric: Metric) -> list[str]:
+    mean, deviation, speed = group.mean(metric), group.deviation(metric), group.tokens_per_second
+    difference = None if group is reference else paired_difference(group.values(metric), reference.values(metric))
     return [
         group.label,
         str(len(group.runs)),
-        f"{group.mean_loss:.4f}",
-        NOTHING if group.loss_deviation is None else f"{group.loss_deviation:.4f}",
-        "beyond floats" if value is None else f"{value:.2f}",
+        f"{mean:.{metric.digits}f}",
+        NOTHING if deviation is None else f"{deviation:.{metric.digits}f}",
+        *([describe_perplexity(mean)] if group.runs[0].unit == "tokens" else []),
         NOTHING if speed is None else f"{speed:,.0f}",
-        *describe_difference(difference, is_reference=group is reference),
+        *describe_difference(difference, group is reference, metric.digits),
     ]
 
 
-def describe_difference(difference: PairedDifference | None, is_reference: bool) -> tuple[str, str]:
+def describe_perplexity(loss: float) -> str:
+    value = perplexity(loss)
+    return "beyond floats" if value is None else f"{value:.2f}"
+
+
+def describe_difference(difference: PairedDifference | None, is_reference: bool, digits: int) -> tuple[str, str]:
     if difference is None:
         return (NOTHING, NOTHING) if is_reference else ("no common seed", NOTHING)
-    mean = f"{difference.mean:+.4f} ({len(difference.seeds)})"
+    mean = f"{difference.mean:+.{digits}f} ({len(difference.seeds)})"
     if difference.interval is None:
         return mean, "one seed: no interval"
     low, high = difference.interval
-    return mean, f"{low:+.4f} to {high:+.4f}{', contains 0' if difference.contains_zero else ''}"
+    return mean, f"{low:+.{digits}f} to {high:+.{digits}f}{', contains 0' if difference.contains_zero else ''}"
 
 
-def notes(groups: Sequence[RunGroup], reference: RunGroup, arguments: CompareArguments) -> list[str]:
+def notes(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric, arguments: CompareArguments) -> list[str]:
     """What the reader of the table has to know, one paragraph each."""
     runs = [run for group in groups for run in group.runs]
     budget = shared_time_budget(runs)
     lines = [f"**Caution, these runs differ where they should not.** {line}." for line in find_differences(runs)]
     if not lines:
-        tokens = runs[0].record.facts.get("validation_tokens")
-        data = "the same validation data" if tokens is None else f"the same {tokens:,} validation tokens"
-        training = f"{runs[0].steps:,} steps, {runs[0].tokens:,} training tokens"
+        unit = runs[0].unit
+        tokens = runs[0].record.facts.get(f"validation_{unit}")
+        data = "the same validation data" if tokens is None else f"the same {tokens:,} validation {unit}"
+        training = f"{runs[0].steps:,} steps, {runs[0].tokens:,} training {unit}"
         lines = [f"Every run: {training if budget is None else f'{budget:g} h of training'}, {data}."]
     if budget is not None:
         lines.append(time_budget_note(budget, groups))
@@ -127,12 +145,12 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, arguments: CompareArg
         settings = derived_labels([group.runs[0] for group in groups])
         lines += [f"{group.label}: {setting}." for group, setting in zip(groups, settings)]
     others = [group for group in groups if group is not reference]
-    differences = [paired_difference(group.losses, reference.losses) for group in others]
+    differences = [paired_difference(group.values(metric), reference.values(metric)) for group in others]
     if any(difference is not None and difference.interval is not None for difference in differences):
         lines.append(
             "The interval is that of the mean difference over seeds (Student's t, paired: a seed fixes the initial weights "
             "and the batches of both). One that contains 0 means that these seeds do not tell which of the two is better, "
-            "not that they are equal. One that does not speaks for this model, corpus and "
+            f"not that they are equal. One that does not speaks for this model, {data_noun(runs[0])} and "
             f"{'number of steps' if budget is None else 'time on this machine'} alone."
         )
         if len(others) > 1:
@@ -144,6 +162,10 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, arguments: CompareArg
     else:
         lines.append("Speeds compare only if nothing else ran on the machine; for a measured ratio see benchmarks/.")
     return lines
+
+
+def data_noun(run: Run) -> str:
+    return "corpus" if run.unit == "tokens" else "set of images"
 
 
 def time_budget_note(hours: float, groups: Sequence[RunGroup]) -> str:
@@ -165,8 +187,8 @@ def span(numbers: Iterable[int]) -> str:
     return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
 
 
-def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
-    """Training loss, validation loss over steps, and the final validation losses; file ending -> image.
+def picture(groups: Sequence[RunGroup], metric: Metric) -> dict[str, bytes]:
+    """Training loss and the validation's metric over steps, and its final values; file ending -> image.
 
     Runs under a time budget come to different steps in the same time, so theirs are drawn over training tokens.
     """
@@ -175,13 +197,14 @@ def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
     over_tokens = any(run.time_budget is not None for group in groups for run in group.runs)
     for index, group in enumerate(groups):
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        draw_curves(training, group, "train_loss", over_tokens, color, None)
-        draw_curves(validation, group, "validation_loss", over_tokens, color, marker)
-        draw_final(final, index, group, color, marker)
-    x = "training tokens" if over_tokens else "optimizer step"
-    training.set(xlabel=x, ylabel="training loss (nats per predicted token)", title="Training")
-    validation.set(xlabel=x, ylabel="validation loss (nats per predicted token)", title="Validation")
-    final.set(ylabel="final validation loss (nats per predicted token)", title="Final: runs, mean, deviation")
+        draw_curves(training, group, "train_loss", 1.0, over_tokens, color, None)
+        draw_curves(validation, group, metric.key, metric.factor, over_tokens, color, marker)
+        draw_final(final, index, group, metric, color, marker)
+    unit = groups[0].runs[0].unit
+    x = f"training {unit}" if over_tokens else "optimizer step"
+    training.set(xlabel=x, ylabel=f"training loss ({METRICS[unit]['loss'].unit})", title="Training")
+    validation.set(xlabel=x, ylabel=f"validation {metric.name} ({metric.unit})", title="Validation")
+    final.set(ylabel=f"final validation {metric.name} ({metric.unit})", title="Final: runs, mean, deviation")
     final.set_xticks(range(len(groups)), [group.label.replace(", ", "\n") for group in groups], fontsize=7)
     final.set_xlabel("group")
     final.margins(x=0.2)
@@ -191,9 +214,11 @@ def picture(groups: Sequence[RunGroup]) -> dict[str, bytes]:
     return render(figure, NAME)
 
 
-def draw_curves(axes: Any, group: RunGroup, key: str, over_tokens: bool, color: str, marker: str | None) -> None:
-    """Every run of a group thin, their mean thick."""
-    curves = [run.curve(key, over_tokens) for run in group.runs]
+def draw_curves(
+    axes: Any, group: RunGroup, key: str, factor: float, over_tokens: bool, color: str, marker: str | None
+) -> None:
+    """Every run of a group thin, their mean thick; `factor` is from the recorded values to those drawn."""
+    curves = [[(at, value * factor) for at, value in run.curve(key, over_tokens)] for run in group.runs]
     for points in curves:
         # Without a marker a single point would not show.
         style = {"color": color, "marker": marker or ("." if len(points) == 1 else None)}
@@ -203,12 +228,12 @@ def draw_curves(axes: Any, group: RunGroup, key: str, over_tokens: bool, color: 
     axes.plot(*columns(mean_curve(curves)), linewidth=2, markersize=5, **style)
 
 
-def draw_final(axes: Any, position: int, group: RunGroup, color: str, marker: str) -> None:
-    """Each run's loss as an open marker, and beside them the mean with one standard deviation either way."""
-    losses = list(group.losses.values())
+def draw_final(axes: Any, position: int, group: RunGroup, metric: Metric, color: str, marker: str) -> None:
+    """Each run's value as an open marker, and beside them the mean with one standard deviation either way."""
+    values = list(group.values(metric).values())
     style = {"color": color, "marker": marker, "linestyle": "none"}
-    axes.plot([position - 0.12] * len(losses), losses, fillstyle="none", **style)
-    axes.errorbar(position + 0.12, group.mean_loss, yerr=group.loss_deviation, capsize=4, **style)
+    axes.plot([position - 0.12] * len(values), values, fillstyle="none", **style)
+    axes.errorbar(position + 0.12, group.mean(metric), yerr=group.deviation(metric), capsize=4, **style)
 
 
 def check_output_dir(output_dir: str | None) -> Path | None:
@@ -221,7 +246,7 @@ def read_comparable(directories: Sequence[str], allow_different: bool) -> list[R
     runs = read_runs(directories)
     if (differences := find_differences(runs)) and not allow_different:
         raise ComparisonError(
-            "The losses of these runs do not compare, for they differ in\n  "
+            "The results of these runs do not compare, for they differ in\n  "
             + "\n  ".join(differences)
             + "\nLeave the odd ones out, or add --allow_different to go on; the table will say so."
         )
@@ -230,14 +255,17 @@ def read_comparable(directories: Sequence[str], allow_different: bool) -> list[R
 
 def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
     output = check_output_dir(arguments.output_dir)
-    groups = group_runs(read_comparable(directories, arguments.allow_different), arguments.labels)
+    runs = read_comparable(directories, arguments.allow_different)
+    metric = find_metric(runs, arguments.metric)
+    groups = group_runs(runs, arguments.labels)
     reference = find_reference(groups, arguments.reference)
-    text = "\n".join([table(groups, reference), *(f"{line}\n" for line in notes(groups, reference, arguments))])
+    paragraphs = [f"{line}\n" for line in notes(groups, reference, metric, arguments)]
+    text = "\n".join([table(groups, reference, metric), *paragraphs])
     print(text, end="")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         atomic_files.write_bytes(output / f"{NAME}.md", text.encode())
-        for ending, image in picture(groups).items():
+        for ending, image in picture(groups, metric).items():
             atomic_files.write_bytes(output / f"{NAME}.{ending}", image)
         print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
 from ..config import INITS, SpectralConfig, check_choice
@@ -122,6 +123,16 @@ def parse_lambda(text: str | None) -> float | dict[str, float] | None:
             raise _unreadable(text)
         values[name] = _number(value, text)
     return values
+
+
+def refuse_unknown_trackers(report_to: Iterable[str] | None) -> None:
+    """Raise ValueError for trackers of `--report_to` that accelerate does not find here."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if missing := sorted(set(report_to or ()) - {*available, "all"}):
+        raise ValueError(
+            f"--report_to {' '.join(missing)}: unknown or not installed; available here: "
+            f"{', '.join(available) or 'none'}."
+        )
 
 
 def explicitly_given(parser: HfArgumentParser, names: Iterable[str], argv: list[str]) -> set[str]:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `checkpoint-<step>`:
 
-- the model as `save_pretrained` writes it, so that the Auto classes load the folder;
+- the model as `save_pretrained` writes it, so that the Auto classes load the folder; of a model that they could not load
+  as it is (a conditioned one of timm), the weights alone;
 - `training_state.safetensors` and `training_state.json`: optimizer, schedule, loss scaler, random number generators,
   progress, and the description of the run; the JSON file holds what is no tensor, and there is no pickle;
 - `manifest.json`: size and checksum of each file, written last.
@@ -30,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from ..conditioning import can_be_saved
 from .atomic_files import remove_leftovers, temporary_name
 from .distributed import run_on_main_process
 from .training_state import (
@@ -209,9 +211,14 @@ class Checkpoints:
         self._prune(folder)
 
     def _write_files(self, directory: Path, weights: Tensors, tensors: Tensors, text: str) -> None:
-        with no_progress_bars():
-            # Under the names that the modules have, and not under those of older checkpoints, so that they are found again.
-            self.parts.model.save_pretrained(directory, state_dict=dict(weights), save_original_format=False)
+        if can_be_saved(self.parts.model):
+            with no_progress_bars():
+                # Under the names that the modules have, and not under those of older checkpoints, so that they are found
+                # again.
+                self.parts.model.save_pretrained(directory, state_dict=dict(weights), save_original_format=False)
+        else:
+            # No Auto class could load it as what it is, so there is no configuration either, by which one would try.
+            save_file(without_aliases(weights), directory / "model.safetensors")
         if self.parts.processor is not None:
             self.parts.processor.save_pretrained(directory)
         save_file(tensors, directory / STATE_TENSORS_FILE)
@@ -413,6 +420,14 @@ def remove_checkpoint(folder: Path) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, also one of safetensors' writer, which is no OSError, says that the disk or quota is full."""
     return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
+
+
+def without_aliases(tensors: Tensors) -> Tensors:
+    """Return each tensor once, under the first of its names."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 def bytes_of(tensors: Collection[Tensor]) -> int:

@@ -40,6 +40,8 @@ REPORTING = frozenset(
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",
+        "check_images",
+        "dataloader_num_workers",
     }
 )
 # Arguments that change a run's speed, and of what it computes only the rounding: compiled kernels sum in another order.
@@ -49,14 +51,43 @@ SPEED = frozenset({"torch_compile", "gradient_checkpointing"})
 CUTTING = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 # Arguments whose effect depends on how the run was launched or on what a file held: the facts count instead.
 RESOLVED = CUTTING | {"mixed_precision"}
-FACTS = ("global_batch_size", "mixed_precision", "train_sequences")
+FACTS = ("global_batch_size", "mixed_precision", "train_sequences", "train_images")
 # Facts on which a run's speed depends.
 HARDWARE = ("device", "device_name", "processes", "threads")
 
-# A point of a curve: optimizer step or training tokens, and a loss.
+# A point of a curve: optimizer step or training tokens (or images), and a value.
 Point = tuple[float, float]
 
 ABSENT = "not recorded"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A result of runs that they are compared by.
+
+    Attributes:
+        key: its name in the records.
+        name: in words.
+        unit: of the values shown.
+        factor: from the recorded value to the one shown.
+        digits: behind the point.
+    """
+
+    key: str
+    name: str
+    unit: str
+    factor: float = 1.0
+    digits: int = 4
+
+
+# What a run reads -> the metrics that it records, by the names of `--metric`; the first is the usual one.
+METRICS = {
+    "tokens": {"loss": Metric("validation_loss", "loss", "nats per predicted token")},
+    "images": {
+        "accuracy": Metric("validation_accuracy", "accuracy", "%", factor=100.0, digits=2),
+        "loss": Metric("validation_loss", "loss", "nats per image"),
+    },
+}
 
 
 class ComparisonError(ValueError):
@@ -86,6 +117,15 @@ class Run:
         """The saved model's validation loss, in nats per predicted token."""
         return self.record.final["validation_loss"]
 
+    def value(self, metric: Metric) -> float:
+        """The saved model's result by `metric`, in its unit."""
+        return self.record.final[metric.key] * metric.factor
+
+    @property
+    def unit(self) -> str:
+        """What the run reads: "tokens" or "images"."""
+        return "images" if "images_per_step" in self.record.facts else "tokens"
+
     @property
     def steps(self) -> int:
         """Optimizer steps."""
@@ -93,9 +133,9 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """Training tokens read until the end: as recorded, else those of equal steps."""
-        recorded = self.record.final.get("train_tokens_seen")
-        return self.steps * self.record.facts["tokens_per_step"] if recorded is None else recorded
+        """Training tokens (or images) read until the end: as recorded, else those of equal steps."""
+        recorded = self.record.final.get(f"train_{self.unit}_seen")
+        return self.steps * self.record.facts[f"{self.unit}_per_step"] if recorded is None else recorded
 
     @property
     def time_budget(self) -> float | None:
@@ -103,10 +143,10 @@ class Run:
         return self.record.arguments.get("max_train_hours")
 
     def curve(self, key: str, over_tokens: bool = False) -> list[Point]:
-        """Return the training or validation losses as points, in the order of the record.
+        """Return the training losses, or what validations measured, as points in the order of the record.
 
         Args:
-            key: "train_loss" or "validation_loss", in nats per predicted token.
+            key: "train_loss", or the key of a metric; the values are as recorded.
             over_tokens: over the training tokens read until then, not over optimizer steps. Where a record lacks them,
                 they lie on the line between its neighbours', the start and the end.
         """
@@ -118,9 +158,9 @@ class Run:
     def _tokens_by_step(self) -> list[Point]:
         entries = [*self.record.history, *self.record.validation]
         known = {
-            entry["step"]: entry["train_tokens_seen"]
+            entry["step"]: entry[f"train_{self.unit}_seen"]
             for entry in entries
-            if entry.get("train_tokens_seen") is not None
+            if entry.get(f"train_{self.unit}_seen") is not None
         }
         return sorted(({0: 0} | known | {self.steps: self.tokens}).items())
 
@@ -133,25 +173,22 @@ class RunGroup:
     spectral: str
     runs: tuple[Run, ...]
 
-    @property
-    def losses(self) -> dict[int, float]:
-        """Seed -> final validation loss, in nats per predicted token."""
-        return {run.seed: run.loss for run in self.runs}
+    def values(self, metric: Metric) -> dict[int, float]:
+        """Seed -> final result by `metric`, in its unit."""
+        return {run.seed: run.value(metric) for run in self.runs}
 
-    @property
-    def mean_loss(self) -> float:
-        """The mean of `losses`."""
-        return fmean(self.losses.values())
+    def mean(self, metric: Metric) -> float:
+        """The mean of `values`."""
+        return fmean(self.values(metric).values())
 
-    @property
-    def loss_deviation(self) -> float | None:
-        """The standard deviation of `losses` (divisor n - 1); None for one run."""
-        return stdev(self.losses.values()) if len(self.runs) > 1 else None
+    def deviation(self, metric: Metric) -> float | None:
+        """The standard deviation of `values` (divisor n - 1); None for one run."""
+        return stdev(self.values(metric).values()) if len(self.runs) > 1 else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """The median over all log entries of all runs; None where nothing was logged."""
-        speeds = [entry["tokens_per_second"] for run in self.runs for entry in run.record.history]
+        """The median of the tokens (or images) per second over all log entries of all runs; None where nothing was logged."""
+        speeds = [entry[f"{run.unit}_per_second"] for run in self.runs for entry in run.record.history]
         return median(speeds) if speeds else None
 
 
@@ -209,7 +246,7 @@ def read_run(directory: str | Path) -> Run:
         raise ComparisonError(f"{file} has no final result: the run is unfinished. Let it end, or leave it out.")
     needed = {
         "arguments": ("seed",),
-        "facts": ("tokens_per_step", "validation_fingerprint"),
+        "facts": ("validation_fingerprint",),
         "final": ("step", "validation_loss"),
     }
     for part, names in needed.items():
@@ -217,6 +254,8 @@ def read_run(directory: str | Path) -> Run:
             raise ComparisonError(
                 f"{file} has no {', '.join(missing)} among its {part}: no record of a pretraining run."
             )
+    if not {"tokens_per_step", "images_per_step"} & set(record.facts):
+        raise ComparisonError(f"{file} has no tokens_per_step among its facts: no record of a pretraining run.")
     try:
         spectral = spectral_label(record)
     except ValueError as error:
@@ -338,6 +377,23 @@ def shared_time_budget(runs: Iterable[Run]) -> float | None:
     return budgets.pop() if len(budgets) == 1 else None
 
 
+def find_metric(runs: Sequence[Run], name: str | None = None) -> Metric:
+    """Return the metric of that name that all runs record; for None the usual one.
+
+    Raises:
+        ComparisonError: for runs of different kinds, and for a metric that they do not record.
+    """
+    units = {run.unit for run in runs}
+    if len(units) > 1:
+        raise ComparisonError("Some of these runs read text and some images; compare runs of one kind.")
+    available = METRICS[units.pop()]
+    if name is None:
+        return next(iter(available.values()))
+    if name not in available:
+        raise ComparisonError(f"--metric {name}: these runs record {', '.join(available)}; choose one of them.")
+    return available[name]
+
+
 def find_differences(runs: Sequence[Run]) -> list[str]:
     """Return one line for everything that must be equal for losses to compare, and is not; empty where all is well.
 
@@ -350,7 +406,7 @@ def find_differences(runs: Sequence[Run]) -> list[str]:
         "time budget (hours)": lambda run: run.time_budget,
     }
     if shared_time_budget(runs) is None:
-        checked |= {"steps": lambda run: run.steps, "training tokens": lambda run: run.tokens}
+        checked |= {"steps": lambda run: run.steps, f"training {runs[0].unit}": lambda run: run.tokens}
     else:
         checked[f"hardware under a time budget ({', '.join(HARDWARE)})"] = hardware
     lines = []

@@ -16,10 +16,12 @@ from . import atomic_files
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
 
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "torchvision", "timm", "pillow")
 
 # Okabe and Ito's palette: told apart with any colour vision, and in grey.
 OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
+
+MLM_LOSS_NAME = "masked-LM loss (nats per predicted token)"
 
 logger = logging.get_logger(__name__)
 
@@ -47,11 +49,16 @@ class RunMetrics:
     validation: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, directory: str | Path) -> None:
-        """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` into `directory`."""
+    def write(self, directory: str | Path, loss_name: str = MLM_LOSS_NAME) -> None:
+        """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` into `directory`.
+
+        Args:
+            directory: Where to.
+            loss_name: What the curves show, with its unit.
+        """
         directory = Path(directory)
         try:
-            picture = loss_curve(self.history, self.validation)
+            picture = loss_curve(self.history, self.validation, loss_name)
         except ImportError:
             logger.warning(
                 f"matplotlib is not installed, so {LOSS_CURVE_FILE} is left out; {METRICS_FILE} has the data."
@@ -110,11 +117,14 @@ def _require_finite(value: float, name: str, step: int) -> None:
         )
 
 
-def loss_curve(history: list[dict[str, Any]], validation: list[dict[str, Any]]) -> bytes:
+def loss_curve(
+    history: list[dict[str, Any]], validation: list[dict[str, Any]], loss_name: str = MLM_LOSS_NAME
+) -> bytes:
     """Draw training and validation loss over optimizer steps.
 
     Args:
         history, validation: As in `RunMetrics`.
+        loss_name: For the axis, with its unit.
 
     Returns:
         A PNG image.
@@ -138,7 +148,7 @@ def loss_curve(history: list[dict[str, Any]], validation: list[dict[str, Any]]) 
                 [record["step"] for record in records], [record[key] for record in records], label=label, **style
             )
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("masked-LM loss (nats per predicted token)")
+    axes.set_ylabel(loss_name)
     axes.grid(alpha=0.3)
     if history or validation:
         axes.legend()

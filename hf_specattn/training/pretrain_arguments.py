@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
 from transformers import AutoConfig, HfArgumentParser
 
 from ..crammed_bert import CrammedBertConfig
-from .arguments import SpectralArguments, explicitly_given
+from .arguments import SpectralArguments, explicitly_given, refuse_unknown_trackers
 from .checkpointing import list_checkpoints
 from .cleaning import Cleaning
 from .metrics import METRICS_FILE
@@ -250,12 +249,7 @@ class PretrainArguments:
             raise ValueError(
                 f"--mlm_probability {self.mlm_probability} of --max_seq_length {self.max_seq_length} predicts no token."
             )
-        available = [str(tracker) for tracker in get_available_trackers()]
-        if missing := sorted(set(self.report_to or ()) - {*available, "all"}):
-            raise ValueError(
-                f"--report_to {' '.join(missing)}: unknown or not installed; available here: "
-                f"{', '.join(available) or 'none'}."
-            )
+        refuse_unknown_trackers(self.report_to)
 
     @property
     def budget(self) -> Budget:
@@ -437,8 +431,8 @@ def check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) 
         raise ValueError(f"--max_seq_length {arguments.max_seq_length} exceeds the {positions} positions of {path}.")
 
 
-def check_output_dir(arguments: PretrainArguments) -> None:
-    """Refuse a folder in which files would be replaced that nobody said could be."""
+def check_output_dir(arguments: Any) -> None:
+    """Refuse a folder in which files would be replaced that nobody said could be; for the arguments of any script."""
     directory = Path(arguments.output_dir)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"--output_dir {directory} is a file; name a folder.")

@@ -17,6 +17,9 @@ class Purpose(IntEnum):
 
     BATCH_ORDER = 0
     MASKING = 1
+    AUGMENTATION = 2
+    IMAGE_MIXING = 3
+    DATA_SPLIT = 4
 
 
 def random_words(seed: int, epoch: int, purpose: Purpose, index: int, count: int) -> NDArray[np.uint64]:

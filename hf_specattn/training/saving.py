@@ -1,29 +1,30 @@
-"""Saving a model with its tokenizer so that an interruption leaves no half-written file."""
+"""Saving a model with its tokenizer or image processor so that an interruption leaves no half-written file."""
 
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from .atomic_files import remove_leftovers, temporary_name
 
 
 def save_pretrained(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: Any,
     directory: str | Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Save model and tokenizer into `directory`, from which the Auto classes load them.
+    """Save model and processor into `directory`, from which the Auto classes load them.
 
     All files are written to a temporary folder inside it first and renamed then, the configuration last. What processes
     that were killed while they wrote there left is removed.
 
     Args:
         model: The unwrapped model.
-        tokenizer: Its tokenizer.
+        processor: Its tokenizer or image processor.
         directory: Created if missing; files of the same names are replaced.
         state_dict: The gathered weights, where the model's own are sharded.
     """
@@ -31,7 +32,7 @@ def save_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     with tempfile.TemporaryDirectory(dir=directory, prefix=f"{temporary_name('saving')}-") as temporary:
-        tokenizer.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
         model.save_pretrained(temporary, state_dict=state_dict)
         files = sorted(Path(temporary).iterdir(), key=lambda path: (path.name == "config.json", path.name))
         for file in files:

@@ -1,5 +1,6 @@
 """How far a run has come in its budget of steps or time, and what follows from it: learning rate and batch size."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,25 @@ def linear_factor(used: float, warmup: float, size: float) -> float:
     if used < warmup:
         return used / max(1, warmup)
     return max(0.0, (size - used) / max(1, size - warmup))
+
+
+def cosine_factor(used: float, warmup: float, size: float, start: float = 0.0, floor: float = 0.0) -> float:
+    """Rise linearly from `start` to 1 while `warmup` of the budget is used, then fall along a cosine to `floor` at its end.
+
+    As timm has it: the cosine spans the whole budget, and its first part is replaced by the warmup.
+
+    Args:
+        used, warmup, size: In the same unit, steps or seconds.
+        start, floor: The factor at the beginning and at the end.
+
+    Raises:
+        ValueError: unless 0 <= warmup <= size.
+    """
+    if not 0 <= warmup <= size:
+        raise ValueError(f"A warmup of {warmup} in a budget of {size} is impossible; it must lie between 0 and that.")
+    if used < warmup:
+        return start + (1 - start) * used / warmup
+    return floor + (1 - floor) * (1 + math.cos(math.pi * min(used / size, 1.0))) / 2
 
 
 def triangle_factor(share: float) -> float:

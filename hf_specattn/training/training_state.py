@@ -46,6 +46,7 @@ class TrainingParts:
         schedule: The learning-rate schedule, or None.
         scaler: The loss scaler of fp16 training (`accelerator.scaler`), or None.
         processor: The tokenizer or image processor, written beside the model for the Auto classes; never restored.
+        averaged: An average of the weights over steps, with `state_dict` and `load_state_dict`, or None.
     """
 
     model: PreTrainedModel
@@ -53,6 +54,7 @@ class TrainingParts:
     schedule: Any = None
     scaler: Any = None
     processor: Any = None
+    averaged: Any = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, PreTrainedModel):
@@ -79,6 +81,7 @@ def gather_state(parts: TrainingParts, accelerator: Accelerator) -> tuple[Tensor
         "schedule": None if parts.schedule is None else parts.schedule.state_dict(),
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
         "steps_since_refresh": steps_since_refresh(parts.model),
+        "averaged": None if parts.averaged is None else parts.averaged.state_dict(),
         "random": gather_object([random_state(accelerator.device)]),  # of every process
     }
     return weights, state
@@ -135,7 +138,13 @@ def restore_state(parts: TrainingParts, weights: Tensors, state: dict[str, Any],
     """
     restore_weights(parts.model, weights)
     restore_optimizer(parts, state["optimizer"])
-    for part, values in ((parts.schedule, state["schedule"]), (parts.scaler, state["scaler"])):
+    # Checkpoints of before there were averages have none.
+    averaged = state.get("averaged")
+    for part, values in (
+        (parts.schedule, state["schedule"]),
+        (parts.scaler, state["scaler"]),
+        (parts.averaged, averaged),
+    ):
         if part is not None and values is not None:
             part.load_state_dict(values)
     for _, layer in spectral_layers(parts.model):

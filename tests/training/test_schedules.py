@@ -1,10 +1,12 @@
 import pytest
 import torch
+from timm.scheduler import CosineLRScheduler
 from transformers import get_scheduler
 
 from hf_specattn.training.schedules import (
     Budget,
     BudgetSchedule,
+    cosine_factor,
     learning_rate_factor,
     linear_factor,
     ramped_micro_steps,
@@ -83,3 +85,17 @@ def test_impossible_schedules_are_refused():
             learning_rate_factor("linear", Budget(steps=4), warmup)
     with pytest.raises(ValueError, match="'cosine' is unknown; allowed are linear, triangle"):
         learning_rate_factor("cosine", Budget(steps=4), 0)
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_cosine_is_timms(warmup):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.4)
+    scheduler = CosineLRScheduler(optimizer, 40, lr_min=0.04, warmup_t=warmup, warmup_lr_init=0.02, t_in_epochs=False)
+    for step in range(40):
+        scheduler.step_update(step)
+        expected = optimizer.param_groups[0]["lr"]
+        assert 0.4 * cosine_factor(step, warmup, 40, start=0.05, floor=0.1) == pytest.approx(expected, rel=1e-12)
+    assert cosine_factor(40, warmup, 40, floor=0.1) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="warmup of 41"):
+        cosine_factor(0, 41, 40)

@@ -1,0 +1,1 @@
+"""Image classification: data, augmentation, models, recipes; used by `scripts/train_image_classification.py`."""

@@ -1,0 +1,408 @@
+"""The command line of `train_image_classification.py`: flags, presets, and everything that is refused before work starts."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from ..arguments import SpectralArguments, explicitly_given, refuse_unknown_trackers
+from ..initialization import PROJECTION_INITS, Initialization, parse_norm_reference
+from ..metrics import METRICS_FILE
+from ..pretrain_arguments import check_output_dir
+from .augmentation import Augmentation
+from .batches import Mixing
+from .models import ImageModelSettings
+from .presets import PRESETS
+from .sources import ImageDataSettings
+
+# One source of images: naming another by a flag replaces a preset's or a recorded run's.
+SOURCES = ("idx_dir", "train_dir", "dataset_name")
+OF_DATASET = (
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "train_split",
+    "validation_split",
+    "image_column",
+    "label_column",
+)
+REPLACED = {
+    "idx_dir": ("train_dir", "validation_dir", *OF_DATASET),
+    "train_dir": ("idx_dir", *OF_DATASET),
+    "dataset_name": ("idx_dir", "train_dir", "validation_dir"),
+    "model_name_or_path": ("config_name", "timm_model", "timm_model_args", "drop_path_rate"),
+    "config_name": ("model_name_or_path", "timm_model", "timm_model_args", "drop_path_rate"),
+    "timm_model": ("model_name_or_path", "config_name", "timm_model_args"),
+    "max_steps": ("num_train_epochs",),
+}
+MODEL_SOURCES = ("model_name_or_path", "config_name", "timm_model")
+NEW_VIT_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
+# What decides the validation images of a run: --eval_only takes these from the run's metrics.json.
+DATA_SETTINGS = (*(item.name for item in fields(ImageDataSettings)), "image_size", "crop_share")
+AT_LEAST_ONE = (
+    *NEW_VIT_SETTINGS,
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "repeated_augmentation",
+    "logging_steps",
+    "save_total_limit",
+)
+OPTIONAL_COUNTS = ("max_steps", "max_train_samples", "max_validation_samples", "image_size")
+SHARES = ("horizontal_flip", "random_erasing", "label_smoothing")
+
+
+@dataclass
+class ImageArguments:
+    """Arguments of the run; the defaults are the demonstration on scikit-learn's digits."""
+
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Values for the other flags, which those given on the command line replace: digits (the defaults), or "
+            "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base.",
+            "choices": list(PRESETS),
+        },
+    )
+    show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
+
+    # Data.
+    idx_dir: str | None = field(
+        default=None, metadata={"help": "Folder with the four IDX files of MNIST, Fashion-MNIST, ..., plain or .gz."}
+    )
+    train_dir: str | None = field(
+        default=None, metadata={"help": "Folder with one folder of images per class. None of the three: the digits."}
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, to validate on."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Dataset of the Hub with a column of images and one of class labels."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of the dataset to validate on."})
+    image_column: str = field(default="image", metadata={"help": "Column of the dataset with the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the dataset with the labels."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on so many images, the first of each class in turn. None: all."}
+    )
+    max_validation_samples: int | None = field(default=None, metadata={"help": "The same, to validate on."})
+    check_images: str = field(
+        default="decode",
+        metadata={
+            "help": "Before training read every image file (decode), or only the beginning of each (header).",
+            "choices": ["decode", "header"],
+        },
+    )
+    skip_unreadable_images: bool = field(
+        default=False, metadata={"help": "Leave unreadable images out, with a warning, instead of ending the run."}
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width that the model reads. None: the model's own, else that of the images."},
+    )
+    crop_share: float = field(
+        default=1.0, metadata={"help": "Share of the resized image's side that validation looks at, in the middle."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: none beside."})
+
+    # Augmentation: none, for the digits fill their eight pixels.
+    random_resized_crop: float | None = field(
+        default=None, metadata={"help": "Random crops of at least this share of the area, resized. None: no crops."}
+    )
+    random_shift: int = field(default=0, metadata={"help": "Shift by up to so many pixels each way."})
+    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring an image."})
+    rand_augment: str | None = field(
+        default=None, metadata={"help": "RandAugment, in timm's notation: rand-m9-mstd0.5-inc1. None: none."}
+    )
+    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
+    repeated_augmentation: int = field(
+        default=1,
+        metadata={"help": "Read each image of a pass so often, augmented anew; a pass has fewer images then."},
+    )
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none. With mixup, either per pair."})
+    label_smoothing: float = field(default=0.0, metadata={"help": "Share of the target spread over all classes."})
+
+    # Model: 203,000 parameters, so that the demonstration takes minutes on two cores.
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained checkpoint; those of timm on the Hub are timm/<name>."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Random weights, of the architecture whose configuration lies there."}
+    )
+    timm_model: str | None = field(
+        default=None, metadata={"help": "Random weights, of timm's architecture of that name."}
+    )
+    timm_model_args: str | None = field(
+        default=None, metadata={"help": 'What else timm is told, as JSON: {"img_size": 32, "patch_size": 4}.'}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth, of models that have it. None: as the model has it."}
+    )
+    hidden_size: int = field(default=64, metadata={"help": "Width of the small ViT."})
+    num_hidden_layers: int = field(default=6, metadata={"help": "Layers of the small ViT."})
+    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of the small ViT."})
+    intermediate_size: int = field(default=128, metadata={"help": "Feed-forward width of the small ViT."})
+    patch_size: int = field(default=2, metadata={"help": "Height and width of the small ViT's patches."})
+
+    # How the projections begin, and the ablation: for experiments, before the conditioning.
+    initialization_scale: float = field(
+        default=1.0, metadata={"help": "Multiply the query, key and value weights by this before training."}
+    )
+    projection_init: str = field(
+        default="default",
+        metadata={
+            "help": "The query, key and value weights at the start: default (the model's own), orthogonal (of the same "
+            "norm), mimetic (with the output projection).",
+            "choices": list(PROJECTION_INITS),
+        },
+    )
+    match_norm_of: str | None = field(
+        default=None,
+        metadata={
+            "help": "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
+            "identity=LAMBDA. Not with --spectral_conditioning."
+        },
+    )
+    no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
+
+    # Optimization.
+    num_train_epochs: float = field(default=40.0, metadata={"help": "Passes over the training images."})
+    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, instead of passes."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "The same, for validation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate, of a cosine."})
+    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of the warmup."})
+    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
+    warmup_epochs: float = field(default=5.0, metadata={"help": "Passes of linear warmup."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Decoupled decay; vectors and tables are exempt."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm here; 0: never."})
+    model_ema_decay: float | None = field(
+        default=None, metadata={"help": "Validate and save the moving average of the weights with this decay."}
+    )
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile (inductor)."})
+    seed: int = field(default=0, metadata={"help": "Decides initialization, order, augmentation and mixing."})
+
+    # Reporting and saving.
+    output_dir: str = field(
+        default="runs/train_image_classification", metadata={"help": "Where everything is written."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
+        },
+    )
+    save_steps: int = field(
+        default=500,
+        metadata={
+            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
+        },
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
+    eval_steps: int | None = field(
+        default=None, metadata={"help": "Steps between validations; 0: only at the end. None: one after each pass."}
+    )
+    logging_steps: int = field(default=50, metadata={"help": "Steps between records of the training loss."})
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
+    eval_only: bool = field(
+        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation images; write nothing."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_sources()
+        self._check_model()
+        self.initialization()  # refuses bad values
+        if self.eval_only and self.model_name_or_path is None:
+            raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
+            )
+        if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:
+            raise ValueError(
+                f"--per_device_train_batch_size {self.per_device_train_batch_size} must be even under --mixup and --cutmix, "
+                "which mix pairs of images."
+            )
+        refuse_unknown_trackers(self.report_to)
+
+    def steps_of(self, images: int, global_batch_size: int) -> int:
+        """Return the optimizer steps of a run over so many training images."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, round(self.num_train_epochs * images / global_batch_size))
+
+    def warmup_of(self, images: int, global_batch_size: int) -> float:
+        """Return the steps of its warmup, at most all."""
+        steps = self.steps_of(images, global_batch_size)
+        return min(self.warmup_epochs * images / global_batch_size, steps)
+
+    def data_settings(self) -> ImageDataSettings:
+        """The part that decides the images."""
+        return ImageDataSettings(**{item.name: getattr(self, item.name) for item in fields(ImageDataSettings)})
+
+    def model_settings(self) -> ImageModelSettings:
+        """The part that decides the model."""
+        names = {item.name for item in fields(ImageModelSettings)} - {"timm_model_args"}
+        arguments = {} if self.timm_model_args is None else json.loads(self.timm_model_args)
+        return ImageModelSettings(timm_model_args=arguments, **{name: getattr(self, name) for name in names})
+
+    def augmentation(self) -> Augmentation:
+        """The part that decides the augmentation."""
+        return Augmentation(
+            self.random_resized_crop,
+            self.random_shift,
+            self.horizontal_flip,
+            self.rand_augment,
+            self.random_erasing,
+            self.repeated_augmentation,
+        )
+
+    def mixing(self) -> Mixing:
+        """The part that decides mixing and smoothing."""
+        return Mixing(self.mixup, self.cutmix, self.label_smoothing)
+
+    def initialization(self) -> Initialization:
+        """The part that decides how the projections begin."""
+        return Initialization(
+            self.projection_init, self.initialization_scale, parse_norm_reference(self.match_norm_of)
+        )
+
+    def _check_numbers(self) -> None:
+        above_zero = ["learning_rate", "num_train_epochs", "crop_share", "initialization_scale"]
+        above_zero += [n for n in ("random_resized_crop", "model_ema_decay") if getattr(self, n) is not None]
+        upper = {"crop_share": 1.0, "random_resized_crop": 1.0, "model_ema_decay": 1 - 1e-9}
+        for name in above_zero:
+            high = upper.get(name, 1e9)
+            if not 0 < getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)} must be above 0 and at most {high:.10g}.")
+        # Infinities and nan fail each comparison with an upper end.
+        bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
+        bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
+        bounds += [(name, 0, 1) for name in SHARES]
+        bounds += [(name, 0, 1e9) for name in ("weight_decay", "max_grad_norm", "mixup", "cutmix", "warmup_epochs")]
+        bounds += [(name, 0, self.learning_rate) for name in ("warmup_learning_rate", "min_learning_rate")]
+        bounds += [(name, 0, 2**31) for name in ("save_steps", "random_shift")]
+        bounds += [("dataloader_num_workers", 0, 4096), ("seed", 0, 2**32 - 1)]
+        bounds += [("eval_steps", 0, 2**31)] if self.eval_steps is not None else []
+        bounds += [("drop_path_rate", 0, 0.99)] if self.drop_path_rate is not None else []
+        for name, low, high in bounds:
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:.10g}.")
+
+    def _check_sources(self) -> None:
+        given = [name for name in SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{_flags(given)}: one of them says which images; give one.")
+        if (self.train_dir is None) != (self.validation_dir is None):
+            raise ValueError("--train_dir and --validation_dir belong together; give both folders.")
+
+    def _check_model(self) -> None:
+        given = [name for name in MODEL_SOURCES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{_flags(given)}: one of them says which model; give one.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"--hidden_size {self.hidden_size} must be a multiple of --num_attention_heads {self.num_attention_heads}."
+            )
+        if self.timm_model_args is None:
+            return
+        if self.timm_model is None:
+            raise ValueError("--timm_model_args: of a model of timm; give --timm_model, too.")
+        try:
+            arguments = json.loads(self.timm_model_args)
+        except ValueError as error:
+            arguments = error
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"--timm_model_args {self.timm_model_args!r} is no JSON object; write it as '{{\"img_size\": 32}}'."
+            )
+
+
+def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArguments, SpectralArguments]:
+    """Parse and check the command line; anything wrong ends the program before work starts.
+
+    Args:
+        argv: Without the program's name.
+        description: Of the program, for its help.
+    """
+    dataclasses: Any = (ImageArguments, SpectralArguments)
+    parser = HfArgumentParser(dataclasses, description=description)
+    argv = list(argv)
+    try:
+        if "preset" in explicitly_given(parser, ["preset"], argv):
+            _set_defaults(parser, PRESETS[parser.parse_known_args(argv)[0].preset], argv)
+        named = parser.parse_known_args(argv)[0]
+        if named.eval_only and named.model_name_or_path is not None:
+            _set_defaults(parser, recorded_data_settings(named.model_name_or_path), argv)
+        arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
+        _refuse_contradictions(parser, arguments, spectral, argv)
+        if not (arguments.eval_only or arguments.show_plan):
+            check_output_dir(arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return arguments, spectral
+
+
+def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], argv: list[str]) -> None:
+    """Make these values the defaults, but for those that a flag on the command line replaces."""
+    gone = {name for flag in explicitly_given(parser, REPLACED, argv) for name in REPLACED[flag]}
+    parser.set_defaults(**{name: value for name, value in values.items() if name not in gone})
+
+
+def _refuse_contradictions(
+    parser: HfArgumentParser, arguments: ImageArguments, spectral: SpectralArguments, argv: list[str]
+) -> None:
+    settings = arguments.model_settings()
+    if not settings.is_small_vit and (given := explicitly_given(parser, NEW_VIT_SETTINGS, argv)):
+        raise ValueError(
+            f"{_flags(sorted(given))}: of the small ViT only; leave out beside --model_name_or_path, --config_name and "
+            "--timm_model (for which there is --timm_model_args)."
+        )
+    of_dataset = [name for name in OF_DATASET if name != "dataset_name"]
+    if arguments.dataset_name is None and (given := explicitly_given(parser, of_dataset, argv)):
+        raise ValueError(f"{_flags(sorted(given))}: of a dataset; give --dataset_name, too.")
+    if arguments.match_norm_of is not None and spectral.spectral_conditioning:
+        raise ValueError(
+            "--match_norm_of makes the control that has the norm of W + C without C; leave out --spectral_conditioning."
+        )
+    if arguments.eval_only and spectral.spectral_conditioning:
+        raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
+
+
+def recorded_data_settings(model_path: str) -> dict[str, Any]:
+    """Read which images a saved model was validated on; empty for a model that no run of this script wrote."""
+    file = Path(model_path) / METRICS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        recorded = dict(json.loads(file.read_text(encoding="utf-8"))["arguments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
+            "images to validate on follow from the flags."
+        ) from error
+    return {name: recorded[name] for name in DATA_SETTINGS if name in recorded}
+
+
+def _flags(names: Sequence[str]) -> str:
+    return ", ".join(f"--{name}" for name in names)

@@ -1,0 +1,199 @@
+"""What a step trains on: images, augmented and mixed, with soft targets; a pure function of (seed, position).
+
+Training reads one endless stream of images, pass after pass over the data, as in `..batching`. The image at a position, how
+it is augmented, and with which neighbour it is mixed depend on the seed and the position alone, so that a resumed run, one
+with other workers, and one on several processes see the same batches.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from timm.data import Mixup
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..batching import epoch_permutation
+from ..randomness import Purpose
+from .augmentation import Transform, restored_generators, seed_generators
+from .sources import ImageSplit
+
+# So far apart are the copies of an image under repeated augmentation: mixed images are never copies of each other, and a
+# batch that is larger by the repeats has them all.
+REPEATED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class ImageOrder:
+    """The endless stream of images.
+
+    A pass has as many places as there are images. With repeats it reads only that share of the images, each one so many
+    times, `REPEATED_BLOCK` places apart.
+
+    Attributes:
+        images: The number of images, at least 1.
+        seed: With the pass it decides the permutation.
+        repeats: Of each image within a pass, at least 1.
+    """
+
+    images: int
+    seed: int
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.repeats < 1:
+            raise ValueError(f"images={self.images} and repeats={self.repeats} must be at least 1.")
+
+    def epochs(self, position: int) -> float:
+        """Return how many passes were made when `position` images of the stream have been read."""
+        return position / self.images
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return `(images, epochs, repeats)` of places in the stream, each `(rows,)`, int64, all counted from 0."""
+        epochs, places = np.divmod(positions, self.images)
+        block = min(REPEATED_BLOCK, self.images)
+        blocks, within = np.divmod(places, block * self.repeats)
+        repeats, ranks = np.divmod(within, block)
+        ranks += blocks * block
+        images = np.empty_like(ranks)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            images[rows] = epoch_permutation(self.seed, int(epoch), self.images)[ranks[rows]]
+        return images, epochs, repeats
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), through timm, and label smoothing.
+
+    Each image is mixed with its neighbour in the stream, both with one share (timm's mode "pair", whose partners are the
+    ends of a batch instead): so no process needs another one's images.
+
+    Attributes:
+        mixup, cutmix: Of the Beta distribution of the share; 0 switches it off. With both, each pair takes either.
+        label_smoothing: The share of the target that is spread evenly over all classes.
+    """
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.0
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed at all."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def smooth_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
+    """Return `(rows, classes)` target probabilities: `1 - smoothing` for the label, the rest spread over all classes."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+class TrainingImages(Dataset):
+    """Batches by the places in the stream that they hold: positions in, `(images, targets)` out.
+
+    Args:
+        split: The images.
+        order: Their stream.
+        mode: PIL's, "L" or "RGB".
+        transform: Of one image; it may draw from the global generators.
+        is_random: Whether it does.
+        mixing: Of neighbours.
+        classes: The number of classes.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        order: ImageOrder,
+        mode: str,
+        transform: Transform,
+        is_random: bool,
+        mixing: Mixing,
+        classes: int,
+    ) -> None:
+        self.split, self.order, self.mode, self.transform, self.is_random = split, order, mode, transform, is_random
+        self.smoothing, self.classes = mixing.label_smoothing, classes
+        self.mixer = None
+        if mixing.mixes:
+            self.mixer = Mixup(
+                mixing.mixup, mixing.cutmix, label_smoothing=mixing.label_smoothing, num_classes=classes
+            )
+
+    def __getitem__(self, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return images, `(rows, channels, height, width)`, and target probabilities, `(rows, classes)`."""
+        images, epochs, repeats = self.order.rows(positions)
+        with restored_generators():
+            batch = torch.stack([self._image(*row) for row in zip(images.tolist(), epochs.tolist(), repeats.tolist())])
+            labels = torch.from_numpy(self.split.labels[images])
+            if self.mixer is None:
+                return batch, smooth_targets(labels, self.classes, self.smoothing)
+            return self._mix(batch, labels, positions)
+
+    def _image(self, image: int, epoch: int, repeat: int) -> Tensor:
+        if self.is_random:
+            seed_generators(self.order.seed, epoch, Purpose.AUGMENTATION, image + repeat * self.order.images)
+        return self.transform(self.split.load(image, self.mode))
+
+    def _mix(self, batch: Tensor, labels: Tensor, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        assert self.mixer is not None
+        targets = []
+        for row in range(0, len(batch), 2):  # a batch begins at an even place and has an even length
+            seed_generators(self.order.seed, 0, Purpose.IMAGE_MIXING, int(positions[row]) // 2)
+            batch[row : row + 2], mixed = self.mixer(batch[row : row + 2], labels[row : row + 2])
+            targets.append(mixed)
+        return batch, torch.cat(targets)
+
+
+class ValidationImages(Dataset):
+    """Batches by the images that they hold: indices in, `(images, labels)` out."""
+
+    def __init__(self, split: ImageSplit, mode: str, transform: Transform) -> None:
+        self.split, self.mode, self.transform = split, mode, transform
+
+    def __getitem__(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return images, `(rows, channels, height, width)`, and labels, `(rows,)`."""
+        images = torch.stack([self.transform(self.split.load(index, self.mode)) for index in indices.tolist()])
+        return images, torch.from_numpy(self.split.labels[indices])
+
+
+class Batches(Sampler):
+    """The places of each batch that one process reads, in order.
+
+    Args:
+        begin, end: Optimizer steps, the first and one past the last.
+        micro_steps: Batches of a step, one after another.
+        rank, processes: Of this process, and how many share each batch.
+        batch_size: Of one process.
+    """
+
+    def __init__(self, begin: int, end: int, micro_steps: int, rank: int, processes: int, batch_size: int) -> None:
+        self.micro_batches = range(begin * micro_steps, end * micro_steps)
+        self.rank, self.processes, self.batch_size = rank, processes, batch_size
+
+    def __len__(self) -> int:
+        return len(self.micro_batches)
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        for micro_batch in self.micro_batches:
+            start = (micro_batch * self.processes + self.rank) * self.batch_size
+            yield np.arange(start, start + self.batch_size)
+
+
+def load_batches(dataset: Dataset, keys: Any, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Return a loader of the batches that `keys` name, read ahead in `workers` processes; 0 reads in this one.
+
+    It draws nothing from the global generators.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator().manual_seed(0),
+    )

@@ -1,0 +1,363 @@
+"""Image classifiers: a new small ViT, any architecture of transformers or timm from random weights, or a checkpoint."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    CLIPImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from ...conditioning import can_be_saved, condition, fold
+from ...layers import spectral_layers
+from ...modeling import MODEL_TYPE_PREFIX
+from ...reports import ProjectionReport
+from ..arguments import SpectralArguments
+from ..atomic_files import write_bytes
+from ..saving import save_pretrained
+
+TIMM_PREFIX = "timm/"
+
+
+class ImageModelError(ValueError):
+    """The model asked for cannot be built, loaded, conditioned or given these images; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class ImageModelSettings:
+    """Which model. Without any of the first three a small ViT of the sizes below is built.
+
+    Attributes:
+        model_name_or_path: A checkpoint, in a folder or on the Hub (timm's are `timm/<name>`); its classifier is replaced
+            where the number of classes is another.
+        config_name: Random weights, of the architecture whose configuration lies there.
+        timm_model: Random weights, initialized by timm, of the architecture of that name.
+        timm_model_args: What else `timm.create_model` is given.
+        drop_path_rate: Stochastic depth, of models that have it; None leaves a model's own.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, patch_size: Of the small ViT.
+    """
+
+    model_name_or_path: str | None = None
+    config_name: str | None = None
+    timm_model: str | None = None
+    timm_model_args: dict[str, Any] = field(default_factory=dict)
+    drop_path_rate: float | None = None
+    hidden_size: int = 64
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    intermediate_size: int = 128
+    patch_size: int = 2
+
+    @property
+    def is_small_vit(self) -> bool:
+        """Whether the model is built from the sizes."""
+        return self.model_name_or_path is None and self.config_name is None and self.timm_model is None
+
+    @property
+    def named(self) -> str:
+        """The model in words."""
+        if self.model_name_or_path is not None:
+            return f"{self.model_name_or_path}, pretrained"
+        if self.is_small_vit:
+            return "a small ViT, new"
+        return f"{self.config_name or f'timm {self.timm_model}'}, new"
+
+
+def model_input(settings: ImageModelSettings) -> tuple[int | None, int | None]:
+    """Return the height (and width) and the channels that a named model is made for; None where it does not say.
+
+    Raises:
+        ImageModelError: if the model or its configuration does not exist.
+    """
+    if settings.is_small_vit:
+        return None, None
+    if settings.timm_model is not None:
+        shape = _timm_default_config(settings.timm_model).get("input_size")
+        size = settings.timm_model_args.get("img_size", shape[-1] if shape else None)
+        return size, settings.timm_model_args.get("in_chans", shape[0] if shape else None)
+    config = load_config(str(settings.model_name_or_path or settings.config_name))
+    arguments = getattr(config, "model_args", None) or {}  # of timm's checkpoints, as the next two
+    shape = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
+    if shape is None and isinstance(config, TimmWrapperConfig):
+        shape = _timm_default_config(config.architecture).get("input_size")
+    size = arguments.get("img_size") or getattr(config, "image_size", None) or (shape[-1] if shape else None)
+    channels = arguments.get("in_chans") or getattr(config, "num_channels", None) or (shape[0] if shape else None)
+    return (max(size) if isinstance(size, (list, tuple)) else size), channels
+
+
+def build_stock_model(
+    settings: ImageModelSettings, class_names: Sequence[str], size: int, channels: int
+) -> PreTrainedModel:
+    """Build or load the model without conditioning it (a conditioned checkpoint loads as it is).
+
+    Random weights come from torch's global generator: a stock and a conditioned model of one seed start from the same.
+
+    Args:
+        settings: Which.
+        class_names: For the head and the configuration.
+        size, channels: Of the images.
+
+    Raises:
+        ImageModelError: for a model that does not exist or does not take these images.
+    """
+    labels: dict[str, Any] = {
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: number for number, name in enumerate(class_names)},
+    }
+    if settings.model_name_or_path is not None:
+        model = _load(settings, labels)
+    elif settings.timm_model is not None:
+        model = _new_timm_model(settings, labels, size, channels)
+    else:
+        model = _new_model(settings, labels, size, channels)
+    _check_forward(model, size, channels, len(class_names))
+    return model
+
+
+def condition_model(model: PreTrainedModel, spectral: SpectralArguments) -> list[ProjectionReport]:
+    """Condition the model as the flags say; without them, or where its checkpoint was conditioned so, do nothing.
+
+    Raises:
+        ImageModelError: for a model without projections that are known, and for settings that do not fit it.
+    """
+    config = spectral.to_config()
+    if config is None:
+        return []
+    if model.config.model_type.startswith(MODEL_TYPE_PREFIX):
+        if model.config.spectral_config == config:
+            return []
+        raise ImageModelError(
+            f"The flags ask for {config.describe()}, and the checkpoint was trained with "
+            f"{model.config.spectral_config.describe()}. Leave the flags out to go on as it is; to change it, fold the model "
+            "(hf_specattn.fold), save it, and condition it anew."
+        )
+    try:
+        return condition(model, config, init=spectral.init)
+    except ValueError as error:
+        raise ImageModelError(f"--spectral_conditioning: {error}") from error
+
+
+def load_config(path: str) -> PreTrainedConfig:
+    """Load a model's configuration.
+
+    Raises:
+        ImageModelError: if there is none, naming where it was looked for.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ImageModelError(f"No model configuration at {path!r}: {error}") from error
+
+
+def image_processor(size: int, mean: Sequence[float], std: Sequence[float], crop_share: float) -> Any:
+    """Return a processor that prepares images as validation does, for `AutoImageProcessor` and pipelines.
+
+    Resizing rounds differently there (on tensors, not on PIL's images); images of the right size come out the same.
+    """
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(size / crop_share)},
+        crop_size={"height": size, "width": size},
+        do_resize=True,
+        do_center_crop=True,
+        do_rescale=True,
+        do_normalize=True,
+        do_convert_rgb=len(mean) == 3,
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def _load(settings: ImageModelSettings, labels: dict[str, Any]) -> PreTrainedModel:
+    path = str(settings.model_name_or_path)
+    config = load_config(path)
+    _set_drop_path(config, settings)
+    another_head = config.num_labels != labels["num_labels"]
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            path, config=_with_labels(config, labels), ignore_mismatched_sizes=another_head
+        )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ImageModelError(f"--model_name_or_path {path}: it cannot be loaded ({error}).") from error
+
+
+def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, channels: int) -> PreTrainedModel:
+    if settings.config_name is not None:
+        config = load_config(settings.config_name)
+        for name, value in (("image_size", size), ("num_channels", channels)):
+            if hasattr(config, name):
+                setattr(config, name, value)
+        _set_drop_path(config, settings)
+        try:
+            return AutoModelForImageClassification.from_config(_with_labels(config, labels))
+        except (ValueError, ImportError) as error:
+            raise ImageModelError(
+                f"--config_name {settings.config_name}: no such model can be built ({error})."
+            ) from error
+    if size % settings.patch_size:
+        raise ImageModelError(
+            f"Images of {size} x {size} cannot be cut into patches of --patch_size {settings.patch_size}; it must divide "
+            f"{size} (--image_size)."
+        )
+    if settings.drop_path_rate:
+        raise ImageModelError(
+            f"--drop_path_rate {settings.drop_path_rate}: transformers' ViT has no stochastic depth. Take one of timm, such "
+            "as --timm_model vit_tiny_patch16_224, or leave it out."
+        )
+    config = ViTConfig(
+        image_size=size,
+        num_channels=channels,
+        patch_size=settings.patch_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(_with_labels(config, labels))
+
+
+def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, channels: int) -> PreTrainedModel:
+    """A new model with timm's initialization; transformers' wrapper would draw its weights anew, from another one."""
+    name = str(settings.timm_model)
+    given = {**settings.timm_model_args, "in_chans": channels}
+    if settings.drop_path_rate is not None:
+        given["drop_path_rate"] = settings.drop_path_rate
+    default_size = _timm_default_config(name).get("input_size", (channels, size, size))[-1]
+    try:
+        initialized, given = _create_timm_model(
+            name, labels["num_labels"], given, size if size != default_size else None
+        )
+    except TypeError as error:
+        raise ImageModelError(
+            f"timm's {name} takes none of these arguments, or not all: {json.dumps(given)} ({error}). Leave out of "
+            "--timm_model_args and --drop_path_rate what it has not."
+        ) from error
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ImageModelError(f"timm's {name} cannot be built with {json.dumps(given)}: {error}") from error
+    config = _with_labels(TimmWrapperConfig(architecture=name, model_args=given), labels)
+    generator = torch.get_rng_state()
+    model = TimmWrapperForImageClassification(config)
+    torch.set_rng_state(generator)
+    model.timm_model.load_state_dict(initialized.state_dict())
+    return model
+
+
+def _create_timm_model(
+    name: str, classes: int, arguments: dict[str, Any], size: int | None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Build a model of timm for images of another size than its own; convolutional ones do not ask for it.
+
+    Returns:
+        The model, and what it was given.
+    """
+    if size is not None and "img_size" not in arguments:
+        with_size = {**arguments, "img_size": size}
+        generator = torch.get_rng_state()
+        try:
+            return timm.create_model(name, num_classes=classes, **with_size), with_size
+        except TypeError:
+            torch.set_rng_state(generator)
+    return timm.create_model(name, num_classes=classes, **arguments), arguments
+
+
+def _timm_default_config(name: str) -> dict[str, Any]:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:8]
+        raise ImageModelError(
+            f"--timm_model {name}: timm {timm.__version__} has no such model; "
+            f"{'near it: ' + ', '.join(near) if near else 'timm.list_models() lists them'}. A pretrained one is loaded by "
+            f"--model_name_or_path {TIMM_PREFIX}<name>."
+        )
+    config = timm.get_pretrained_cfg(name)
+    return {} if config is None else {"input_size": config.input_size}
+
+
+def _with_labels(config: Any, labels: dict[str, Any]) -> Any:
+    for name, value in labels.items():
+        setattr(config, name, value)
+    return config
+
+
+def _set_drop_path(config: Any, settings: ImageModelSettings) -> None:
+    if settings.drop_path_rate is None:
+        return
+    if isinstance(config, TimmWrapperConfig):
+        config.model_args = {**(config.model_args or {}), "drop_path_rate": settings.drop_path_rate}
+    elif hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = settings.drop_path_rate
+    else:
+        raise ImageModelError(
+            f"--drop_path_rate {settings.drop_path_rate}: {config.model_type} of transformers has no stochastic depth; leave "
+            "it out, or take a model of timm."
+        )
+
+
+@torch.no_grad()
+def _check_forward(model: PreTrainedModel, size: int, channels: int, classes: int) -> None:
+    """Let the model classify one black image, before any data are read for it."""
+    training = model.training
+    model.eval()
+    try:
+        logits = model(pixel_values=torch.zeros(1, channels, size, size)).logits
+    except (RuntimeError, ValueError, AssertionError) as error:
+        expected = getattr(model.config, "image_size", None)
+        own = "" if expected is None else f" It is made for {expected} x {expected}."
+        raise ImageModelError(
+            f"Images of {size} x {size} pixels and {channels} channel(s) do not fit {type(model).__name__}: {error}.{own} "
+            "Choose --image_size to fit the model (images are resized to it), or another model."
+        ) from error
+    model.train(training)
+    if logits.shape != (1, classes):
+        raise ImageModelError(
+            f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one image of {classes} classes; name "
+            "a model for image classification."
+        )
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+# Not a name by which it would be taken for a model's checkpoint.
+ABLATED_WEIGHTS_FILE = "weights_without_layer_norm.safetensors"
+
+
+def save_classifier(model: PreTrainedModel, processor: Any, directory: str) -> bool:
+    """Save a trained model and its processor, in a form that the Auto classes load as what it is.
+
+    A conditioned model that has no class of its own (one of timm) is saved folded: stock, with weights `W + C`. Of one
+    without layer norms, which no class is, the weights alone are saved, as `weights_without_layer_norm.safetensors`.
+
+    Returns:
+        Whether the Auto classes load it.
+    """
+    if not can_be_saved(model) and next(spectral_layers(model), None) is not None and _has_layer_norms(model):
+        model = fold(copy.deepcopy(model))  # type: ignore[assignment]
+    if can_be_saved(model):
+        save_pretrained(model, processor, directory)
+        return True
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    write_bytes(Path(directory) / ABLATED_WEIGHTS_FILE, safetensors.torch.save(weights))
+    return False
+
+
+def _has_layer_norms(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())

@@ -1,0 +1,76 @@
+"""AdamW over timm's parameter groups, and the average of weights over steps."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import nn
+from transformers import PreTrainedModel
+
+# Beside what timm exempts (vectors: biases and gains), the learned tables and tokens that vision recipes never decay.
+NOT_DECAYED = (
+    "cls_token",
+    "dist_token",
+    "distillation_token",
+    "mask_token",
+    "position_embeddings",
+    "pos_embed",
+    "position_bias_table",
+)
+
+
+def build_adamw(
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Build AdamW; biases, the gains of norms, position tables and class tokens are exempt from decay, as in timm."""
+    groups: Any = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=not_decayed(model))
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+
+
+def not_decayed(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that are no vectors and yet exempt: those a timm model names, and tables."""
+    named: set[str] = set()
+    for prefix, module in model.named_modules():
+        no_weight_decay = getattr(module, "no_weight_decay", None)
+        if callable(no_weight_decay):
+            names: Iterable[str] = no_weight_decay()
+            named |= {f"{prefix}.{name}" if prefix else name for name in names}
+    tables = {name for name, _ in model.named_parameters() if name.endswith(NOT_DECAYED)}
+    return sorted(named | tables)
+
+
+class AveragedWeights:
+    """The exponential moving average of a model's weights and buffers over steps, through timm.
+
+    Args:
+        model: Not wrapped; on its final device.
+        decay: The share of the average that a step keeps, below 1.
+    """
+
+    def __init__(self, model: PreTrainedModel, decay: float) -> None:
+        self._source = model
+        self._average = ModelEmaV3(model, decay=decay)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model with the averaged weights."""
+        return self._average.module  # type: ignore[return-value]
+
+    def update(self) -> None:
+        """Count one step of the model."""
+        self._average.update(self._source)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return the averaged weights and buffers, on the CPU, each tensor on its own."""
+        return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state_dict` returned."""
+        self.model.load_state_dict(state)

@@ -1,0 +1,145 @@
+"""What a training run is about to do, in sentences, before any image is read."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from ..arguments import SpectralArguments
+from ..initialization import Initialization
+from ..memory import estimate_training_memory
+from .arguments import ImageArguments
+from .augmentation import Augmentation
+from .models import ImageModelSettings, build_stock_model, model_input
+from .presets import RECIPES, deviations
+from .sources import find_images
+
+# Training images and classes of datasets that nobody downloads for a plan.
+KNOWN_SIZES = {"ILSVRC/imagenet-1k": (1_281_167, 1000)}
+DEFAULT_IMAGE_SIZE = 224
+
+
+def describe_plan(
+    arguments: ImageArguments, spectral: SpectralArguments, *, processes: int, mixed_precision: str
+) -> list[str]:
+    """Say what the run will do: a sentence or two for each of model, data, steps, schedule and memory.
+
+    For the presets of published recipes the deviations from them follow, one line each.
+
+    Args:
+        arguments, spectral: Of the run.
+        processes: How many share the work.
+        mixed_precision: As accelerate resolved it.
+
+    Raises:
+        ImageDataError, ImageModelError: where a run would raise them.
+    """
+    settings = arguments.model_settings()
+    images, classes, size, channels = _amounts(arguments, settings)
+    state = torch.get_rng_state()
+    names = [str(number) for number in range(classes)]
+    model = build_stock_model(settings, names, size, channels)
+    torch.set_rng_state(state)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
+    changes = model_changes(arguments, spectral)
+    lines = [
+        f"Model: {settings.named} ({model.config.model_type}), {model.num_parameters():,} parameters, {classes} classes, "
+        f"images of {size} x {size} with {channels} channel(s); {'; '.join(changes) or 'not conditioned'}.",
+        _data_line(arguments),
+        _steps_line(arguments, images, batch),
+        f"Learning rate: from {arguments.warmup_learning_rate:g} up to {arguments.learning_rate:g} in "
+        f"{arguments.warmup_epochs:g} passes, then along a cosine to {arguments.min_learning_rate:g}; weight decay "
+        f"{arguments.weight_decay:g}, gradient clipped at {arguments.max_grad_norm or 'no norm'}.",
+        _memory_line(model, arguments.per_device_train_batch_size, channels, size, classes, mixed_precision),
+    ]
+    if arguments.preset in RECIPES:
+        changed = deviations(arguments.preset, vars(arguments), batch, changes)
+        lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
+        lines += [f"  - {line}" for line in changed]
+    return lines
+
+
+def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> list[str]:
+    """Return in words what a run changes of its model before training; empty where nothing."""
+    config = spectral.to_config()
+    initialization = arguments.initialization()
+    changes = [] if config is None else [f"spectral conditioning: {config.describe()}, init {spectral.init}"]
+    if initialization != Initialization():
+        parts = [] if initialization.kind == "default" else [initialization.kind]
+        if initialization.norm_reference is not None:
+            parts.append(f"of the norm of W + C under {initialization.norm_reference.describe()}")
+        if initialization.scale != 1:
+            parts.append(f"times {initialization.scale:g}")
+        changes.append(f"query, key and value weights {' '.join(parts)}")
+    return changes + ["no layer norms"] * arguments.no_layer_norm
+
+
+def _amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int | None, int, int, int]:
+    own_size, own_channels = model_input(settings)
+    if arguments.dataset_name in KNOWN_SIZES:
+        images, classes = KNOWN_SIZES[arguments.dataset_name]
+        data_size, data_channels = None, 3
+        if arguments.max_train_samples is not None:
+            images = min(images, arguments.max_train_samples)
+    else:
+        data = find_images(arguments.data_settings())
+        images, classes, data_channels = len(data.train), len(data.class_names), data.channels
+        data_size = data.size
+    size = arguments.image_size or own_size or (max(data_size) if data_size else DEFAULT_IMAGE_SIZE)
+    channels = own_channels if arguments.timm_model is None and own_channels else data_channels
+    return images, classes, size, channels
+
+
+def _data_line(arguments: ImageArguments) -> str:
+    source = arguments.dataset_name or arguments.idx_dir or arguments.train_dir or "the digits of scikit-learn"
+    augmentation, mixing = arguments.augmentation(), arguments.mixing()
+    parts = []
+    if augmentation.random_resized_crop is not None:
+        parts.append(f"random crops of at least {augmentation.random_resized_crop:.0%} of the area")
+    if augmentation.random_shift:
+        parts.append(f"shifts by up to {augmentation.random_shift} pixel(s)")
+    if augmentation.horizontal_flip:
+        parts.append(f"mirrored with probability {augmentation.horizontal_flip:g}")
+    if augmentation.rand_augment:
+        parts.append(f"RandAugment {augmentation.rand_augment}")
+    if augmentation.random_erasing:
+        parts.append(f"erasing with probability {augmentation.random_erasing:g}")
+    if augmentation.repeats > 1:
+        parts.append(f"each image {augmentation.repeats} times in a pass")
+    parts += [f"mixup {mixing.mixup:g}"] * (mixing.mixup > 0) + [f"CutMix {mixing.cutmix:g}"] * (mixing.cutmix > 0)
+    parts += [f"label smoothing {mixing.label_smoothing:g}"] * (mixing.label_smoothing > 0)
+    return (
+        f"Images: {source}; {', '.join(parts) if augmentation != Augmentation() or mixing.mixes else 'not augmented'}."
+    )
+
+
+def _steps_line(arguments: ImageArguments, images: int | None, batch: int) -> str:
+    assert images is not None
+    steps = arguments.steps_of(images, batch)
+    return f"Steps: {steps:,} of {batch:,} images, {steps * batch / images:.4g} passes over {images:,} images."
+
+
+def _memory_line(
+    model: PreTrainedModel, batch_size: int, channels: int, size: int, classes: int, mixed_precision: str
+) -> str:
+    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+
+    def run_batch(images: int) -> Any:
+        # Two images are the least that a batch norm takes.
+        logits = model(pixel_values=torch.zeros(2 * images, channels, size, size)).logits
+        return F.cross_entropy(logits.float(), torch.full((2 * images, classes), 1 / classes))
+
+    estimate = estimate_training_memory(
+        model,
+        run_batch,
+        max(1, batch_size // 2),
+        autocast=lambda: torch.autocast("cpu", half_precision) if half_precision else nullcontext(),
+    )
+    weights = estimate.parameters + estimate.gradients + estimate.optimizer
+    return (
+        f"Memory of a process, expected at least (uncompiled, mixed precision {mixed_precision}): "
+        f"{estimate.total / 1e9:.2f} GB: weights, gradients and AdamW {weights / 1e9:.2f} GB, activations "
+        f"{estimate.activations / 1e9:.2f} GB; temporary tensors come on top."
+    )

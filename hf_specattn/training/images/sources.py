@@ -1,0 +1,550 @@
+"""Labelled images for training and validation: scikit-learn's digits, IDX files, folders, datasets of the Hub.
+
+Whatever the source, the two splits have the same classes, every image can be read, and a fingerprint tells them from others.
+Images stay as they lie on the disk until they are asked for, but for the small sets that are arrays anyway.
+"""
+
+import gzip
+import hashlib
+import io
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..randomness import Purpose, random_words
+
+logger = logging.get_logger(__name__)
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# What the four files of MNIST, Fashion-MNIST and their like are called, after `train-` and `t10k-`; also gzipped.
+IDX_IMAGES, IDX_LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
+IDX_UNSIGNED_BYTES = 8  # the third byte of the magic number; the fourth is the number of dimensions
+
+# The digits have no published split: every fifth one, of a fixed shuffle, is for validation.
+DIGITS_SPLIT_SEED = 20230713
+DIGITS_VALIDATION_SHARE = 5
+
+NAMED_AT_MOST = 10
+CHECKING_THREADS = 16
+
+
+class ImageDataError(ValueError):
+    """The images cannot be used as they are; the message names which, why, and what to do."""
+
+
+class Images(Protocol):
+    """Something that opens images by their index."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """Return one image, decoded or not; raises whatever its reader raises where it is damaged."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what a user knows the image by."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Images of one size in memory: `pixels` is `(images, height, width)` or `(images, height, width, 3)`, uint8."""
+
+    pixels: NDArray[np.uint8] = field(repr=False)
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.origin}, image {index}"
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images that are one file each."""
+
+    paths: tuple[Path, ...] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+@dataclass(frozen=True)
+class HubImages:
+    """The images of one split of a dataset of the `datasets` library, in a column of type Image that is not decoded."""
+
+    rows: Any = field(repr=False)
+    column: str
+    origin: str
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def open(self, index: int) -> Image.Image:
+        value = self.rows[int(index)][self.column]
+        if value["bytes"] is not None:
+            return Image.open(io.BytesIO(value["bytes"]))
+        return Image.open(value["path"])
+
+    def name(self, index: int) -> str:
+        return f"{self.origin}, row {index}"
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the images of another."""
+
+    images: Images
+    indices: NDArray[np.int64] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, index: int) -> Image.Image:
+        return self.images.open(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        return self.images.name(int(self.indices[index]))
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Labelled images.
+
+    Attributes:
+        images: What opens them.
+        labels: The class of each, `(images,)`, int64.
+        fingerprint: Tells these images and labels from others.
+    """
+
+    images: Images
+    labels: NDArray[np.int64] = field(repr=False)
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int, mode: str) -> Image.Image:
+        """Return one image, decoded, in PIL's mode "L" (grey) or "RGB".
+
+        Raises:
+            ImageDataError: naming the image, where it cannot be read.
+        """
+        try:
+            return self.images.open(index).convert(mode)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ImageDataError(
+                f"{self.images.name(index)} cannot be read ({error}). Replace it or take it away, then start the run again, "
+                "or leave such images out with --skip_unreadable_images."
+            ) from error
+
+    def take(self, indices: NDArray[np.int64]) -> "ImageSplit":
+        """Return some of them, in that order."""
+        digest = hashlib.sha256(self.fingerprint.encode() + np.ascontiguousarray(indices, "<i8").tobytes())
+        return ImageSplit(Subset(self.images, indices), self.labels[indices], digest.hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """What a run trains on and is measured on.
+
+    Attributes:
+        train, validation: The two splits.
+        class_names: The name of each class, by its number.
+        size: Height and width where all images have the same, which needs no resizing; None for files of any size.
+        channels: 1 for grey images, 3 for colour.
+        origin: Where the data come from, in words.
+        skipped: The unreadable images that were left out, by name.
+    """
+
+    train: ImageSplit
+    validation: ImageSplit
+    class_names: tuple[str, ...]
+    size: tuple[int, int] | None
+    channels: int
+    origin: str
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageDataSettings:
+    """Which images; one of `idx_dir`, `train_dir` and `dataset_name`, or none for scikit-learn's digits.
+
+    Attributes:
+        idx_dir: Folder with the four IDX files of a data set like MNIST, plain or gzipped.
+        train_dir, validation_dir: Folders with one folder of images per class.
+        dataset_name, dataset_config_name, dataset_revision: A dataset of the Hub, or a folder in such a layout.
+        train_split, validation_split: Its splits.
+        image_column, label_column: Its columns.
+        max_train_samples, max_validation_samples: Take the first so many of each class in turn; None takes all.
+        check_images: "decode" reads every image file once before training, "header" only looks what it is.
+        skip_unreadable_images: Leave unreadable images out, with a warning that names them, instead of refusing.
+    """
+
+    idx_dir: str | None = None
+    train_dir: str | None = None
+    validation_dir: str | None = None
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    dataset_revision: str | None = None
+    train_split: str = "train"
+    validation_split: str = "validation"
+    image_column: str = "image"
+    label_column: str = "label"
+    max_train_samples: int | None = None
+    max_validation_samples: int | None = None
+    check_images: str = "decode"
+    skip_unreadable_images: bool = False
+
+
+def load_image_data(
+    settings: ImageDataSettings, show_progress: bool = False, once: Callable[[Callable[[], Any]], Any] | None = None
+) -> ImageData:
+    """Find the images, refuse what cannot be trained on, and leave unreadable ones out where that is asked for.
+
+    Args:
+        settings: Which images.
+        show_progress: Whether to draw a bar while they are checked.
+        once: Calls a function on one of several processes and returns its result on all; None calls it.
+
+    Raises:
+        ImageDataError: as in `find_images`, and for unreadable images, all of which are counted.
+    """
+    data = find_images(settings)
+    if data.size is not None:
+        return data
+    splits, skipped = [], []
+    for split, part in ((data.train, "training"), (data.validation, "validation")):
+
+        def check(split: ImageSplit = split) -> dict[int, str]:
+            return unreadable_images(split, settings.check_images, show_progress)
+
+        problems = check() if once is None else once(check)
+        splits.append(_without_unreadable(split, part, problems, settings.skip_unreadable_images))
+        skipped += [split.images.name(index) for index in problems]
+    checked = replace(data, train=splits[0], validation=splits[1], skipped=tuple(skipped))
+    _refuse_missing_classes(checked)
+    return checked
+
+
+def find_images(settings: ImageDataSettings) -> ImageData:
+    """Find the images of both splits and cut them to the size asked for; files are listed, not read.
+
+    Raises:
+        ImageDataError: for files that are missing or damaged, a class that one split has and the other has not, and a
+            limit that leaves a class without images.
+    """
+    if settings.idx_dir is not None:
+        data = read_idx_folder(settings.idx_dir)
+    elif settings.train_dir is not None:
+        assert settings.validation_dir is not None
+        data = read_image_folders(settings.train_dir, settings.validation_dir)
+    elif settings.dataset_name is not None:
+        data = read_hub_dataset(settings)
+    else:
+        data = read_digits()
+    _refuse_missing_classes(data)
+    classes = len(data.class_names)
+    train = limit_samples(data.train, settings.max_train_samples, "--max_train_samples", classes)
+    validation = limit_samples(data.validation, settings.max_validation_samples, "--max_validation_samples", classes)
+    return replace(data, train=train, validation=validation)
+
+
+# --- the sources -----------------------------------------------------------------------------------------------------
+
+
+def read_digits() -> ImageData:
+    """Read the 1,797 handwritten digits, 8 x 8 with 17 levels of grey, that scikit-learn carries (UCI, E. Alpaydin).
+
+    Raises:
+        ImageDataError: if scikit-learn is missing.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImageDataError(
+            "The default data are scikit-learn's digits, and it is not installed: pip install scikit-learn, or name data "
+            "of your own with --idx_dir, --train_dir or --dataset_name."
+        ) from error
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    labels = digits.target.astype(np.int64)
+    shuffled = np.argsort(random_words(DIGITS_SPLIT_SEED, 0, Purpose.DATA_SPLIT, 0, len(labels)), kind="stable")
+    split = [_array_split(pixels, labels, "digits")] * 2
+    train, validation = (
+        part.take(np.sort(rows))
+        for part, rows in zip(
+            split, (np.delete(shuffled, np.s_[::DIGITS_VALIDATION_SHARE]), shuffled[::DIGITS_VALIDATION_SHARE])
+        )
+    )
+    names = tuple(str(name) for name in digits.target_names)
+    return ImageData(train, validation, names, (8, 8), 1, "the digits of scikit-learn")
+
+
+def read_idx_folder(folder: str | Path) -> ImageData:
+    """Read the four IDX files of MNIST's format: `train-` and `t10k-` `images-idx3-ubyte` and `labels-idx1-ubyte`.
+
+    Raises:
+        ImageDataError: if one is missing or damaged, the counts of images and labels differ, or the splits' sizes do.
+    """
+    folder = Path(folder)
+    splits = []
+    for prefix in ("train-", "t10k-"):
+        pixels = read_idx(_idx_file(folder, prefix + IDX_IMAGES), dimensions=3)
+        labels = read_idx(_idx_file(folder, prefix + IDX_LABELS), dimensions=1)
+        if len(pixels) != len(labels):
+            raise ImageDataError(
+                f"{folder}: {prefix}{IDX_IMAGES} has {len(pixels):,} images and {prefix}{IDX_LABELS} {len(labels):,} "
+                "labels; they are not of one data set. Get both anew."
+            )
+        if not len(pixels):
+            raise ImageDataError(f"{folder}: {prefix}{IDX_IMAGES} has no image; get it anew.")
+        splits.append((pixels, labels.astype(np.int64), prefix.rstrip("-")))
+    (train_pixels, *_), (validation_pixels, *_) = splits
+    if train_pixels.shape[1:] != validation_pixels.shape[1:]:
+        raise ImageDataError(
+            f"{folder}: the training images are {_by(train_pixels.shape[1:])} pixels and those for validation "
+            f"{_by(validation_pixels.shape[1:])}; both must have one size."
+        )
+    classes = int(max(labels.max() for _, labels, _ in splits)) + 1
+    train, validation = (_array_split(pixels, labels, f"{folder.name}/{part}") for pixels, labels, part in splits)
+    height, width = train_pixels.shape[1:]
+    return ImageData(
+        train, validation, tuple(map(str, range(classes))), (height, width), 1, f"the IDX files in {folder}"
+    )
+
+
+def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
+    """Read one IDX file of unsigned bytes, plain or gzipped: two zero bytes, type, dimensions, their sizes, the data.
+
+    Raises:
+        ImageDataError: for anything else.
+    """
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            content = stream.read()
+    except (OSError, EOFError) as error:
+        raise ImageDataError(f"{file} cannot be read ({error}); get it anew.") from error
+    header = 4 + 4 * dimensions
+    expected = bytes([0, 0, IDX_UNSIGNED_BYTES, dimensions])
+    if len(content) < header or content[:4] != expected:
+        raise ImageDataError(
+            f"{file} begins with {content[:4].hex(' ')} and not with {expected.hex(' ')}: no IDX file of unsigned bytes in "
+            f"{dimensions} dimension(s). Give the files of MNIST's format."
+        )
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    values = np.frombuffer(content, np.uint8, offset=header)
+    if values.size != int(np.prod(shape)):
+        raise ImageDataError(
+            f"{file} announces {_by(shape)} bytes and has {values.size:,}: it is cut off or damaged. Get it anew."
+        )
+    return values.reshape(shape)
+
+
+def read_image_folders(train_dir: str | Path, validation_dir: str | Path) -> ImageData:
+    """Find the images of two folders that hold one folder per class, named like it; subfolders belong to their class.
+
+    Raises:
+        ImageDataError: if a folder is missing, has no class, or a class has no image.
+    """
+    found = [_classes_in(Path(folder)) for folder in (train_dir, validation_dir)]
+    names = tuple(sorted({name for classes in found for name in classes}))
+    splits = []
+    for folder, classes in zip((train_dir, validation_dir), found):
+        pairs = [(path, names.index(name)) for name in sorted(classes) for path in classes[name]]
+        digest = hashlib.sha256()
+        for path, label in pairs:
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{names[label]}\n".encode())
+        labels = np.array([label for _, label in pairs], dtype=np.int64)
+        splits.append(ImageSplit(FileImages(tuple(path for path, _ in pairs)), labels, digest.hexdigest()[:16]))
+    return ImageData(*splits, names, None, 3, f"the images in {train_dir}, validated on {validation_dir}")
+
+
+def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
+    """Load two splits of a dataset with a column of images and one of class labels.
+
+    Raises:
+        ImageDataError: if `datasets` is missing, or the dataset, a split, or a column is, or has another type.
+    """
+    name = settings.dataset_name
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImageDataError(
+            "--dataset_name needs the `datasets` package. Install it (pip install datasets), or give folders of images with "
+            "--train_dir and --validation_dir."
+        ) from error
+    try:
+        loaded = datasets.load_dataset(str(name), settings.dataset_config_name, revision=settings.dataset_revision)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ImageDataError(
+            f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {error}. Check "
+            "--dataset_name, --dataset_config_name, the network and your access to it."
+        ) from error
+    splits, classes = [], None
+    for flag, split in (("train_split", settings.train_split), ("validation_split", settings.validation_split)):
+        if split not in loaded:
+            raise ImageDataError(
+                f"--{flag} {split}: the dataset {name!r} has the splits {', '.join(loaded)}; name one of them."
+            )
+        rows = loaded[split]
+        _check_columns(rows, settings, datasets)
+        classes = classes or tuple(rows.features[settings.label_column].names)
+        labels = np.asarray(rows[settings.label_column], dtype=np.int64)
+        if (labels < 0).any():
+            raise ImageDataError(
+                f"--{flag} {split} of {name!r} has {int((labels < 0).sum()):,} images without a label; name a split that has "
+                "labels."
+            )
+        images = rows.cast_column(settings.image_column, datasets.Image(decode=False))
+        images = images.select_columns([settings.image_column])
+        splits.append(
+            ImageSplit(HubImages(images, settings.image_column, f"{name}, {split}"), labels, rows._fingerprint)
+        )
+    assert classes is not None
+    return ImageData(*splits, classes, None, 3, f"the dataset {name}")
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def limit_samples(split: ImageSplit, limit: int | None, flag: str, classes: int) -> ImageSplit:
+    """Keep `limit` images, equally many of each class as far as there are: the first of each class in turn.
+
+    Raises:
+        ImageDataError: for fewer images than classes.
+    """
+    if limit is None or limit >= len(split):
+        return split
+    if limit < classes:
+        raise ImageDataError(f"{flag} {limit} leaves some of the {classes} classes without an image; take more.")
+    rounds = np.empty(len(split), dtype=np.int64)  # the how-manieth of its class each image is
+    for label in range(classes):
+        rows = np.flatnonzero(split.labels == label)
+        rounds[rows] = np.arange(len(rows))
+    chosen = np.lexsort((split.labels, rounds))[:limit]
+    return split.take(np.sort(chosen))
+
+
+def _refuse_missing_classes(data: ImageData) -> None:
+    for split, part in ((data.train, "training"), (data.validation, "validation")):
+        present = np.bincount(split.labels, minlength=len(data.class_names)) > 0
+        missing = [name for name, there in zip(data.class_names, present) if not there]
+        if missing:
+            raise ImageDataError(
+                f"The {part} images of {data.origin} have none of the class(es) {_some(missing)}, {len(missing)} of "
+                f"{len(data.class_names)}, which the other split has. Add images of them, or take the classes out of both."
+            )
+
+
+def _without_unreadable(split: ImageSplit, part: str, problems: Mapping[int, str], skip: bool) -> ImageSplit:
+    if not problems:
+        return split
+    listed = _some([f"{split.images.name(index)} ({why})" for index, why in problems.items()], separator="\n  ")
+    count = f"{len(problems):,} of the {len(split):,} {part} images cannot be read:\n  {listed}"
+    if not skip:
+        raise ImageDataError(
+            f"{count}\nReplace or remove them, or leave them out with --skip_unreadable_images; nothing was trained."
+        )
+    logger.warning(f"{count}\nThey are left out (--skip_unreadable_images).")
+    return split.take(np.setdiff1d(np.arange(len(split)), list(problems)))
+
+
+def unreadable_images(split: ImageSplit, how: str, show_progress: bool = False) -> dict[int, str]:
+    """Return which images cannot be read, and why.
+
+    Args:
+        split: Whose images to read, in several threads: decoders leave Python's lock.
+        how: "decode" decodes each image, JPEG at an eighth of its size, which is where its time goes; "header" only
+            opens it.
+    """
+
+    def problem(index: int) -> str | None:
+        try:
+            with split.images.open(index) as image:
+                if how == "decode":
+                    image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
+                    image.load()
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return None
+
+    with ThreadPoolExecutor(CHECKING_THREADS) as pool:
+        found = pool.map(problem, range(len(split)))
+        found = tqdm(found, total=len(split), desc="Checking images", unit="image", disable=not show_progress)
+        return {index: why for index, why in enumerate(found) if why is not None}
+
+
+def _check_columns(rows: Any, settings: ImageDataSettings, datasets: Any) -> None:
+    for flag, kind in (("image_column", datasets.Image), ("label_column", datasets.ClassLabel)):
+        column = getattr(settings, flag)
+        if not isinstance(rows.features.get(column), kind):
+            described = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
+            raise ImageDataError(
+                f"--{flag} {column}: it must name a column of type {kind.__name__}; {settings.dataset_name!r} has "
+                f"{described}."
+            )
+
+
+def _classes_in(folder: Path) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise ImageDataError(f"{folder} is no folder; name one that holds a folder of images for each class.")
+    endings = {ending.lower() for ending in IMAGE_ENDINGS}
+    classes = {
+        child.name: sorted(path for path in child.rglob("*") if path.suffix.lower() in endings and path.is_file())
+        for child in sorted(folder.iterdir())
+        if child.is_dir() and not child.name.startswith(".")
+    }
+    if not classes:
+        raise ImageDataError(
+            f"{folder} holds no folder; put the images of each class into a folder of its name there."
+        )
+    if empty := [name for name, paths in classes.items() if not paths]:
+        raise ImageDataError(
+            f"{folder}: no image in the folder(s) {_some(empty)} (endings looked for: {', '.join(sorted(endings))}). Add "
+            "images, or remove the class from both splits."
+        )
+    return classes
+
+
+def _idx_file(folder: Path, name: str) -> Path:
+    for file in (folder / name, folder / f"{name}.gz"):
+        if file.is_file():
+            return file
+    raise ImageDataError(
+        f"{folder} has neither {name} nor {name}.gz; it must hold the four IDX files of the data set."
+    )
+
+
+def _array_split(pixels: NDArray[np.uint8], labels: NDArray[np.int64], origin: str) -> ImageSplit:
+    digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes() + labels.astype("<i8").tobytes())
+    return ImageSplit(ArrayImages(pixels, origin), labels, digest.hexdigest()[:16])
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _some(names: Sequence[str], separator: str = ", ") -> str:
+    more = len(names) - NAMED_AT_MOST
+    listed = [*names[:NAMED_AT_MOST], *([f"... and {more:,} more"] if more > 0 else [])]
+    return separator.join(listed)

@@ -1,0 +1,28 @@
+import pytest
+import timm
+
+from hf_specattn.training.arguments import SpectralArguments
+from hf_specattn.training.images.arguments import ImageArguments, parse_arguments
+from hf_specattn.training.images.plan import describe_plan
+
+
+def test_the_plan_of_the_default():
+    arguments = ImageArguments(num_hidden_layers=1)
+    spectral = SpectralArguments(spectral_conditioning=True, lambda_="2.0")
+    lines = describe_plan(arguments, spectral, processes=2, mixed_precision="no")
+    assert "10 classes, images of 8 x 8 with 1 channel(s); spectral conditioning" in lines[0]
+    steps = round(arguments.num_train_epochs * 1437 / 64)
+    assert f"Steps: {steps:,} of 64 images" in lines[2]
+    assert "over 1,437 images" in lines[2]
+    assert not any("published" in line for line in lines)
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_published_recipe_needs_no_data():
+    arguments, spectral = parse_arguments(["--preset", "deit-base", "--show_plan", "--match_norm_of", "svd"], "test")
+    lines = describe_plan(arguments, spectral, processes=1, mixed_precision="bf16")
+    parameters = sum(parameter.numel() for parameter in timm.create_model("deit_base_patch16_224").parameters())
+    assert f"{parameters:,} parameters, 1000 classes, images of 224 x 224 with 3 channel(s)" in lines[0]
+    assert f"Steps: {round(300 * 1_281_167 / 1024):,} of 1,024 images" in lines[2]
+    assert any("query, key and value weights of the norm of W + C" in line for line in lines[-3:])
+    assert not any(line.startswith("  - ") and "learning_rate" in line for line in lines)
