@@ -37,18 +37,16 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, set_seed
+from accelerate.utils import broadcast, set_seed
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from hf_specattn import condition, refresh
 from hf_specattn.conditioning import refresh_interval
@@ -63,7 +61,6 @@ from hf_specattn.training.checkpointing import (
     TrainingParts,
     list_checkpoints,
 )
-from hf_specattn.training.distributed import run_on_main_process
 from hf_specattn.training.documents import CorpusError
 from hf_specattn.training.evaluation import MlmEvaluation, accepts_masked_positions, evaluate_mlm
 from hf_specattn.training.interruption import stop_on_signals
@@ -81,6 +78,14 @@ from hf_specattn.training.optimization import build_adamw
 from hf_specattn.training.plan import describe_plan, training_tokens
 from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arguments
 from hf_specattn.training.run_description import model_description, sequences_fingerprint
+from hf_specattn.training.runs import (
+    begin,
+    build_accelerator,
+    is_due,
+    is_finished,
+    show_progress,
+    tracker_config,
+)
 from hf_specattn.training.saving import save_pretrained
 from hf_specattn.training.schedules import BudgetSchedule, learning_rate_factor, ramped_micro_steps
 from hf_specattn.training.sharding import configure_sharding, will_shard
@@ -88,6 +93,7 @@ from hf_specattn.training.throughput import LossWindow
 from hf_specattn.training.training_state import gather_weights
 
 logger = logging.getLogger("pretrain_mlm")
+LOGGERS = ("pretrain_mlm", "hf_specattn")  # of the package: what it prepares, and skips
 
 # What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
 # and forward passes may change (unless it grows by them), and so may everything about reporting and saving.
@@ -105,31 +111,16 @@ RUN_SETTINGS = (
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
-def build_accelerator(arguments: PretrainArguments) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        log_with=arguments.report_to,
-        project_dir=arguments.output_dir,
-        dynamo_backend="inductor" if arguments.torch_compile else None,
-        # One process prepares the data while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+def check_monitor(arguments: PretrainArguments, accelerator: Accelerator) -> None:
+    """Refuse a monitor of weights that FSDP shards.
+
+    Raises:
+        ValueError: for both together.
+    """
     if arguments.spectral_monitor_every and will_shard(accelerator):
         raise ValueError(
             "--spectral_monitor_every needs whole weights, and FSDP shards them; leave it out, or use DDP."
         )
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    for name in ("pretrain_mlm", "hf_specattn"):  # of the package: what it prepares, and skips
-        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if not show_progress(arguments, accelerator):
-        transformers_logging.disable_progress_bar()
-    return accelerator
-
-
-def show_progress(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
-    return accelerator.is_main_process and sys.stderr.isatty() and not arguments.disable_tqdm
 
 
 def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
@@ -349,27 +340,6 @@ def prepare_training(
     return Training(model, wrapped, prepared, schedule, sparse, spectral.spectral_exact_refresh, checkpoints, monitor)
 
 
-def is_finished(arguments: PretrainArguments, accelerator: Accelerator) -> bool:
-    """Whether the run to be resumed came to its end: `metrics.json` is written then, after the model."""
-    metrics_file = Path(arguments.output_dir) / METRICS_FILE
-    return arguments.resume_from_checkpoint and run_on_main_process(accelerator, metrics_file.is_file)
-
-
-def begin(arguments: PretrainArguments, accelerator: Accelerator, checkpoints: Checkpoints) -> Progress:
-    """Start at step 0, or restore the newest good checkpoint and start where it ends."""
-    if not arguments.resume_from_checkpoint:
-        if accelerator.is_main_process:  # it would say that the new run is finished
-            (Path(arguments.output_dir) / METRICS_FILE).unlink(missing_ok=True)
-        checkpoints.start_over()
-        return Progress()
-    begun = checkpoints.resume()
-    if begun is None:
-        logger.info(f"There is no checkpoint in {arguments.output_dir} yet: starting from the beginning.")
-        return Progress()
-    logger.info(f"Continuing after step {begun.step}, from the newest good checkpoint in {arguments.output_dir}.")
-    return begun
-
-
 def train(
     arguments: PretrainArguments,
     accelerator: Accelerator,
@@ -443,11 +413,6 @@ def train(
     if training.monitor is not None:
         training.monitor.end()
     return Progress(step, seconds, {"position": position})
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something happens after this step that happens every so many; 0 is never."""
-    return every > 0 and step % every == 0
 
 
 def common_seconds(arguments: PretrainArguments, accelerator: Accelerator, started: float) -> float:
@@ -627,11 +592,6 @@ def finish(
         )
 
 
-def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments as the scalars and texts that every tracker takes."""
-    return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}
-
-
 def evaluate_only(arguments: PretrainArguments, accelerator: Accelerator) -> None:
     """Measure a saved model on the validation data of its run, or on that of the flags given."""
     path = str(arguments.model_name_or_path)
@@ -653,7 +613,8 @@ def evaluate_only(arguments: PretrainArguments, accelerator: Accelerator) -> Non
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
     try:
-        accelerator = build_accelerator(arguments)
+        accelerator = build_accelerator(arguments, LOGGERS)
+        check_monitor(arguments, accelerator)
     except ValueError as error:  # what accelerate refuses on this machine
         raise SystemExit(f"error: {error}") from error
     try:
