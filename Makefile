@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test test-fast test-oldest faults lint format clean
+.PHONY: env demo test test-fast test-oldest faults survey lint format clean
 
 env: $(STAMP)
 
@@ -33,6 +33,10 @@ test-oldest: $(STAMP)
 # Training runs, stock and conditioned, each killed at 20 random moments and resumed, against uninterrupted ones.
 faults: $(STAMP)
 	SPECATTN_FAULT_MOMENTS=20 $(BIN)/python -m pytest -m slow -rP tests/scripts/test_pretrain_mlm_faults.py
+
+# Every architecture of transformers that can be built small, and timm's families: what is conditioned exactly. Writes the table.
+survey: $(STAMP)
+	$(BIN)/python scripts/survey.py --output_file docs/survey.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

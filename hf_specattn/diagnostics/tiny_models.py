@@ -26,6 +26,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("image_size", "input_size"), IMAGE_SIZE),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "rotary_dim", "global_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "entity_vocab_size", "entity_emb_size"), 16),
+    "num_kv_shared_layers": 0,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -67,10 +70,14 @@ def tiny_config(config_class: type[PretrainedConfig], changes: Mapping[str, Any]
             settings[name] = tiny_config(type(part), wanted) if isinstance(wanted, Mapping) else wanted
     names = {**vars(default), **{alias: getattr(default, alias, None) for alias in default.attribute_map}}
     for name, value in names.items():
+        if isinstance(getattr(config_class, name, None), property):
+            continue
         if isinstance(value, (list, tuple)) and name in LISTS:
             settings[name] = list(LISTS[name][: len(value)])
         elif name in SIZES and not isinstance(value, (list, tuple, dict, PretrainedConfig)):
             settings[name] = None if value is None and not name.endswith("_id") else SIZES[name]
+    if "kv_lora_rank" in names and "num_key_value_heads" in settings:  # latent attention expands to all heads
+        settings["num_key_value_heads"] = SIZES["num_attention_heads"]
     # A name and its alias say the same.
     for alias, real in default.attribute_map.items():
         if alias in settings and real in settings:
