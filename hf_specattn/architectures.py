@@ -291,6 +291,7 @@ ATTENTION_WITH_Q_K_V_PROJ = (
     "ModernBertDecoderAttention",
     "MvpAttention",
     "NanoChatAttention",
+    "NeoMMEAttention",
     "NomicBertAttention",
     "OPTAttention",
     "Olmo2Attention",

@@ -211,12 +211,23 @@ def _without_derived_values(rows: dict[str, dict[str, tuple[int, ...]]]) -> dict
 
 
 def _merged(found: Sequence[TracedAttention]) -> list[TracedAttention]:
-    """One entry per module: the first that is complete, otherwise the union of its partial ones."""
+    """One entry per module. A module may attend in several calls, each with a part of the rows (differential attention)
+    or of the roles (Nystromformer)."""
     by_module: dict[tuple[str, str], TracedAttention] = {}
     for traced in found:
         before = by_module.get(traced.module)
-        if before is None:
-            by_module[traced.module] = traced
-        elif not all(role in before.rows for role in ROLES):
-            by_module[traced.module] = TracedAttention(traced.module, {**before.rows, **traced.rows})
+        rows = traced.rows if before is None else _united(before.rows, traced.rows)
+        by_module[traced.module] = TracedAttention(traced.module, rows)
     return list(by_module.values())
+
+
+def _united(
+    first: Mapping[str, dict[str, tuple[int, ...]]], later: Mapping[str, dict[str, tuple[int, ...]]]
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    # A role's weights are those of its first call: when layers share weights, the inputs of a later call depend on them too.
+    united = {**later, **first}
+    for role in first.keys() & later.keys():
+        united[role] = {
+            name: tuple(sorted({*rows, *later[role].get(name, ())})) for name, rows in first[role].items()
+        }
+    return united

@@ -106,6 +106,19 @@ def test_attention_whose_weights_are_no_modules_cannot_be_placed():
     assert not found.is_plain
 
 
+def test_calls_that_share_a_module_are_taken_together():
+    class Halves(Eager):
+        def forward(self, x):
+            q, k, v = self.q(x), self.k(x), self.v(x)
+            return torch.cat([F.scaled_dot_product_attention(q, k, part) for part in v.chunk(2, dim=-1)], dim=-1)
+
+    model = Halves("halves")
+    # twice, with its own outputs: the second time everything depends on everything
+    (found,) = trace_attention(model, lambda: model(model(inputs())))
+    rows = tuple(range(16))
+    assert found.rows == {"query": {"q": rows}, "key": {"k": rows}, "value": {"v": rows}}
+
+
 def test_a_softmax_over_something_else_is_no_attention():
     router = nn.Sequential(nn.Linear(16, 4, dtype=torch.float64), nn.Softmax(dim=-1))
     x = inputs()

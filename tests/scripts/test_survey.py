@@ -95,7 +95,8 @@ def test_a_wrong_row_of_the_table_is_found(row, name, spec, monkeypatch):
     result = survey.survey(survey.Row(*row))
     assert result.status == "wrong"
     assert "identity: " in result.reason
-    assert "svd: " in result.reason
+    # svd corrects query and key alike, and so does not tell them apart.
+    assert ("svd: " in result.reason) is (name != "bert")
 
 
 @pytest.mark.parametrize("method", ["identity", "svd"])
