@@ -227,7 +227,5 @@ def _united(
     # A role's weights are those of its first call: when layers share weights, the inputs of a later call depend on them too.
     united = {**later, **first}
     for role in first.keys() & later.keys():
-        united[role] = {
-            name: tuple(sorted({*rows, *later[role].get(name, ())})) for name, rows in first[role].items()
-        }
+        united[role] = {name: tuple(sorted({*rows, *later[role].get(name, ())})) for name, rows in first[role].items()}
     return united

@@ -8,6 +8,7 @@ spectrum, alone.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ def _attentions(model: nn.Module, projections: list[Projection]) -> Iterator[tup
         yield name, attention, next(spec for spec in specs if spec.matches(attention))
 
 
-def _output_projection(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> nn.Module:
+def _output_projection(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> Any:
     """The module with W_O: where the table has it, else the child with a usual name."""
     if spec.output is not None:
         owner, path = name, spec.output

@@ -9,7 +9,13 @@ from hf_specattn.diagnostics.tiny_models import tiny_config, tiny_inputs, tiny_m
 
 @pytest.mark.parametrize(
     "name",
-    ["BertForMaskedLM", "ViTForImageClassification", "SegformerForImageClassification", "Gemma2ForCausalLM", "BartModel"],
+    [
+        "BertForMaskedLM",
+        "ViTForImageClassification",
+        "SegformerForImageClassification",
+        "Gemma2ForCausalLM",
+        "BartModel",
+    ],
 )
 def test_small_random_and_runnable(name):
     model_class = getattr(transformers, name)

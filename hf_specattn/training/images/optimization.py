@@ -61,7 +61,7 @@ class AveragedWeights:
     @property
     def model(self) -> PreTrainedModel:
         """The model with the averaged weights."""
-        return self._average.module  # type: ignore[return-value]
+        return self._average.module
 
     def update(self) -> None:
         """Count one step of the model."""

@@ -368,7 +368,7 @@ def read_image_folders(train_dir: str | Path, validation_dir: str | Path) -> Ima
     """
     found = [_classes_in(Path(folder)) for folder in (train_dir, validation_dir)]
     names = tuple(sorted({name for classes in found for name in classes}))
-    splits = []
+    splits: list[ImageSplit] = []
     for folder, classes in zip((train_dir, validation_dir), found):
         pairs = [(path, names.index(name)) for name in sorted(classes) for path in classes[name]]
         digest = hashlib.sha256()
@@ -376,7 +376,8 @@ def read_image_folders(train_dir: str | Path, validation_dir: str | Path) -> Ima
             digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{names[label]}\n".encode())
         labels = np.array([label for _, label in pairs], dtype=np.int64)
         splits.append(ImageSplit(FileImages(tuple(path for path, _ in pairs)), labels, digest.hexdigest()[:16]))
-    return ImageData(*splits, names, None, 3, f"the images in {train_dir}, validated on {validation_dir}")
+    train, validation = splits
+    return ImageData(train, validation, names, None, 3, f"the images in {train_dir}, validated on {validation_dir}")
 
 
 def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
@@ -400,7 +401,8 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
             f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {error}. Check "
             "--dataset_name, --dataset_config_name, the network and your access to it."
         ) from error
-    splits, classes = [], None
+    splits: list[ImageSplit] = []
+    classes: tuple[str, ...] | None = None
     for flag, split in (("train_split", settings.train_split), ("validation_split", settings.validation_split)):
         if split not in loaded:
             raise ImageDataError(
@@ -421,7 +423,8 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
             ImageSplit(HubImages(images, settings.image_column, f"{name}, {split}"), labels, rows._fingerprint)
         )
     assert classes is not None
-    return ImageData(*splits, classes, None, 3, f"the dataset {name}")
+    train, validation = splits
+    return ImageData(train, validation, classes, None, 3, f"the dataset {name}")
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
