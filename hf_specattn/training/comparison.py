@@ -71,6 +71,7 @@ class Metric:
         unit: of the values shown.
         factor: from the recorded value to the one shown.
         digits: behind the point.
+        higher_is_better: else lower.
     """
 
     key: str
@@ -78,13 +79,14 @@ class Metric:
     unit: str
     factor: float = 1.0
     digits: int = 4
+    higher_is_better: bool = False
 
 
 # What a run reads -> the metrics that it records, by the names of `--metric`; the first is the usual one.
 METRICS = {
     "tokens": {"loss": Metric("validation_loss", "loss", "nats per predicted token")},
     "images": {
-        "accuracy": Metric("validation_accuracy", "accuracy", "%", factor=100.0, digits=2),
+        "accuracy": Metric("validation_accuracy", "accuracy", "%", factor=100.0, digits=2, higher_is_better=True),
         "loss": Metric("validation_loss", "loss", "nats per image"),
     },
 }

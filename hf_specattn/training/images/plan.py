@@ -37,7 +37,7 @@ def describe_plan(
         ImageDataError, ImageModelError: where a run would raise them.
     """
     settings = arguments.model_settings()
-    images, classes, size, channels = _amounts(arguments, settings)
+    images, classes, size, channels = planned_amounts(arguments, settings)
     state = torch.get_rng_state()
     names = [str(number) for number in range(classes)]
     model = build_stock_model(settings, names, size, channels)
@@ -76,7 +76,8 @@ def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> lis
     return changes + ["no layer norms"] * arguments.no_layer_norm
 
 
-def _amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int | None, int, int, int]:
+def planned_amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int, int, int, int]:
+    """Return a run's training images, classes, image size in pixels, and channels."""
     own_size, own_channels = model_input(settings)
     if arguments.dataset_name in KNOWN_SIZES:
         images, classes = KNOWN_SIZES[arguments.dataset_name]
@@ -115,8 +116,7 @@ def _data_line(arguments: ImageArguments) -> str:
     )
 
 
-def _steps_line(arguments: ImageArguments, images: int | None, batch: int) -> str:
-    assert images is not None
+def _steps_line(arguments: ImageArguments, images: int, batch: int) -> str:
     steps = arguments.steps_of(images, batch)
     return f"Steps: {steps:,} of {batch:,} images, {steps * batch / images:.4g} passes over {images:,} images."
 

@@ -1,0 +1,39 @@
+"""What a sweep would cost on a GPU, from the operations of its models."""
+
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..images.arguments import ImageArguments
+from ..images.models import build_stock_model
+from ..images.plan import planned_amounts
+
+# A forward pass, and a backward pass of twice its operations.
+PASSES = 3
+
+
+def training_operations(arguments: ImageArguments) -> float:
+    """Return the floating-point operations of a run's training: matrix products and convolutions, of a stock model.
+
+    Corrections, the optimizer, validation and everything that is no product are left out.
+
+    Raises:
+        ImageDataError, ImageModelError: where a run would raise them.
+    """
+    settings = arguments.model_settings()
+    images, classes, size, channels = planned_amounts(arguments, settings)
+    state = torch.get_rng_state()
+    model = build_stock_model(settings, [str(number) for number in range(classes)], size, channels).eval()
+    torch.set_rng_state(state)
+    pixels = torch.zeros(1, channels, size, size)
+    counter: Any = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(pixel_values=pixels)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return float(PASSES * counter.get_total_flops() * arguments.steps_of(images, batch) * batch)
+
+
+def gpu_hours(operations: float, teraflops: float) -> float:
+    """Return the hours that so many operations take at a sustained rate, in 10^12 operations per second."""
+    return operations / (teraflops * 1e12) / 3600

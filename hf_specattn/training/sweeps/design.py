@@ -1,0 +1,171 @@
+"""What a sweep consists of: settings (columns), variants (rows), seeds, and values that are tuned first."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Flags = tuple[str, ...]
+
+
+class SweepError(ValueError):
+    """A sweep cannot be planned or run; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a column of a table has in common: a model, with the flags that build and train it."""
+
+    label: str
+    flags: Flags = ()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is done to the model of every setting.
+
+    Attributes:
+        label: For the tables.
+        flags: For the training script; `{name}` stands for the value that the tuning of that name chose for the setting.
+        strength: The lambda, for a picture over it; None where there is none.
+        start: Which start the variant belongs to: variants of one start are drawn together.
+    """
+
+    label: str
+    flags: Flags = ()
+    strength: float | None = None
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A value that is chosen for each setting before the sweep, by the mean result over seeds that the sweep does not use.
+
+    Attributes:
+        name: By which variants name the value.
+        values: To choose from, rising.
+        flags: Of a candidate, with `{value}` in them.
+    """
+
+    name: str
+    values: tuple[float, ...]
+    flags: Flags
+
+    def candidate(self, value: float) -> Variant:
+        """The variant that tries a value."""
+        return Variant(f"{self.name} {value:g}", tuple(flag.format(value=f"{value:g}") for flag in self.flags))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A grid of runs.
+
+    Attributes:
+        name: Of the report's files.
+        title: Of the report.
+        script: The training script.
+        settings, variants: The grid; the first variant is the one that differences are taken to.
+        seeds: Of every cell.
+        layout: How the short table is laid out: "settings" or "variants" as its columns, or "time".
+        common: Flags of every run.
+        tunings: What is chosen first.
+        tuning_seeds: For that; none of `seeds`.
+        second_reference: Label of another variant that differences are taken to.
+        published: The paper's table, as header and rows, with a caption; None where it has none.
+    """
+
+    name: str
+    title: str
+    script: Path
+    settings: tuple[Setting, ...]
+    variants: tuple[Variant, ...]
+    seeds: tuple[int, ...]
+    layout: str = "settings"
+    common: Flags = ()
+    tunings: tuple[Tuning, ...] = ()
+    tuning_seeds: tuple[int, ...] = ()
+    second_reference: str | None = None
+    published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for kind, items in (("settings", self.settings), ("variants", self.variants)):
+            labels = [item.label for item in items]
+            if repeated := sorted({label for label in labels if labels.count(label) > 1}):
+                raise SweepError(f"The {kind} {', '.join(repeated)} of {self.name} stand twice; leave one out.")
+        if not (self.settings and self.variants and self.seeds):
+            raise SweepError(f"{self.name} has no run: give at least one setting, variant and seed.")
+        if common := sorted(set(self.seeds) & set(self.tuning_seeds)):
+            raise SweepError(
+                f"The seeds {', '.join(map(str, common))} tune and report: a choice would be judged by what it was made from."
+            )
+
+    @property
+    def reference(self) -> Variant:
+        """The variant that differences are taken to."""
+        return self.variants[0]
+
+    def tuning_runs(self, setting: Setting) -> dict[str, dict[float, list["PlannedRun"]]]:
+        """Return the runs that choose a setting's values: name of the tuning -> value -> runs."""
+        return {
+            tuning.name: {
+                value: [self._run(setting, tuning.candidate(value).flags, seed) for seed in self.tuning_seeds]
+                for value in tuning.values
+            }
+            for tuning in self.tunings
+        }
+
+    def runs(self, setting: Setting, variant: Variant, chosen: Mapping[str, float | str]) -> list["PlannedRun"]:
+        """Return the runs of a cell, one for each seed.
+
+        Args:
+            setting, variant: The cell.
+            chosen: What the tunings chose for the setting, or a name in its place.
+
+        Raises:
+            SweepError: for a variant that names a value which nothing chose.
+        """
+        texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in chosen.items()}
+        try:
+            flags = tuple(flag.format(**texts) for flag in variant.flags)
+        except KeyError as error:
+            raise SweepError(
+                f"The variant {variant.label!r} needs the value {error}, and nothing tunes it."
+            ) from error
+        return [self._run(setting, flags, seed) for seed in self.seeds]
+
+    def _run(self, setting: Setting, flags: Sequence[str], seed: int) -> "PlannedRun":
+        return PlannedRun(self.script, setting.label, (*self.common, *setting.flags, *flags), seed)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One training run.
+
+    Attributes:
+        script: That trains.
+        name: For the folder, beside what follows from the flags.
+        flags: But for seed and folder.
+        seed: Of the run.
+    """
+
+    script: Path
+    name: str
+    flags: Flags
+    seed: int
+
+    def directory(self, runs_dir: Path) -> Path:
+        """Where it is written: the same for the same run, in whichever sweep, so that sweeps share their runs."""
+        digest = hashlib.sha256(json.dumps([self.script.name, *self.flags]).encode()).hexdigest()[:10]
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return runs_dir / f"{name}-{digest}" / f"seed-{self.seed}"
+
+    def arguments(self, runs_dir: Path) -> list[str]:
+        """Its command line, behind the script."""
+        return [
+            *self.flags,
+            *("--seed", str(self.seed)),
+            *("--output_dir", str(self.directory(runs_dir))),
+            *("--resume_from_checkpoint", "True", "--disable_tqdm", "True"),
+        ]

@@ -1,0 +1,75 @@
+"""A sweep from its first run to its results: the tuning, then the grid."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from .design import PlannedRun, Setting, Sweep, SweepError
+from .results import Results, choose, metric_of, read_cell
+from .runner import Machine, failure, run_all
+
+
+def run_sweep(sweep: Sweep, runs_dir: Path, machine: Machine, disable_tqdm: bool = False) -> Results:
+    """Run what is missing of a sweep, and read everything.
+
+    Seeds stand outermost: a machine that gets slower is slow for every variant, and an interrupted sweep has whole seeds.
+
+    Raises:
+        SweepError: if no run of a tuning, or of the sweep, came to its end.
+    """
+    tuning = {setting.label: sweep.tuning_runs(setting) for setting in sweep.settings}
+    candidates = [
+        run for names in tuning.values() for values in names.values() for runs in values.values() for run in runs
+    ]
+    if candidates:
+        run_all(candidates, runs_dir, machine, description="tuning", disable_tqdm=disable_tqdm)
+    tried, chosen = _read_tuning(tuning, runs_dir)
+    planned = {
+        (setting.label, variant.label): sweep.runs(setting, variant, chosen[setting.label])
+        for setting in sweep.settings
+        for variant in sweep.variants
+    }
+    ordered = [run for position in range(len(sweep.seeds)) for runs in planned.values() for run in [runs[position]]]
+    run_all(ordered, runs_dir, machine, description=sweep.name, disable_tqdm=disable_tqdm)
+    cells = {key: read_cell(runs, runs_dir) for key, runs in planned.items()}
+    metric = metric_of(cells.values())
+    if metric is None:
+        raise SweepError(f"No run of {sweep.name} came to its end; the first: {failure(ordered[0], runs_dir)}")
+    return Results(sweep, metric, chosen, tried, cells)
+
+
+def planned_runs(sweep: Sweep, values: Mapping[str, float | str]) -> list[tuple[Setting, PlannedRun]]:
+    """Return every run of a sweep with its setting, those of the tuning first.
+
+    Args:
+        sweep: To plan.
+        values: Of each tuning, or what stands in place of what it has yet to choose.
+    """
+    runs: list[tuple[Setting, PlannedRun]] = []
+    for setting in sweep.settings:
+        for candidates in sweep.tuning_runs(setting).values():
+            runs += [(setting, run) for same_value in candidates.values() for run in same_value]
+        for variant in sweep.variants:
+            runs += [(setting, run) for run in sweep.runs(setting, variant, values)]
+    return runs
+
+
+def _read_tuning(
+    tuning: Mapping[str, Mapping[str, Mapping[float, list[PlannedRun]]]], runs_dir: Path
+) -> tuple[dict[str, dict[str, dict[float, float | None]]], dict[str, dict[str, float]]]:
+    tried: dict[str, dict[str, dict[float, float | None]]] = {}
+    chosen: dict[str, dict[str, float]] = {}
+    for setting, names in tuning.items():
+        tried[setting], chosen[setting] = {}, {}
+        for name, values in names.items():
+            cells = {value: read_cell(runs, runs_dir) for value, runs in values.items()}
+            metric = metric_of(cells.values())
+            if metric is None:
+                first = next(run for runs in values.values() for run in runs)
+                raise SweepError(
+                    f"No run that tunes the {name} of {setting} came to its end: {failure(first, runs_dir)}"
+                )
+            tried[setting][name] = {value: cell.mean(metric) for value, cell in cells.items()}
+            best = choose(tried[setting][name], metric)
+            assert best is not None
+            chosen[setting][name] = best
+    return tried, chosen

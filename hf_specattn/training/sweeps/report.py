@@ -1,0 +1,356 @@
+"""The report of a sweep: tables in Markdown, a picture, and every number as JSON."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..comparison import COLORS, MARKERS, PairedDifference
+from ..presentation import markdown_table, new_figure, render
+from .design import Variant
+from .results import Cell, Results
+
+NOTHING = "–"
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def report(results: Results, runs_dir: Path, command: str) -> str:
+    """Return the whole report as Markdown: the short table, the paper's, what was tuned, every cell, and what to know.
+
+    Args:
+        results: Of the sweep.
+        runs_dir: Where its runs are, for those that failed.
+        command: That made it.
+    """
+    sweep = results.sweep
+    parts = [f"# {sweep.title}", f"    {command}", _introduction(results), short_table(results)]
+    if sweep.published is not None:
+        caption, (header, *rows) = sweep.published
+        parts += [f"{caption}:", markdown_table(header, rows)]
+    if sweep.tunings:
+        parts += ["## Tuned first", _tuning_text(results), tuning_table(results)]
+    parts += ["## Every cell", cell_table(results), *_notes(results, runs_dir)]
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def short_table(results: Results) -> str:
+    """The results in the layout of the paper's table."""
+    return LAYOUTS[results.sweep.layout](results)
+
+
+def _settings_as_columns(results: Results) -> str:
+    sweep = results.sweep
+    header = [f"{results.metric.name} ({results.metric.unit})", *(setting.label for setting in sweep.settings)]
+    rows = [
+        [variant.label, *(describe_cell(results, results.cell(setting, variant)) for setting in sweep.settings)]
+        for variant in sweep.variants
+    ]
+    return markdown_table(header, rows)
+
+
+def _variants_as_columns(results: Results) -> str:
+    sweep = results.sweep
+    names = [variant.label if variant.strength is None else f"{variant.strength:g}" for variant in sweep.variants]
+    header = [f"{results.metric.name} ({results.metric.unit}); numbers are lambdas", *names]
+    rows = [
+        [setting.label, *(describe_cell(results, results.cell(setting, variant)) for variant in sweep.variants)]
+        for setting in sweep.settings
+    ]
+    return markdown_table(header, rows)
+
+
+def _with_times(results: Results) -> str:
+    header = ["model", f"{results.metric.name} ({results.metric.unit})", "training time (s)", "times that of stock"]
+    rows = []
+    for setting in results.sweep.settings:
+        for variant in results.sweep.variants:
+            cell = results.cell(setting, variant)
+            seconds = cell.seconds()
+            rows.append(
+                [
+                    f"{setting.label} {variant.label}",
+                    describe_cell(results, cell),
+                    NOTHING if seconds is None else f"{seconds:.1f}",
+                    _time_ratio(cell, results.reference(setting)),
+                ]
+            )
+    return markdown_table(header, rows)
+
+
+def _time_ratio(cell: Cell, reference: Cell) -> str:
+    """The median over seeds of the time of a run over that of the reference's run of the same seed."""
+    ratios = sorted(
+        run.record.final["seconds"] / reference.runs[seed].record.final["seconds"]
+        for seed, run in cell.runs.items()
+        if seed in reference.runs
+    )
+    if not ratios:
+        return NOTHING
+    middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+    return f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+
+
+LAYOUTS: dict[str, Callable[[Results], str]] = {
+    "settings": _settings_as_columns,
+    "variants": _variants_as_columns,
+    "time": _with_times,
+}
+
+
+def cell_table(results: Results) -> str:
+    """One row for each cell: result, differences with intervals, runs at chance, speed of learning."""
+    sweep, metric = results.sweep, results.metric
+    several = len(sweep.settings) > 1
+    second = sweep.second_reference
+    header = [
+        *(["model"] if several else []),
+        "variant",
+        "runs",
+        f"{metric.name} ({metric.unit})",
+        f"minus {sweep.reference.label}, 95 % interval",
+        *([f"minus {second}, 95 % interval"] if second else []),
+        "at chance",
+        f"passes to the final {metric.name} of {second or sweep.reference.label} (runs)",
+    ]
+    rows = []
+    for setting in sweep.settings:
+        reference, other = results.reference(setting), results.second_reference(setting)
+        target = (other or reference).mean(metric)
+        for variant in sweep.variants:
+            cell = results.cell(setting, variant)
+            rows.append(
+                [
+                    *([setting.label] if several else []),
+                    variant.label,
+                    f"{len(cell.runs)} of {len(sweep.seeds)}",
+                    describe_cell(results, cell),
+                    _difference(cell, reference, results),
+                    *([_difference(cell, other, results)] if other is not None else []),
+                    str(cell.at_chance()),
+                    NOTHING if target is None else _passes(cell, results, target),
+                ]
+            )
+    return markdown_table(header, rows)
+
+
+def tuning_table(results: Results) -> str:
+    """What each value of a tuning came to; the chosen one is marked."""
+    names = [tuning.name for tuning in results.sweep.tunings]
+    rows = []
+    for setting in results.sweep.settings:
+        for name in names:
+            chosen = results.chosen[setting.label][name]
+            tried = results.tried[setting.label][name]
+            texts = [
+                f"{value:g}: {NOTHING if mean is None else f'{mean:.{results.metric.digits}f}'}"
+                f"{' **(chosen)**' if value == chosen else ''}"
+                for value, mean in tried.items()
+            ]
+            rows.append([setting.label, name, "; ".join(texts)])
+    return markdown_table(["model", "tuned", f"value: mean {results.metric.name} ({results.metric.unit})"], rows)
+
+
+def describe_cell(results: Results, cell: Cell) -> str:
+    """Mean and standard deviation of a cell."""
+    mean, deviation, digits = cell.mean(results.metric), cell.deviation(results.metric), results.metric.digits
+    if mean is None:
+        return "failed"
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+
+
+def _difference(cell: Cell, reference: Cell, results: Results) -> str:
+    if cell is reference:
+        return NOTHING
+    found: PairedDifference | None = cell.difference(reference, results.metric)
+    if found is None:
+        return "no common seed"
+    text = f"{found.mean:+.{results.metric.digits}f}"
+    if found.interval is None:
+        return f"{text} (one seed)"
+    low, high = (f"{end:+.{results.metric.digits}f}" for end in found.interval)
+    return f"{text} ({low} to {high})"
+
+
+def _passes(cell: Cell, results: Results, target: float) -> str:
+    passes, runs = cell.passes_until(results.metric, target)
+    return f"{NOTHING if passes is None else f'{passes:.1f}'} ({runs} of {len(cell.runs)})"
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def _introduction(results: Results) -> str:
+    run = next(run for cell in results.cells.values() for run in cell.runs.values())
+    facts, arguments = run.record.facts, run.record.arguments
+    what = facts.get("images") or arguments.get("train_file") or arguments.get("dataset_name") or "the script's data"
+    items = "images" if run.unit == "images" else "sequences"
+    device = facts.get("device_name") or facts.get("device", "an unknown device")
+    seeds = len(results.sweep.seeds)
+    shown = "the mean and the standard deviation (divisor n - 1)" if seeds > 1 else "the value"
+    return (
+        f"Trained on {what} ({facts[f'train_{items}']:,} training {items}), {run.steps:,} steps, {seeds} "
+        f"seed{'s' * (seeds > 1)}, device: {device}. Cells show {shown} of the final validation {results.metric.name}."
+    )
+
+
+def _tuning_text(results: Results) -> str:
+    at_end = [
+        f"{name} of {setting.label}"
+        for setting in results.sweep.settings
+        for name, value in results.chosen[setting.label].items()
+        if value in (min(results.tried[setting.label][name]), max(results.tried[setting.label][name]))
+    ]
+    seeds = ", ".join(map(str, results.sweep.tuning_seeds))
+    text = f"Chosen by the mean over the seeds {seeds}, which no table below uses; the validation images are the same."
+    if at_end:
+        text += f" The best value lies at an end of its range, so a better one may lie beyond: {', '.join(at_end)}."
+    return text
+
+
+def _notes(results: Results, runs_dir: Path) -> list[str]:
+    notes = [f"**Caution, runs differ where they should not.** {line}." for line in results.differences()]
+    cells = results.cells.values()
+    if any(len(cell.runs) > 1 for cell in cells):
+        notes.append(
+            "Intervals are those of the mean difference over seeds (Student's t; paired: a seed fixes the initial weights "
+            "and the batches). One that contains 0 does not tell which is better. Among many comparisons about one in twenty "
+            "leaves out 0 by chance."
+        )
+    if any(cell.at_chance() for cell in cells):
+        notes.append("At chance: the runs whose final accuracy is below twice that of guessing.")
+    if failed := [run for cell in cells for run in cell.failed]:
+        folders = "; ".join(os.path.relpath(run.directory(runs_dir), runs_dir) for run in failed)
+        notes.append(f"Runs that did not come to their end, and are in no mean: {folders}.")
+    if results.sweep.layout == "time":
+        notes.append(
+            "Training times are those of runs side by side on one machine: medians over seeds, ratios paired by seed with "
+            "their range. `benchmarks/bench_step.py` measures steps alone."
+        )
+    return notes
+
+
+def as_json(results: Results) -> dict[str, Any]:
+    """Return every number of the report, by setting and variant."""
+    cells = []
+    for setting in results.sweep.settings:
+        for variant in results.sweep.variants:
+            cell = results.cell(setting, variant)
+            cells.append(
+                {
+                    "setting": setting.label,
+                    "variant": variant.label,
+                    "values": {str(seed): value for seed, value in cell.values(results.metric).items()},
+                    "seconds": {str(seed): run.record.final["seconds"] for seed, run in cell.runs.items()},
+                    "failed_seeds": [run.seed for run in cell.failed],
+                    "at_chance": cell.at_chance(),
+                }
+            )
+    tried = {
+        setting: {name: {f"{value:g}": mean for value, mean in values.items()} for name, values in names.items()}
+        for setting, names in results.tried.items()
+    }
+    unit = {"metric": results.metric.key, "unit": results.metric.unit}
+    return {"sweep": results.sweep.name, **unit, "chosen": results.chosen, "tried": tried, "cells": cells}
+
+
+# --- picture ---------------------------------------------------------------------------------------------------------
+
+
+def picture(results: Results) -> dict[str, bytes]:
+    """Draw the results; file ending -> image. Over lambda where variants are the columns, else one row per variant."""
+    draw = _over_lambda if results.sweep.layout == "variants" else _rows
+    return render(draw(results), results.sweep.name)
+
+
+def _over_lambda(results: Results) -> Any:
+    sweep, metric = results.sweep, results.metric
+    figure = new_figure(7, 4.4)
+    axes = figure.subplots()
+    for index, setting in enumerate(sweep.settings):
+        color = COLORS[index % len(COLORS)]
+        strengths = [variant for variant in sweep.variants if variant.strength is not None]
+        drawn = [(variant.strength, results.cell(setting, variant)) for variant in strengths]
+        _errorbars(axes, drawn, results, f"{setting.label}, identity", color, MARKERS[index % len(MARKERS)], "-")
+        plain = [variant for variant in sweep.variants if variant.strength is None]
+        for style, variant in zip(("--", ":", "-."), plain):
+            cell = results.cell(setting, variant)
+            mean, deviation = cell.mean(metric), cell.deviation(metric) or 0.0
+            if mean is not None:
+                axes.axhline(mean, color=color, linestyle=style, label=f"{setting.label}, {variant.label}")
+                axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
+    axes.set_xscale("log")
+    axes.set_xlabel("lambda")
+    axes.set_ylabel(f"final validation {metric.name} ({metric.unit}), mean and deviation")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _errorbars(
+    axes: Any, drawn: Sequence[tuple[Any, Cell]], results: Results, label: str, color: str, marker: str, line: str
+) -> None:
+    known = [(x, cell) for x, cell in drawn if cell.runs]
+    axes.errorbar(
+        [x for x, _ in known],
+        [cell.mean(results.metric) for _, cell in known],
+        yerr=[cell.deviation(results.metric) or 0.0 for _, cell in known],
+        color=color,
+        marker=marker,
+        linestyle=line,
+        capsize=3,
+        label=label,
+    )
+
+
+def _rows(results: Results) -> Any:
+    """A panel for each setting; a row for each variant, with a marker for each start."""
+    sweep, metric = results.sweep, results.metric
+    rows = list(dict.fromkeys(_row_of(variant) for variant in sweep.variants))
+    starts = list(dict.fromkeys(variant.start for variant in sweep.variants))
+    columns = min(3, len(sweep.settings))
+    lines = -(-len(sweep.settings) // columns)
+    width = 8.0 if columns == 1 else 4.6 * columns
+    figure = new_figure(width, lines * (1.2 + 0.27 * len(rows)))
+    grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for panel, setting in zip(grid.flat, sweep.settings):
+        for index, start in enumerate(starts):
+            drawn = [
+                (rows.index(_row_of(item)), results.cell(setting, item))
+                for item in sweep.variants
+                if item.start == start
+            ]
+            drawn = [(row, cell) for row, cell in drawn if cell.runs]
+            panel.errorbar(
+                [cell.mean(metric) for _, cell in drawn],
+                [row + 0.22 * (index - (len(starts) - 1) / 2) for row, _ in drawn],
+                xerr=[cell.deviation(metric) or 0.0 for _, cell in drawn],
+                color=COLORS[index % len(COLORS)],
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=4,
+                linestyle="none",
+                capsize=2,
+                label=f"from the {start}" if start else "from the model's own start",
+            )
+        for index, reference in enumerate(
+            cell for cell in (results.reference(setting), results.second_reference(setting)) if cell is not None
+        ):
+            if reference.runs:
+                panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")
+        panel.set(title=setting.label, xlabel=f"final validation {metric.name} ({metric.unit})")
+        panel.set_yticks(range(len(rows)), rows, fontsize=8)
+        panel.grid(alpha=0.3)
+    for panel in list(grid.flat)[len(sweep.settings) :]:
+        panel.set_axis_off()
+    grid.flat[0].invert_yaxis()
+    for row in grid:
+        row[0].set_ylabel("variant")
+    if len(starts) > 1:
+        grid.flat[0].legend(fontsize=8)
+    return figure
+
+
+def _row_of(variant: Variant) -> str:
+    """The label without the start, so that the starts of one treatment share a row."""
+    return variant.label.removesuffix(f", {variant.start}") if variant.start else variant.label

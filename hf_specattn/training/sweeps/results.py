@@ -1,0 +1,135 @@
+"""What the runs of a sweep came to: cells with their values, what the tuning chose, and how fast a result was reached."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from ..comparison import Metric, PairedDifference, Run, find_differences, find_metric, paired_difference
+from .design import PlannedRun, Setting, Sweep, Variant
+from .runner import finished
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The runs of one variant of one setting.
+
+    Attributes:
+        runs: Those that came to their end, by seed.
+        failed: Those that did not, such as runs whose loss became infinite.
+    """
+
+    runs: Mapping[int, Run]
+    failed: tuple[PlannedRun, ...] = ()
+
+    def values(self, metric: Metric) -> dict[int, float]:
+        """Seed -> final result."""
+        return {seed: run.value(metric) for seed, run in self.runs.items()}
+
+    def mean(self, metric: Metric) -> float | None:
+        """Mean over the seeds; None without a run."""
+        return fmean(self.values(metric).values()) if self.runs else None
+
+    def deviation(self, metric: Metric) -> float | None:
+        """Standard deviation over the seeds (divisor n - 1); None for fewer than two runs."""
+        return stdev(self.values(metric).values()) if len(self.runs) > 1 else None
+
+    def difference(self, other: "Cell", metric: Metric) -> PairedDifference | None:
+        """This cell's result minus the other's over common seeds; None without any."""
+        return paired_difference(self.values(metric), other.values(metric))
+
+    def at_chance(self) -> int:
+        """How many classifiers came to less than twice the accuracy of guessing."""
+        return sum(
+            run.record.final["validation_accuracy"] < 2 / run.record.facts["classes"]
+            for run in self.runs.values()
+            if "classes" in run.record.facts
+        )
+
+    def seconds(self) -> float | None:
+        """Median seconds of training; None without a run."""
+        return median(run.record.final["seconds"] for run in self.runs.values()) if self.runs else None
+
+    def passes_until(self, metric: Metric, target: float) -> tuple[float | None, int]:
+        """Return how many passes over the training data it took to reach a result, and how many runs did.
+
+        Args:
+            metric: Of the result.
+            target: The result, in the metric's unit.
+
+        Returns:
+            The median over the runs that reached it, at the first validation that did (None if none did); their number.
+        """
+        reached = [passes for run in self.runs.values() if (passes := _passes_until(run, metric, target)) is not None]
+        return (median(reached) if reached else None), len(reached)
+
+
+def _passes_until(run: Run, metric: Metric, target: float) -> float | None:
+    sign = 1 if metric.higher_is_better else -1
+    for step, value in run.curve(metric.key):
+        if sign * value * metric.factor >= sign * target:
+            facts = run.record.facts
+            return step * facts["images_per_step"] / facts["train_images"] if run.unit == "images" else step
+    return None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a sweep came to.
+
+    Attributes:
+        sweep: What was run.
+        metric: What it is judged by.
+        chosen: Setting's label -> name of the tuning -> value.
+        tried: The same, down to value -> mean result.
+        cells: (setting's label, variant's label) -> runs.
+    """
+
+    sweep: Sweep
+    metric: Metric
+    chosen: Mapping[str, Mapping[str, float]]
+    tried: Mapping[str, Mapping[str, Mapping[float, float | None]]] = field(repr=False)
+    cells: Mapping[tuple[str, str], Cell] = field(repr=False)
+
+    def cell(self, setting: Setting, variant: Variant) -> Cell:
+        """The runs of a cell."""
+        return self.cells[setting.label, variant.label]
+
+    def reference(self, setting: Setting) -> Cell:
+        """The cell that differences are taken to."""
+        return self.cell(setting, self.sweep.reference)
+
+    def second_reference(self, setting: Setting) -> Cell | None:
+        """The other one, where the sweep has it."""
+        label = self.sweep.second_reference
+        return None if label is None else self.cells[setting.label, label]
+
+    def differences(self) -> list[str]:
+        """One line for whatever runs of one setting differ in that should not, such as the number of steps."""
+        lines = []
+        for setting in self.sweep.settings:
+            runs = [run for variant in self.sweep.variants for run in self.cell(setting, variant).runs.values()]
+            lines += [f"{setting.label}: {line}" for line in (find_differences(runs) if runs else [])]
+        return lines
+
+
+def choose(tried: Mapping[float, float | None], metric: Metric) -> float | None:
+    """Return the value with the best mean result, the smaller of equals; None where no run came to its end."""
+    sign = 1 if metric.higher_is_better else -1
+    known = {value: mean for value, mean in tried.items() if mean is not None}
+    return max(known, key=lambda value: (sign * known[value], -value)) if known else None
+
+
+def read_cell(runs: Iterable[PlannedRun], runs_dir: Path) -> Cell:
+    """Read the runs of a cell."""
+    records = {run: finished(run, runs_dir) for run in runs}
+    return Cell(
+        {run.seed: record for run, record in records.items() if record is not None},
+        tuple(run for run, record in records.items() if record is None),
+    )
+
+
+def metric_of(cells: Iterable[Cell]) -> Metric | None:
+    """Return what the runs are judged by; None without any run."""
+    runs = [run for cell in cells for run in cell.runs.values()]
+    return find_metric(runs) if runs else None

@@ -1,0 +1,244 @@
+"""Train a grid of runs and compare them: tables, a picture, and every number.
+
+    python scripts/sweep.py table5                     # small models on scikit-learn's digits, on a CPU
+    python scripts/sweep.py table1 --scale paper       # commands and estimated GPU hours; --run runs them
+    python scripts/sweep.py grid --methods stock svd --refresh_every 0 20 --seeds 0 1 2 -- --num_train_epochs 5
+
+`table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
+conditioning's or the initialization scale's; `grid` takes the product of the values given, with what follows `--` for every
+run.
+
+As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
+interrupted sweep goes on when its command is repeated.
+"""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser
+
+from hf_specattn.training import atomic_files
+from hf_specattn.training.comparison import ComparisonError
+from hf_specattn.training.images.arguments import parse_arguments as parse_image_arguments
+from hf_specattn.training.images.models import ImageModelError
+from hf_specattn.training.images.sources import ImageDataError
+from hf_specattn.training.presentation import markdown_table
+from hf_specattn.training.sweeps.cost import gpu_hours, training_operations
+from hf_specattn.training.sweeps.design import PlannedRun, Sweep, SweepError
+from hf_specattn.training.sweeps.execution import planned_runs, run_sweep
+from hf_specattn.training.sweeps.grid import GridValues, grid_sweep
+from hf_specattn.training.sweeps.presets import IMAGE_SCRIPT, SCALES, SWEEPS
+from hf_specattn.training.sweeps.report import as_json, picture, report
+from hf_specattn.training.sweeps.runner import Machine
+
+SCRIPTS = Path(__file__).resolve().parent
+NAMES = (*SWEEPS, "grid")
+
+
+@dataclass
+class SweepArguments:
+    """Arguments of the sweep; its name stands before them, and behind `--` what every run of a grid is given."""
+
+    scale: str = field(
+        default="small",
+        metadata={
+            "help": "small: small models on digits, on any machine; paper: the published recipes on ImageNet-1k."
+            " Not of grid.",
+            "choices": list(SCALES),
+        },
+    )
+    run: bool = field(
+        default=False,
+        metadata={"help": "Run the sweep at --scale paper, too, instead of printing commands and costs."},
+    )
+    plan: bool = field(default=False, metadata={"help": "Print commands and costs, and run nothing."})
+    gpu_teraflops: float = field(
+        default=100.0,
+        metadata={
+            "help": "Sustained rate of one GPU in training, for the estimated hours, in 10^12 operations per second; 100 is "
+            "a third of the peak in bf16 that NVIDIA states for an A100 (312)."
+        },
+    )
+    runs_dir: str = field(default="runs/sweeps", metadata={"help": "Folder of the runs of all sweeps."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for the report (.md, .png, .svg, .json). None: runs_dir/reports."}
+    )
+    num_parallel: int | None = field(
+        default=None, metadata={"help": "Runs at once. None: one for each GPU, or without any one for each core."}
+    )
+    num_seeds: int | None = field(
+        default=None, metadata={"help": "Take only so many of the sweep's seeds. None: all."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+    # Of grid.
+    script: str = field(default=str(SCRIPTS / IMAGE_SCRIPT), metadata={"help": "The training script of a grid."})
+    models: list[str] | None = field(
+        default=None,
+        metadata={"help": 'Flags that choose a model, as one text each: "--timm_model deit_tiny_patch16_224".'},
+    )
+    methods: list[str] | None = field(default=None, metadata={"help": "Of stock, identity, svd (stock identity)."})
+    lambdas: list[str] | None = field(
+        default=None, metadata={"help": "Of identity: numbers, or one per projection as query=1,value=0.5 (10)."}
+    )
+    targets: list[str] | None = field(
+        default=None, metadata={"help": "Projections to condition, joined by commas (query,key,value)."}
+    )
+    granularities: list[str] | None = field(default=None, metadata={"help": "Of projection, head (projection)."})
+    refresh_every: list[int] | None = field(default=None, metadata={"help": "Of svd, in steps; 0: static (0)."})
+    layer_norm: list[str] | None = field(default=None, metadata={"help": "Of with, without (with)."})
+    projection_inits: list[str] | None = field(
+        default=None, metadata={"help": "Of default, orthogonal, mimetic (default)."}
+    )
+    initialization_scales: list[float] | None = field(
+        default=None, metadata={"help": "Factors of the query, key and value weights at the start (1)."}
+    )
+    seeds: list[int] | None = field(default=None, metadata={"help": "Of every cell of the grid (0)."})
+
+
+GRID_FLAGS = (*(item.name for item in fields(GridValues)), "script", "seeds")
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[str, SweepArguments, list[str]]:
+    dataclasses: Any = SweepArguments
+    parser = HfArgumentParser(dataclasses, description=str(__doc__).splitlines()[0])
+    parser.add_argument("sweep", choices=NAMES, help="Which.")
+    argv, behind = list(argv), []
+    if "--" in argv:
+        argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
+    arguments, rest = parser.parse_args_into_dataclasses(args=argv)
+    return rest.sweep, arguments, behind
+
+
+def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
+    """Return the sweep asked for.
+
+    Raises:
+        SweepError: for values that do not go together.
+    """
+    if name == "grid":
+        sweep = build_grid(arguments, behind)
+    else:
+        given = [flag for flag in GRID_FLAGS if getattr(arguments, flag) != getattr(SweepArguments(), flag)]
+        if given or behind:
+            names = ", ".join([*(f"--{flag}" for flag in given), *(["--"] if behind else [])])
+            raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
+        sweep = SWEEPS[name](arguments.scale, SCRIPTS)
+    if arguments.num_seeds is not None:
+        if not 1 <= arguments.num_seeds <= len(sweep.seeds):
+            raise SweepError(
+                f"--num_seeds {arguments.num_seeds}: {name} has {len(sweep.seeds)} seed(s); take 1 to so many."
+            )
+        sweep = replace(sweep, seeds=sweep.seeds[: arguments.num_seeds])
+    return sweep
+
+
+def build_grid(arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
+    if arguments.scale != "small":
+        raise SweepError("--scale is of the sweeps that have a name; a grid trains what follows `--`.")
+    script = Path(arguments.script).resolve()
+    if not script.is_file():
+        raise SweepError(
+            f"--script {arguments.script} does not exist; name a training script, such as {IMAGE_SCRIPT}."
+        )
+    given = {item.name: getattr(arguments, item.name) for item in fields(GridValues)}
+    values = GridValues(**{name: tuple(value) for name, value in given.items() if value is not None})
+    return grid_sweep(values, script, (0,) if arguments.seeds is None else arguments.seeds, behind)
+
+
+def check_runs(sweep: Sweep, runs_dir: Path) -> None:
+    """Let the image script read the flags of every run before the first one starts: a bad one ends the sweep here."""
+    if sweep.script.name == IMAGE_SCRIPT:
+        for _, run in planned_runs(sweep, {tuning.name: tuning.values[0] for tuning in sweep.tunings}):
+            parse_image_arguments(run.arguments(runs_dir), f"a run of {sweep.name}")
+
+
+def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:
+    """Print the commands of every run, and for images what they would cost."""
+    runs_dir = Path(arguments.runs_dir)
+    planned = planned_runs(sweep, {tuning.name: tuning.name.upper() for tuning in sweep.tunings})
+    for _, run in planned:
+        print(shlex.join(["accelerate", "launch", shown_path(run.script), *run.arguments(runs_dir)]))
+    if sweep.tunings:
+        names = ", ".join(tuning.name.upper() for tuning in sweep.tunings)
+        print(
+            f"\n{names}: what the runs of the tuning, which come first for each model, find best; --run fills them in."
+        )
+    if sweep.script.name == IMAGE_SCRIPT:
+        print(f"\n{costs(sweep, planned, arguments)}")
+
+
+def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: SweepArguments) -> str:
+    rows, whole = [], 0.0
+    for setting in sweep.settings:
+        runs = [run for of, run in planned if of is setting]
+        image_arguments, _ = parse_image_arguments([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")
+        operations = training_operations(image_arguments)
+        hours = gpu_hours(operations, arguments.gpu_teraflops)
+        whole += hours * len(runs)
+        rows.append([setting.label, str(len(runs)), f"{operations:.3g}", f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])
+    header = ["model", "runs", "operations of a run", "GPU hours of a run", "GPU hours"]
+    note = (
+        f"Estimated at {arguments.gpu_teraflops:g} x 10^12 operations per second (--gpu_teraflops): three times the products "
+        "and convolutions of a stock model's forward pass, without reading images, validation, optimizer and corrections."
+    )
+    return markdown_table(header, [*rows, ["all", str(len(planned)), "", "", f"{whole:,.1f}"]]) + f"\n{note}"
+
+
+def shown_path(path: Path) -> str:
+    """A path as it is shown: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> bool:
+    """Run, and write the report; returns whether every run came to its end."""
+    runs_dir = Path(arguments.runs_dir)
+    output = Path(arguments.output_dir) if arguments.output_dir else runs_dir / "reports"
+    if output.exists() and not output.is_dir():
+        raise SweepError(f"--output_dir {output} is a file; name a folder.")
+    results = run_sweep(sweep, runs_dir, Machine.whole(arguments.num_parallel), arguments.disable_tqdm)
+    output.mkdir(parents=True, exist_ok=True)
+    text = report(results, runs_dir, command)
+    images = picture(results)
+    atomic_files.write_json(output / f"{sweep.name}.json", as_json(results))
+    for ending, image in images.items():
+        atomic_files.write_bytes(output / f"{sweep.name}.{ending}", image)
+    text += f"\n![{sweep.title}]({sweep.name}.png)\n"
+    atomic_files.write_bytes(output / f"{sweep.name}.md", text.encode())
+    print(text)
+    print(f"Report: {output / sweep.name}.md, .png, .svg, .json")
+    return not any(cell.failed for cell in results.cells.values())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name, arguments, behind = parse_arguments(argv)
+    # As Ctrl-C: the runs are ended, and save checkpoints.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sweep = build_sweep(name, arguments, behind)
+        if arguments.plan or (arguments.scale == "paper" and not arguments.run):
+            show_plan(sweep, arguments)
+            return
+        check_runs(sweep, Path(arguments.runs_dir))
+        complete = sweep_and_report(sweep, arguments, shlex.join(["python", "scripts/sweep.py", *argv]))
+    except (SweepError, ComparisonError, ImageDataError, ImageModelError, ImportError) as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command goes on where this stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+    if not complete:
+        raise SystemExit(
+            "error: some runs failed; their folders, named above, have a log.txt. Repeat the command to try them again."
+        )
+
+
+if __name__ == "__main__":
+    main()
