@@ -15,10 +15,10 @@ from hf_specattn.training.sweeps.presets import SWEEPS
 
 SCRIPT = REPOSITORY / "scripts" / "sweep.py"
 # A ViT of one layer of width 16 on 40 digits.
-TINY = (
-    "--max_train_samples 40 --max_validation_samples 20 --hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 "
-    "--intermediate_size 16 --per_device_train_batch_size 8"
-).split()
+TINY = [
+    *("--max_train_samples", "40", "--max_validation_samples", "20", "--per_device_train_batch_size", "8"),
+    *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+]
 GRID = ["grid", "--methods", "stock", "svd", "--seeds", "0", "1", "--disable_tqdm", "True"]
 
 

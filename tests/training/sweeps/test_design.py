@@ -38,7 +38,9 @@ def test_the_runs_of_a_tuning_have_its_own_seeds():
 
 
 def test_a_run_is_the_same_in_every_sweep():
-    other = replace(SWEEP, name="other", variants=(Variant("scaled", ("--initialization_scale", "2.5")),), seeds=(1, 2))
+    other = replace(
+        SWEEP, name="other", variants=(Variant("scaled", ("--initialization_scale", "2.5")),), seeds=(1, 2)
+    )
     ours = SWEEP.runs(SWEEP.settings[0], SWEEP.variants[1], {"scale": 2.5})
     theirs = other.runs(other.settings[0], other.variants[0], {})
     root = Path("runs")

@@ -15,9 +15,7 @@ def variants_of(**values):
 
 
 def test_lambda_is_of_identity_and_refreshing_of_svd():
-    found = variants_of(
-        methods=("stock", "identity", "svd"), lambdas=("1", "query=2,key=0.5"), refresh_every=(0, 20)
-    )
+    found = variants_of(methods=("stock", "identity", "svd"), lambdas=("1", "query=2,key=0.5"), refresh_every=(0, 20))
     assert list(found) == [
         "stock",
         "identity, lambda 1",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scripts_loading import REPOSITORY
 
-from hf_specattn.conditioning import condition
+from hf_specattn import SpectralConfig, condition
 from hf_specattn.training.images.arguments import parse_arguments
 from hf_specattn.training.images.models import build_stock_model
 from hf_specattn.training.images.plan import planned_amounts
@@ -46,7 +46,7 @@ def test_every_small_model_can_be_conditioned_scaled_and_stripped_of_norms(setti
         stock = model(pixel_values=pixels).logits
         initialize_projections(model, scaled.initialization())
         at_three = model(pixel_values=pixels).logits
-        condition(model, lambda_=1.0)
+        condition(model, SpectralConfig(lambda_=1.0))
         conditioned = model(pixel_values=pixels).logits
         removed = remove_layer_norms(model)
     assert stock.shape == (4, 10)
