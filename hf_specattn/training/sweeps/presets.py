@@ -14,7 +14,7 @@ IMAGE_SCRIPT = "train_image_classification.py"
 SCALES = ("small", "paper")
 TUNED = "tuned scale"
 
-# Twenty passes: the stock model from its own start is not at its end then, that from a tuned start nearly is.
+# Twelve passes: the stock model from its own start is not at its end then, that from a tuned start nearly is.
 SMALL_RECIPE: Flags = (
     "--num_train_epochs",
     "20",
