@@ -28,6 +28,8 @@ PRELOADED = [
     "torch",
     "accelerate",
     "timm",
+    "sklearn.datasets",
+    "matplotlib.backends.backend_agg",
     "transformers.models.vit.modeling_vit",
     "transformers.models.timm_wrapper.modeling_timm_wrapper",
     "hf_specattn.training.images.models",
