@@ -303,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         where = ["--output_dir", folder, "--disable_tqdm"]
         first, _ = script.parse_arguments([*flags, *where], "")
-        accelerator = script.build_accelerator(first)
+        accelerator = script.build_accelerator(first, script.LOGGERS)
         # Of the package: that bare steps refresh nothing, which is as it should be.
         for logger, level in (("pretrain_mlm", logging.WARNING), ("hf_specattn", logging.ERROR)):
             logging.getLogger(logger).setLevel(level)

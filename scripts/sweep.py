@@ -156,7 +156,7 @@ def check_runs(sweep: Sweep, runs_dir: Path) -> None:
     """Let the image script read the flags of every run before the first one starts: a bad one ends the sweep here."""
     if sweep.script.name == IMAGE_SCRIPT:
         for _, run in planned_runs(sweep, {tuning.name: tuning.values[0] for tuning in sweep.tunings}):
-            parse_image_arguments(run.arguments(runs_dir), f"a run of {sweep.name}")
+            parse_image_arguments(run.arguments(runs_dir, anew=True), f"a run of {sweep.name}")
 
 
 def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:

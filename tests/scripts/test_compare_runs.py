@@ -115,7 +115,7 @@ def test_the_picture_names_axes_and_units_and_shows_every_run(compare_runs, runs
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(runs)))
+    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(runs)), compare_runs.METRICS["tokens"]["loss"])
     training, validation, final = figures[0].axes
     assert [axes.get_xlabel() for axes in (training, validation, final)] == [
         "optimizer step",
@@ -175,7 +175,9 @@ def test_runs_that_share_a_time_budget_are_drawn_over_tokens(compare_runs, timed
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(timed_runs)))
+    compare_runs.picture(
+        compare_runs.group_runs(compare_runs.read_runs(timed_runs)), compare_runs.METRICS["tokens"]["loss"]
+    )
     training, validation, _ = figures[0].axes
     assert training.get_xlabel() == validation.get_xlabel() == "training tokens"
     mean = next(line for line in training.lines if line.get_label() == "stock")

@@ -34,7 +34,8 @@ def start(folder, *behind):
 
 @pytest.mark.slow
 def test_a_grid_and_its_repetition(tmp_path):
-    process = start(tmp_path, "--num_train_epochs", "2")
+    length = ("--num_train_epochs", "2", "--save_steps", "0")
+    process = start(tmp_path, *length)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     records = {file.parent: json.loads(file.read_text()) for file in tmp_path.glob("*/seed-*/metrics.json")}
@@ -49,12 +50,16 @@ def test_a_grid_and_its_repetition(tmp_path):
         }
         assert cell["values"] == pytest.approx(finals)
     assert f"| stock | 2 of 2 | {sum(content['cells'][0]['values'].values()) / 2:.2f} ± " in output
-    written = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*/seed-*/metrics.json")}
-    again = start(tmp_path, "--num_train_epochs", "2")
+    # One run as if it had been killed between the saving of its model and that of its record.
+    killed, *others = sorted(records)
+    (killed / "metrics.json").unlink()
+    written = {folder: (folder / "metrics.json").stat().st_mtime_ns for folder in others}
+    again = start(tmp_path, *length)
     repeated, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     assert repeated == output
-    assert written == {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*/seed-*/metrics.json")}
+    assert json.loads((killed / "metrics.json").read_text())["validation"] == records[killed]["validation"]
+    assert written == {folder: (folder / "metrics.json").stat().st_mtime_ns for folder in others}
 
 
 @pytest.mark.slow

@@ -294,20 +294,10 @@ def test_two_processes_compute_what_one_does(train, tmp_path):
     flags = [*CHANCE, *IDENTITY, "--per_device_eval_batch_size", "3"]
     alone = train("--per_device_train_batch_size", "8", *flags, name="alone")
     together = tmp_path / "together"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "0",
-        str(SCRIPT),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
     environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    subprocess.run(
-        [*command, *STEPS, *FEW, *MODEL, *flags, "--output_dir", str(together)], env=environment, check=True
-    )
+    command = [*torchrun, *STEPS, *FEW, *MODEL, *flags, "--output_dir", str(together)]
+    subprocess.run(command, env=environment, check=True, timeout=300)
     assert metrics_of(together)["facts"]["processes"] == 2
     for one, two in zip(metrics_of(alone)["history"], metrics_of(together)["history"], strict=True):
         assert one["train_loss"] == pytest.approx(two["train_loss"], rel=1e-5)
@@ -315,7 +305,11 @@ def test_two_processes_compute_what_one_does(train, tmp_path):
         assert one["validation_loss"] == pytest.approx(two["validation_loss"], rel=1e-5)
     expected = load_file(alone / "model.safetensors")
     for name, tensor in load_file(together / "model.safetensors").items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-5, rtol=1e-4)
+        # A bias of the keys changes no softmax: its gradient is rounding alone, and AdamW takes whole steps along it.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(
+                tensor, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @pytest.mark.slow

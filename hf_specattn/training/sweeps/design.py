@@ -161,11 +161,17 @@ class PlannedRun:
         name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return runs_dir / f"{name}-{digest}" / f"seed-{self.seed}"
 
-    def arguments(self, runs_dir: Path) -> list[str]:
-        """Its command line, behind the script."""
+    def arguments(self, runs_dir: Path, *, anew: bool = False) -> list[str]:
+        """Its command line, behind the script.
+
+        Args:
+            runs_dir: The folder of all runs.
+            anew: Replace what the run's folder has, where there is no checkpoint to go on from.
+        """
+        begin = "--overwrite_output_dir" if anew else "--resume_from_checkpoint"
         return [
             *self.flags,
             *("--seed", str(self.seed)),
             *("--output_dir", str(self.directory(runs_dir))),
-            *("--resume_from_checkpoint", "True", "--disable_tqdm", "True"),
+            *(begin, "True", "--disable_tqdm", "True"),
         ]

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .. import atomic_files
+from ..checkpointing import list_checkpoints
 from ..comparison import ComparisonError, Run, read_run
 from .design import PlannedRun, SweepError
 
@@ -141,15 +143,14 @@ def run_all(
     return failed
 
 
-def command_line(run: PlannedRun, runs_dir: Path) -> list[str]:
-    """Return the command that makes the run by itself."""
-    return ["python", str(run.script), *run.arguments(runs_dir)]
-
-
 def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> None:
     directory = run.directory(runs_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_bytes(directory / COMMAND_FILE, (" ".join(command_line(run, runs_dir)) + "\n").encode())
+    # A run that was killed may leave a saved model and neither a checkpoint nor a record: it begins anew.
+    arguments = run.arguments(runs_dir, anew=not list_checkpoints(directory))
+    atomic_files.write_bytes(
+        directory / COMMAND_FILE, (shlex.join(["python", str(run.script), *arguments]) + "\n").encode()
+    )
     with open(directory / LOG_FILE, "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
@@ -157,7 +158,7 @@ def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> No
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    sys.argv = [str(run.script), *run.arguments(runs_dir)]
+    sys.argv = [str(run.script), *arguments]
     runpy.run_path(str(run.script), run_name="__main__")
 
 

@@ -56,6 +56,8 @@ def test_the_command_line_of_a_run(tmp_path):
     assert folder.parent.name.startswith("vit-small-")
     expected = ["--steps", "5", "--seed", "3", "--output_dir", str(folder), "--resume_from_checkpoint", "True"]
     assert run.arguments(tmp_path) == [*expected, "--disable_tqdm", "True"]
+    expected[-2] = "--overwrite_output_dir"
+    assert run.arguments(tmp_path, anew=True) == [*expected, "--disable_tqdm", "True"]
 
 
 def test_what_no_design_can_be():
