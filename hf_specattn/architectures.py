@@ -259,6 +259,7 @@ ATTENTION_WITH_Q_K_V_PROJ = (
     "Glm4Attention",
     "Glm4MoeAttention",
     "GlmAttention",
+    "GptOssAttention",
     "GraniteAttention",
     "GraniteMoeAttention",
     "GraniteSWAAttention",
@@ -446,6 +447,17 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "timm_xcit": (
         AttentionSpec("XCA", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.xcit",)),
         AttentionSpec("ClassAttn", Q_K_V, query_heads="num_heads", defined_in=("timm.models.cait",)),
+    ),
+    "timm_cait": (
+        AttentionSpec("TalkingHeadAttn", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.cait",)),
+    ),
+    "timm_crossvit": (
+        AttentionSpec(
+            "CrossAttention",
+            {"wq": "query", "wk": "key", "wv": "value"},
+            query_heads="num_heads",
+            defined_in=("timm.models.crossvit",),
+        ),
     ),
     # The names of timm's code: its ChannelAttention takes the softmax of the products of what it calls k and v, and
     # applies it to what it calls q (ChannelAttentionV2 has the usual order). All three are conditioned alike by default.

@@ -185,7 +185,7 @@ def find_projections(
             raise ValueError(_multihead_message(name))
         spec = next((spec for spec in specs if spec.matches(attention)), None)
         if spec is None:
-            if "attention" in type(attention).__name__.lower() and _has_linear_children(attention):
+            if _is_named_attention(attention) and _has_linear_children(attention):
                 unmatched.append(f"{name} ({type(attention).__name__})")
             continue
         projections += list(_projections_of(name, attention, spec, model_config))
@@ -288,6 +288,11 @@ def _weight_problem(weight: Any, config: SpectralConfig) -> str | None:
 def _no_progress_bar(steps: int) -> bool | None:
     # Small models are done before a bar is drawn; None shows one on a terminal only.
     return True if steps < 24 else None
+
+
+def _is_named_attention(module: nn.Module) -> bool:
+    name = type(module).__name__
+    return "attention" in name.lower() or "Attn" in name
 
 
 def _has_linear_children(module: nn.Module) -> bool:

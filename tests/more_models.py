@@ -227,6 +227,17 @@ TIMM_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"img_size": 32, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "window_size": 2},
     ),
     "xcit": ("xcit_nano_12_p16_224", {"img_size": 64, "embed_dim": 32, "depth": 2, "num_heads": HEADS}),
+    "cait": ("cait_xxs24_224", {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": HEADS}),
+    "crossvit": (
+        "crossvit_tiny_240",
+        {
+            "img_size": 48,
+            "img_scale": (1.0, 1.0),
+            "embed_dim": (32, 32),
+            "depth": ((1, 1, 0),),
+            "num_heads": (HEADS,) * 2,
+        },
+    ),
     "davit": (
         "davit_tiny",
         {"embed_dims": (16, 32), "depths": (1, 1), "num_heads": (2, 4), "window_size": 4},
@@ -265,6 +276,10 @@ TIMM_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "swin": (3, FUSED | {"heads": by_stage}),
     # Two cross-covariance blocks, then two of class attention.
     "xcit": (4, FUSED | {"separate": r"cls_attn_blocks\.\d+\.attn\.(q|k|v)\.weight$"}),
+    # Two blocks with talking heads, then two of class attention.
+    "cait": (4, FUSED | {"separate": r"blocks_token_only\.\d+\.attn\.(q|k|v)\.weight$"}),
+    # A block for each size of patches, then each attends to the other.
+    "crossvit": (4, FUSED | {"separate": r"\.attn\.w(q|k|v)\.weight$"}),
     # A window and a channel block in each stage.
     "davit": (4, FUSED | {"heads": by_stage}),
     "davit v2": (4, FUSED | {"heads": by_stage}),

@@ -38,6 +38,9 @@ class Eager(nn.Module):
         if self.spelling == "einsum":
             scores = torch.einsum("bqd,bkd->bqk", q, k) + torch.zeros(7, 7)
             return torch.einsum("bqk,bkd->bqd", F.softmax(scores, dim=-1), v)
+        if self.spelling == "sink":
+            scores = F.pad(q @ k.mT, (0, 1), value=0.3).softmax(-1)
+            return scores[..., :-1] @ v
         if self.spelling == "baddbmm":
             scores = torch.baddbmm(torch.zeros(2, 7, 7, dtype=q.dtype), q, k.mT, alpha=0.5)
             return self.activation(scores).matmul(v)
@@ -47,7 +50,7 @@ class Eager(nn.Module):
         return (scores.softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("spelling", ["operators", "functions", "einsum", "baddbmm", "channels"])
+@pytest.mark.parametrize("spelling", ["operators", "functions", "einsum", "sink", "baddbmm", "channels"])
 def test_attention_in_several_spellings(spelling):
     model = nn.Sequential(Eager(spelling))
     x = inputs()
