@@ -144,10 +144,11 @@ class _Watch(TorchFunctionMode):
         self.products.append(_Product(tuple(self.stack), (operands[0], operands[1]), output.numel()))
 
     def _softmax(self, scores: Tensor) -> None:
-        # With an attention sink each row of scores has one more, which is dropped behind the softmax.
-        keys, size = scores.shape[-1] if scores.dim() else 0, scores.numel()
-        sizes = (size, size - size // max(keys, 1))
-        made = [item for item in self.products if item.size in sizes and _common(item.stack, self.stack)]
+        made = [item for item in self.products if item.size == scores.numel() and _common(item.stack, self.stack)]
+        if not made and scores.dim() > 2:
+            # With an attention sink each row of scores has one more, which is dropped behind the softmax.
+            size = scores.numel() - scores.numel() // scores.shape[-1]
+            made = [item for item in self.products if item.size == size and _common(item.stack, self.stack)]
         if scores.dim() < 3 or not made:
             if scores.dim() > 3:  # over scores in a form of their own, such as Longformer's diagonals
                 self.calls.append(_Call(tuple(self.stack), {}))

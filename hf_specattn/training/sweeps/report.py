@@ -338,7 +338,7 @@ def _rows(results: Results) -> Any:
         ):
             if reference.runs:
                 panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")
-        panel.set(title=setting.label, xlabel=f"final validation {metric.name} ({metric.unit})")
+        panel.set(title=setting.label, xlabel=f"final validation {metric.name} ({metric.unit}), mean and deviation")
         panel.set_yticks(range(len(rows)), rows, fontsize=8)
         panel.grid(alpha=0.3)
     for panel in list(grid.flat)[len(sweep.settings) :]:
