@@ -31,12 +31,15 @@ class Variant:
         flags: For the training script; `{name}` stands for the value that the tuning of that name chose for the setting.
         strength: The lambda, for a picture over it; None where there is none.
         start: Which start the variant belongs to: variants of one start are drawn together.
+        control: Label of the variant that shares everything with this one but what is asked about, such as a stock model of
+            the same norm; differences are taken to it, too.
     """
 
     label: str
     flags: Flags = ()
     strength: float | None = None
     start: str = ""
+    control: str | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,10 @@ class Sweep:
             labels = [item.label for item in items]
             if repeated := sorted({label for label in labels if labels.count(label) > 1}):
                 raise SweepError(f"The {kind} {', '.join(repeated)} of {self.name} stand twice; leave one out.")
+        known = {variant.label for variant in self.variants}
+        named = {variant.control for variant in self.variants} | {self.second_reference}
+        if missing := sorted(label for label in named if label is not None and label not in known):
+            raise SweepError(f"{self.name} compares with {', '.join(missing)}, which is none of its variants.")
         if not (self.settings and self.variants and self.seeds):
             raise SweepError(f"{self.name} has no run: give at least one setting, variant and seed.")
         if common := sorted(set(self.seeds) & set(self.tuning_seeds)):

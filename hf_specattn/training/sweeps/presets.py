@@ -110,6 +110,10 @@ SVD_STATIC = svd(label=", static")
 SVD_EACH_STEP = svd("--spectral_refresh_every", "1", label=", each step")
 SVD_SOMETIMES = svd("--spectral_refresh_every", "20", label=", every 20 steps")
 
+NORM_OF_TUNED = Variant("stock, norm of identity, tuned lambda", ("--match_norm_of", "identity={lambda}"))
+NORM_OF_ONE = Variant("stock, norm of identity, lambda 1", ("--match_norm_of", "identity=1"))
+NORM_OF_SVD = Variant("stock, norm of svd", ("--match_norm_of", "svd"))
+
 TABLE_1 = (
     "Table 1 of the paper: top-1 accuracy on ImageNet-1k, five seeds",
     (
@@ -157,11 +161,11 @@ def table1(scale: str, scripts: Path) -> Sweep:
     small = (
         STOCK,
         TUNED_STOCK,
-        identity("{lambda}"),
+        replace(identity("{lambda}"), control=NORM_OF_TUNED.label),
         identity(10.0),
         SVD_STATIC,
         SVD_SOMETIMES,
-        Variant("stock, norm of identity, tuned lambda", ("--match_norm_of", "identity={lambda}")),
+        NORM_OF_TUNED,
     )
     sweep = _sweep("table1", "Five families, stock and conditioned", scale, scripts, small, (STOCK, identity(10.0)))
     if scale == "paper":
@@ -211,16 +215,12 @@ def table7(scale: str, scripts: Path) -> Sweep:
 
 def evidence(scale: str, scripts: Path) -> Sweep:
     """Is it the conditioning, or the scale? A ViT with every control, from its own start and from a tuned one."""
-    starts = _from_own_start()
+    controls = {"identity, lambda 1": NORM_OF_ONE.label, SVD_STATIC.label: NORM_OF_SVD.label}
+    starts = [replace(item, control=controls.get(item.label)) for item in _from_own_start()]
     tuned = [
         Variant(f"{item.label}, {TUNED}", (*AT_TUNED_SCALE, *item.flags), item.strength, TUNED) for item in starts
     ]
-    norm_matched = [
-        Variant("stock, norm of identity, lambda 1", ("--match_norm_of", "identity=1")),
-        Variant("stock, norm of svd", ("--match_norm_of", "svd")),
-        Variant("mimetic", ("--projection_init", "mimetic")),
-    ]
-    variants = (*starts, *norm_matched, *tuned)
+    variants = (*starts, NORM_OF_ONE, NORM_OF_SVD, Variant("mimetic", ("--projection_init", "mimetic")), *tuned)
     sweep = _sweep("evidence", "Conditioning, or scale?", scale, scripts, variants, variants)
     return replace(
         sweep,

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..comparison import COLORS, MARKERS, PairedDifference
 from ..presentation import markdown_table, new_figure, render
-from .design import Variant
+from .design import Setting, Variant
 from .results import Cell, Results
 
 NOTHING = "–"
@@ -104,6 +104,7 @@ def cell_table(results: Results) -> str:
     sweep, metric = results.sweep, results.metric
     several = len(sweep.settings) > 1
     second = sweep.second_reference
+    controlled = any(variant.control for variant in sweep.variants)
     header = [
         *(["model"] if several else []),
         "variant",
@@ -111,6 +112,7 @@ def cell_table(results: Results) -> str:
         f"{metric.name} ({metric.unit})",
         f"minus {sweep.reference.label}, 95 % interval",
         *([f"minus {second}, 95 % interval"] if second else []),
+        *(["minus its control, 95 % interval"] if controlled else []),
         "at chance",
         f"passes to the final {metric.name} of {second or sweep.reference.label} (runs)",
     ]
@@ -128,6 +130,7 @@ def cell_table(results: Results) -> str:
                     describe_cell(results, cell),
                     _difference(cell, reference, results),
                     *([_difference(cell, other, results)] if other is not None else []),
+                    *([_difference_to_control(setting, variant, results)] if controlled else []),
                     str(cell.at_chance()),
                     NOTHING if target is None else _passes(cell, results, target),
                 ]
@@ -171,6 +174,13 @@ def _difference(cell: Cell, reference: Cell, results: Results) -> str:
         return f"{text} (one seed)"
     low, high = (f"{end:+.{results.metric.digits}f}" for end in found.interval)
     return f"{text} ({low} to {high})"
+
+
+def _difference_to_control(setting: Setting, variant: Variant, results: Results) -> str:
+    if variant.control is None:
+        return NOTHING
+    control = results.cells[setting.label, variant.control]
+    return _difference(results.cell(setting, variant), control, results)
 
 
 def _passes(cell: Cell, results: Results, target: float) -> str:
@@ -218,6 +228,9 @@ def _notes(results: Results, runs_dir: Path) -> list[str]:
             "and the batches). One that contains 0 does not tell which is better. Among many comparisons about one in twenty "
             "leaves out 0 by chance."
         )
+    if controls := {variant.label: variant.control for variant in results.sweep.variants if variant.control}:
+        pairs = "; ".join(f"of {label}: {control}" for label, control in controls.items())
+        notes.append(f"Controls: {pairs}.")
     if any(cell.at_chance() for cell in cells):
         notes.append("At chance: the runs whose final accuracy is below twice that of guessing.")
     if failed := [run for cell in cells for run in cell.failed]:

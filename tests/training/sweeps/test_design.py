@@ -69,5 +69,9 @@ def test_what_no_design_can_be():
         replace(SWEEP, settings=(Setting("A"), Setting("A")))
     with pytest.raises(SweepError, match="seeds 1 tune and report"):
         replace(SWEEP, tuning_seeds=(1, 2))
+    with pytest.raises(SweepError, match="compares with nobody, which is none"):
+        replace(SWEEP, variants=(Variant("stock"), Variant("other", control="nobody")))
+    with pytest.raises(SweepError, match="compares with nobody, which is none"):
+        replace(SWEEP, second_reference="nobody")
     with pytest.raises(SweepError, match="has no run"):
         replace(SWEEP, seeds=())

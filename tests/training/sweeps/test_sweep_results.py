@@ -20,7 +20,7 @@ from hf_specattn.training.sweeps.runner import Machine
 
 ACCURACY, LOSS = METRICS["images"]["accuracy"], METRICS["images"]["loss"]
 SCALED = Variant("stock, tuned scale", ("--scale", "{scale}"), start="tuned scale")
-ONE = Variant("identity, lambda 1", ("--lambda_", "1"), 1.0)
+ONE = Variant("identity, lambda 1", ("--lambda_", "1"), 1.0, control="identity, lambda 10")
 TEN = Variant("identity, lambda 10", ("--lambda_", "10"), 10.0)
 SWEEP = Sweep(
     "example",
@@ -111,16 +111,19 @@ def test_every_cell_with_its_differences(results, tmp_path):
     cells = {tuple(row[:2]): row[2:] for row in rows}
     stock, one = [60.0, 61.0, 63.0], [71.0, 74.0, 72.0]
     low, high = stats.ttest_rel(one, stock).confidence_interval(0.95)
-    runs, _, to_stock, to_tuned, at_chance, passes = cells["A", "identity, lambda 1"]
+    runs, _, to_stock, to_tuned, to_control, at_chance, passes = cells["A", "identity, lambda 1"]
     assert (runs, at_chance) == ("3 of 3", "0")
     assert to_stock == f"+11.00 ({low:+.2f} to {high:+.2f})"
     low, high = stats.ttest_rel(one, [70.0, 71.0, 73.0]).confidence_interval(0.95)
     assert to_tuned == f"+1.00 ({low:+.2f} to {high:+.2f})"
+    low, high = stats.ttest_rel(one, [12.0, 13.0, 15.0]).confidence_interval(0.95)
+    assert to_control == f"+59.00 ({low:+.2f} to {high:+.2f})"
+    assert "Controls: of identity, lambda 1: identity, lambda 10." in text
     # The target is the mean of the tuned stock, 71.33: the second validation, step 20 of 8 images over 40, of two runs.
     assert passes == "4.0 (2 of 3)"
-    assert cells["A", "stock"][2:] == ["–", cells["A", "stock"][3], "0", "– (0 of 3)"]
+    assert cells["A", "stock"][2:] == ["–", cells["A", "stock"][3], "–", "0", "– (0 of 3)"]
     # Below twice 1 / 10.
-    assert cells["A", "identity, lambda 10"][4] == "3"
+    assert cells["A", "identity, lambda 10"][5] == "3"
     assert "At chance" in text
     assert "Table 9 of nowhere:" in text
     assert "Chosen by the mean over the seeds 7, 8" in text
@@ -169,7 +172,7 @@ def test_a_sweep_without_any_result(tmp_path, monkeypatch):
     every = {(model, flags, seed) for model in "ab" for flags in CURVES for seed in BY_SEED}
     with pytest.raises(SweepError, match="No run that tunes the scale of A came to its end: it printed nothing"):
         make_results(SWEEP, tmp_path, monkeypatch, every)
-    untuned = replace(SWEEP, tunings=(), variants=SWEEP.variants[:2], second_reference=None)
+    untuned = replace(SWEEP, tunings=(), variants=SWEEP.variants[:3], second_reference=None)
     with pytest.raises(SweepError, match="No run of example came to its end"):
         make_results(untuned, tmp_path, monkeypatch, every)
 
