@@ -3,7 +3,7 @@
     python scripts/survey.py
 
 Every model type in transformers' masked-LM, image-classification and causal-LM mappings, and a list of timm's families,
-some twenty minutes on two CPU cores. Where the queries, keys and values come from is found by watching the stock model run
+some ten minutes on two CPU cores. Where the queries, keys and values come from is found by watching the stock model run
 (`hf_specattn.diagnostics.trace_attention`), without the table of the package. One of four things is said of each:
 
 - exact: the weights, outputs and gradients of the conditioned model, and the outputs of the folded one, are those of a
