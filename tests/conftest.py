@@ -41,6 +41,16 @@ def fixed_seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def unchanged_log_levels():
+    """Scripts run in this process set what the package logs; the next test shall not inherit it."""
+    loggers = [logging.getLogger(name) for name in ("hf_specattn", "transformers")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels):
+        logger.setLevel(level)
+
+
 @pytest.fixture(scope="session")
 def stock_checkpoint(tmp_path_factory):
     """A function: architecture and Auto class -> folder with a stock checkpoint, in float64; made once, never changed."""

@@ -10,6 +10,7 @@ from scipy import stats
 from hf_specattn.training.comparison import (
     COLORS,
     MARKERS,
+    METRICS,
     ComparisonError,
     find_differences,
     find_reference,
@@ -141,7 +142,7 @@ def test_refuses_an_unfinished_run(write_run):
 def test_refuses_a_record_of_something_else(write_run):
     folder = write_run("a")
     edit(folder, lambda record: record.update(facts={}))
-    with pytest.raises(ComparisonError, match="has no tokens_per_step, validation_fingerprint among its facts"):
+    with pytest.raises(ComparisonError, match="has no validation_fingerprint among its facts"):
         read_run(folder)
 
 
@@ -170,9 +171,10 @@ def test_groups_differ_in_more_than_the_seed(write_run):
     ]
     identity, stock = group_runs(read_runs(folders))
     assert (identity.label, stock.label) == ("identity, lambda 1", "stock")
-    assert stock.losses == {0: 3.0, 1: 4.0}
-    assert stock.mean_loss == 3.5
-    assert stock.loss_deviation == pytest.approx(math.sqrt(0.5))
+    loss = METRICS["tokens"]["loss"]
+    assert stock.values(loss) == {0: 3.0, 1: 4.0}
+    assert stock.mean(loss) == 3.5
+    assert stock.deviation(loss) == pytest.approx(math.sqrt(0.5))
     assert stock.tokens_per_second == 300.0  # of 200, 400, 200, 400
 
 

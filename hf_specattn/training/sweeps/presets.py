@@ -85,7 +85,7 @@ SMALL_LAMBDAS = (0.3, 0.5, 1.0, *PAPER_LAMBDAS)
 SEEDS = tuple(range(5))
 TUNING_SEEDS = (1000, 1001)
 
-SCALE = Tuning("scale", (1.0, 2.0, 4.0, 8.0, 16.0), ("--initialization_scale", "{value}"))
+SCALE = Tuning("scale", (1.0, 2.0, 4.0, 8.0, 16.0, 32.0), ("--initialization_scale", "{value}"))
 LAMBDA = Tuning("lambda", (0.1, 0.3, 1.0, 3.0), ("--spectral_conditioning", "True", "--lambda_", "{value}"))
 AT_TUNED_SCALE: Flags = ("--initialization_scale", "{scale}")
 
@@ -163,9 +163,10 @@ def table1(scale: str, scripts: Path) -> Sweep:
         TUNED_STOCK,
         replace(identity("{lambda}"), control=NORM_OF_TUNED.label),
         identity(10.0),
-        SVD_STATIC,
-        SVD_SOMETIMES,
+        replace(SVD_STATIC, control=NORM_OF_SVD.label),
+        replace(SVD_SOMETIMES, control=NORM_OF_SVD.label),
         NORM_OF_TUNED,
+        NORM_OF_SVD,
     )
     sweep = _sweep("table1", "Five families, stock and conditioned", scale, scripts, small, (STOCK, identity(10.0)))
     if scale == "paper":
