@@ -24,8 +24,9 @@ class SpectralConfig:
         method: `"identity"` is `C = lambda_ * I_k`, ones on the main diagonal (Theorem 3.8 of arXiv 2603.07162, the
             paper's default); `"svd"` is `C = sigma_max(W) * U V^T`, which makes the condition number of `W + C` at most
             2 when it is computed (Theorem 3.5).
-        lambda_: for identity a number > 0, or a mapping from each of `targets` to such a number; None resolves to 10.
-            For svd it must stay None: the method has no such parameter.
+        lambda_: for identity a number > 0, or a mapping from each of `targets` to such a number; None resolves to 10,
+            the paper's (small models took 0.3 to 1: docs/evidence.md). For svd it must stay None: the method has no such
+            parameter.
         targets: the projections to condition, a non-empty subset of `("query", "key", "value")`.
         granularity: `"projection"` takes one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
             for each head's `(head_dim, in_features)` block.
