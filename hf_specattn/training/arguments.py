@@ -125,6 +125,31 @@ def parse_lambda(text: str | None) -> float | dict[str, float] | None:
     return values
 
 
+def check_bounds(arguments: Any, bounds: Iterable[tuple[str, float, float]]) -> None:
+    """Raise ValueError for the first argument `(name, least, greatest)` that lies outside; infinities and nan do."""
+    for name, low, high in bounds:
+        # nan fails each comparison.
+        if not low <= getattr(arguments, name) <= high:
+            raise ValueError(f"--{name} {getattr(arguments, name)} must be at least {low} and at most {high:.10g}.")
+
+
+def check_run_mode(arguments: Any) -> None:
+    """Raise ValueError for `--eval_only` without a model, and for continuing a run and replacing it at once."""
+    if arguments.eval_only and arguments.model_name_or_path is None:
+        raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
+    if arguments.resume_from_checkpoint and arguments.overwrite_output_dir:
+        raise ValueError("--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one.")
+
+
+def check_heads(arguments: Any) -> None:
+    """Raise ValueError for a new model's width that its attention heads do not divide."""
+    if arguments.hidden_size % arguments.num_attention_heads:
+        raise ValueError(
+            f"--hidden_size {arguments.hidden_size} must be a multiple of --num_attention_heads "
+            f"{arguments.num_attention_heads}."
+        )
+
+
 def refuse_unknown_trackers(report_to: Iterable[str] | None) -> None:
     """Raise ValueError for trackers of `--report_to` that accelerate does not find here."""
     available = [str(tracker) for tracker in get_available_trackers()]

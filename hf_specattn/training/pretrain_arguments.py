@@ -9,7 +9,14 @@ from typing import Any
 from transformers import AutoConfig, HfArgumentParser
 
 from ..crammed_bert import CrammedBertConfig
-from .arguments import SpectralArguments, explicitly_given, refuse_unknown_trackers
+from .arguments import (
+    SpectralArguments,
+    check_bounds,
+    check_heads,
+    check_run_mode,
+    explicitly_given,
+    refuse_unknown_trackers,
+)
 from .checkpointing import list_checkpoints
 from .cleaning import Cleaning
 from .metrics import METRICS_FILE
@@ -232,16 +239,8 @@ class PretrainArguments:
         self._check_numbers()
         self._check_data()
         self._check_budget()
-        if self.eval_only and self.model_name_or_path is None:
-            raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise ValueError(
-                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"--hidden_size {self.hidden_size} must be a multiple of --num_attention_heads {self.num_attention_heads}."
-            )
+        check_run_mode(self)
+        check_heads(self)
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % 2:
                 raise ValueError(f"--{name} {getattr(self, name)} must be even (position table, gated feed-forward).")
@@ -294,7 +293,6 @@ class PretrainArguments:
         return MlmDataSettings(**settings | {"tokenizer_name": self.tokenizer_name or self.model_name_or_path})
 
     def _check_numbers(self) -> None:
-        # Infinities and nan fail each comparison with an upper end.
         bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
         bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
         bounds += [
@@ -306,9 +304,7 @@ class PretrainArguments:
             ("max_grad_norm", 0, 1e9),
             ("batch_size_ramp", 0, 1),
         ]
-        for name, low, high in bounds:
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:.10g}.")
+        check_bounds(self, bounds)
         if not 0 < self.learning_rate < 1e9:
             raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
         if self.max_train_hours is not None and not 0 < self.max_train_hours < 1e6:

@@ -8,7 +8,14 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..arguments import SpectralArguments, explicitly_given, refuse_unknown_trackers
+from ..arguments import (
+    SpectralArguments,
+    check_bounds,
+    check_heads,
+    check_run_mode,
+    explicitly_given,
+    refuse_unknown_trackers,
+)
 from ..initialization import PROJECTION_INITS, Initialization, parse_norm_reference
 from ..metrics import METRICS_FILE
 from ..pretrain_arguments import check_output_dir
@@ -232,12 +239,7 @@ class ImageArguments:
         self._check_sources()
         self._check_model()
         self.initialization()  # refuses bad values
-        if self.eval_only and self.model_name_or_path is None:
-            raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
-        if self.resume_from_checkpoint and self.overwrite_output_dir:
-            raise ValueError(
-                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
-            )
+        check_run_mode(self)
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:
             raise ValueError(
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} must be even under --mixup and --cutmix, "
@@ -295,7 +297,6 @@ class ImageArguments:
             high = upper.get(name, 1e9)
             if not 0 < getattr(self, name) <= high:
                 raise ValueError(f"--{name} {getattr(self, name)} must be above 0 and at most {high:.10g}.")
-        # Infinities and nan fail each comparison with an upper end.
         bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
         bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
         bounds += [(name, 0, 1) for name in SHARES]
@@ -305,9 +306,7 @@ class ImageArguments:
         bounds += [("dataloader_num_workers", 0, 4096), ("seed", 0, 2**32 - 1)]
         bounds += [("eval_steps", 0, 2**31)] if self.eval_steps is not None else []
         bounds += [("drop_path_rate", 0, 0.99)] if self.drop_path_rate is not None else []
-        for name, low, high in bounds:
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low} and at most {high:.10g}.")
+        check_bounds(self, bounds)
 
     def _check_sources(self) -> None:
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -320,10 +319,7 @@ class ImageArguments:
         given = [name for name in MODEL_SOURCES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{_flags(given)}: one of them says which model; give one.")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"--hidden_size {self.hidden_size} must be a multiple of --num_attention_heads {self.num_attention_heads}."
-            )
+        check_heads(self)
         if self.timm_model_args is None:
             return
         if self.timm_model is None:

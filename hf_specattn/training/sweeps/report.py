@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from ..comparison import COLORS, MARKERS, PairedDifference
@@ -81,15 +82,14 @@ def _with_times(results: Results) -> str:
 
 def _time_ratio(cell: Cell, reference: Cell) -> str:
     """The median over seeds of the time of a run over that of the reference's run of the same seed."""
-    ratios = sorted(
+    ratios = [
         run.record.final["seconds"] / reference.runs[seed].record.final["seconds"]
         for seed, run in cell.runs.items()
         if seed in reference.runs
-    )
+    ]
     if not ratios:
         return NOTHING
-    middle = (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
-    return f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 LAYOUTS: dict[str, Callable[[Results], str]] = {
