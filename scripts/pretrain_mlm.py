@@ -59,7 +59,6 @@ from hf_specattn.training.checkpointing import (
     Checkpoints,
     Progress,
     TrainingParts,
-    list_checkpoints,
 )
 from hf_specattn.training.documents import CorpusError
 from hf_specattn.training.evaluation import MlmEvaluation, accepts_masked_positions, evaluate_mlm
@@ -83,6 +82,7 @@ from hf_specattn.training.runs import (
     build_accelerator,
     is_due,
     is_finished,
+    last_checkpoint,
     show_progress,
     tracker_config,
 )
@@ -625,16 +625,10 @@ def main(argv: list[str] | None = None) -> None:
                 pretrain(arguments, spectral, accelerator)
     # A message for what a user can change; a traceback for anything else.
     except NonFiniteLossError as error:
-        raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
+        advice = "; another run can start from it by --model_name_or_path"
+        raise SystemExit(f"error: {error} {last_checkpoint(arguments, advice)}") from error
     except (CorpusError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def last_checkpoint(arguments: PretrainArguments) -> str:
-    saved = list_checkpoints(arguments.output_dir)
-    if not saved or arguments.eval_only:
-        return "There is no checkpoint of it."
-    return f"The last checkpoint before is {saved[-1]}; another run can start from it by --model_name_or_path."
 
 
 if __name__ == "__main__":

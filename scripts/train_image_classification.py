@@ -593,7 +593,7 @@ def main(argv: list[str] | None = None) -> None:
                 train_classifier(arguments, spectral, accelerator)
     # A message for what a user can change; a traceback for anything else.
     except NonFiniteLossError as error:
-        raise SystemExit(f"error: {error} {last_checkpoint(arguments.output_dir)}") from error
+        raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
     except (ImageDataError, ImageModelError, CheckpointError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -23,6 +23,7 @@ class RunArguments(Protocol):
 
     output_dir: str
     resume_from_checkpoint: bool
+    eval_only: bool
     disable_tqdm: bool
     mixed_precision: str | None
     torch_compile: bool
@@ -90,9 +91,9 @@ def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}
 
 
-def last_checkpoint(output_dir: str) -> str:
-    """Say where the newest checkpoint of a run that failed is."""
-    saved = list_checkpoints(output_dir)
-    if not saved:
+def last_checkpoint(arguments: RunArguments, advice: str = "") -> str:
+    """Say where the newest checkpoint of a run that failed is, and what can be done with it; an evaluation has none."""
+    saved = list_checkpoints(arguments.output_dir)
+    if not saved or arguments.eval_only:
         return "There is no checkpoint of it."
-    return f"The last checkpoint before is {saved[-1]}."
+    return f"The last checkpoint before is {saved[-1]}{advice}."
