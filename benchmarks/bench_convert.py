@@ -28,7 +28,7 @@ from transformers.utils import logging
 from hf_specattn import SpectralConfig
 from hf_specattn.checkpoints.conversion import Result, balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.destinations import folder_bytes
-from hf_specattn.training.atomic_files import write_bytes, write_json
+from hf_specattn.files import write_bytes, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20

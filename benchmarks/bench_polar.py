@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 from hf_specattn import SpectralConfig, condition, refresh
 from hf_specattn.corrections import svd_correction
+from hf_specattn.figures import markdown_table
+from hf_specattn.files import write_bytes, write_json
 from hf_specattn.layers import spectral_layers
 from hf_specattn.polar import CHECKED_RANGE, polar_correction
-from hf_specattn.training import atomic_files
-from hf_specattn.training.presentation import markdown_table
 
 PRODUCTS, SVD = "products", "svd"
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -342,8 +342,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     content |= {"matrices": rows, "models": models}
     text, output = report(rows, models, content), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_json(output / f"bench_polar_{arguments.device}.json", content)
-    atomic_files.write_bytes(output / f"bench_polar_{arguments.device}.md", text.encode())
+    write_json(output / f"bench_polar_{arguments.device}.json", content)
+    write_bytes(output / f"bench_polar_{arguments.device}.md", text.encode())
     print(text)
 
 

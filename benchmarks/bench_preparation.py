@@ -20,11 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_specattn.training.atomic_files import write_bytes, write_json
-from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING
-from hf_specattn.training.streams import file_stream, split_stream
-from hf_specattn.training.text_files import file_documents
-from hf_specattn.training.token_cache import prepare_tokenizer, prepare_tokens
+from hf_specattn.files import write_bytes, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
+from recipes.text.cleaning import NO_CLEANING, PUBLISHED_CLEANING
+from recipes.text.streams import file_stream, split_stream
+from recipes.text.text_files import file_documents
+from recipes.text.token_cache import prepare_tokenizer, prepare_tokens
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20

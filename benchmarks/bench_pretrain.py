@@ -30,8 +30,8 @@ from transformers import HfArgumentParser
 
 from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
-from hf_specattn.training import atomic_files
-from hf_specattn.training.presentation import markdown_table
+from hf_specattn.figures import markdown_table
+from hf_specattn.files import write_bytes, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import pretrain_mlm as script
@@ -319,8 +319,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     content |= {"settings": asdict(first) | {"output_dir": None}, "results": results}
     text, output = report(content), Path(arguments.results_dir)
     output.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_json(output / f"bench_pretrain_{device}.json", content)
-    atomic_files.write_bytes(output / f"bench_pretrain_{device}.md", text.encode())
+    write_json(output / f"bench_pretrain_{device}.json", content)
+    write_bytes(output / f"bench_pretrain_{device}.md", text.encode())
     print(text)
 
 

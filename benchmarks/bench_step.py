@@ -37,10 +37,12 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, ViTConfi
 from transformers.utils import logging
 
 from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
-from hf_specattn.training import atomic_files
-from hf_specattn.training.memory import saved_for_backward, storages_of, total_bytes
-from hf_specattn.training.metrics import package_versions
-from hf_specattn.training.presentation import markdown_table
+from hf_specattn.figures import markdown_table
+from hf_specattn.files import write_bytes, write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
+from recipes.run.memory import saved_for_backward, storages_of, total_bytes
+from recipes.run.metrics import package_versions
 
 STOCK, CONTROL = "stock", "stock again (A/A control)"
 NOTHING = "–"
@@ -544,8 +546,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in asdict(arguments).items() if name != "output_dir"}
     content = {"machine": machine, "settings": settings, "memory": MEMORY[arguments.device], "results": results}
-    atomic_files.write_json(output / f"bench_step_{arguments.device}.json", content)
-    atomic_files.write_bytes(output / f"bench_step_{arguments.device}.md", text.encode())
+    write_json(output / f"bench_step_{arguments.device}.json", content)
+    write_bytes(output / f"bench_step_{arguments.device}.md", text.encode())
     print(text)
 
 

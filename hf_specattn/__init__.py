@@ -4,9 +4,10 @@ Every query, key and value projection uses the effective weight `W + C`. Importi
 `from_pretrained(..., spectral_conditioning=True)`.
 """
 
-from . import adapters
+from . import peft
 from .auto import register
 from .balance import BalanceReport, BalanceReports, OutputChangedError, balance, format_balance
+from .callback import SpectralCallback
 from .checkpoints import publishing
 from .conditioning import (
     AttentionSpec,
@@ -24,11 +25,10 @@ from .crammed_bert import (
     CrammedBertForTokenClassification,
     CrammedBertModel,
 )
-from .training.callback import SpectralCallback
 from .version import __version__
 
 register()
-adapters.register()
+peft.register()
 publishing.register()
 
 __all__ = [

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..conditioning import refresh, refresh_interval
+from .conditioning import refresh, refresh_interval
 
 
 class SpectralCallback(TrainerCallback):

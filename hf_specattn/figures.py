@@ -4,6 +4,12 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
+# The rest of Okabe and Ito's palette but its yellow, which is too light for lines on white.
+COLORS = (*OKABE_ITO.values(), "#56B4E9", "#CC79A7", "#000000")
+MARKERS = "os^Dv*XP"  # one more than colours, so that both repeat together only after many groups
+
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table: the first column to the left, the others to the right; `|` within cells is escaped."""

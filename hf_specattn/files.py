@@ -5,15 +5,18 @@ By that number what killed processes left is told from what others are writing.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -24,6 +27,8 @@ TEMPORARY_NAME = re.compile(r"\..+\.tmp-(\d+)(-[a-z0-9_]{8})?")
 # What a process number that is in use names is another run's work, unless nothing in it changed for so long: then the
 # number has been given to another process since.
 ABANDONED_AFTER_SECONDS = 3600
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -98,6 +103,42 @@ def is_alive(process: int) -> bool:
     except OSError:  # it exists, but is another user's
         return True
     return True
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the list of names in a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Give the complete `temporary` its name, durably."""
+    aside = temporary.with_name(f"{temporary.name}-replaced")
+    if folder.exists():  # a damaged one, or of an earlier run
+        os.rename(folder, aside)
+    os.rename(temporary, folder)
+    sync(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, also one of safetensors' writer, which is no OSError, says that the disk or quota is full."""
+    return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
+
+
+def bytes_of(tensors: Collection[Tensor]) -> int:
+    """Return the bytes of all tensors, the same one counted once."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def megabytes(count: int) -> str:
+    """Return a number of bytes as text in MB."""
+    return f"{count / 1e6:,.1f} MB"
 
 
 def _umask() -> int:

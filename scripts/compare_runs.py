@@ -18,11 +18,10 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_specattn.training import atomic_files
-from hf_specattn.training.comparison import (
-    COLORS,
+from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
+from hf_specattn.files import write_bytes
+from recipes.compare.comparison import (
     HARDWARE,
-    MARKERS,
     METRICS,
     ComparisonError,
     Metric,
@@ -41,8 +40,7 @@ from hf_specattn.training.comparison import (
     read_runs,
     shared_time_budget,
 )
-from hf_specattn.training.metrics import perplexity
-from hf_specattn.training.presentation import markdown_table, new_figure, render
+from recipes.run.metrics import perplexity
 
 NAME = "comparison"
 NOTHING = "–"
@@ -264,9 +262,9 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
     print(text, end="")
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_bytes(output / f"{NAME}.md", text.encode())
+        write_bytes(output / f"{NAME}.md", text.encode())
         for ending, image in picture(groups, metric).items():
-            atomic_files.write_bytes(output / f"{NAME}.{ending}", image)
+            write_bytes(output / f"{NAME}.{ending}", image)
         print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
 
 

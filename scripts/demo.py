@@ -29,11 +29,10 @@ from transformers.utils import logging as transformers_logging
 from hf_specattn import fold
 from hf_specattn.config import PROJECTIONS
 from hf_specattn.diagnostics import attention_entropy, spectra
-from hf_specattn.training import atomic_files
-from hf_specattn.training.comparison import COLORS, MARKERS
-from hf_specattn.training.metrics import METRICS_FILE
-from hf_specattn.training.mlm_data import MlmDataSettings, prepare_mlm_data
-from hf_specattn.training.presentation import markdown_table, new_figure, render
+from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
+from hf_specattn.files import write_bytes, write_json
+from recipes.run.metrics import METRICS_FILE
+from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
 
 NAME = "conditioning"
 PRETRAIN = Path(__file__).with_name("pretrain_mlm.py")
@@ -211,10 +210,10 @@ def main() -> None:
     length = batch["input_ids"].shape[1]
     results = {run: inspect(directory, arguments.seed, batch) for run, directory in directories.items()}
     text = table(results, length)
-    atomic_files.write_bytes(output / f"{NAME}.md", text.encode())
-    atomic_files.write_json(output / f"{NAME}.json", {run: asdict(result) for run, result in results.items()})
+    write_bytes(output / f"{NAME}.md", text.encode())
+    write_json(output / f"{NAME}.json", {run: asdict(result) for run, result in results.items()})
     for ending, image in picture(results, length).items():
-        atomic_files.write_bytes(output / f"{NAME}.{ending}", image)
+        write_bytes(output / f"{NAME}.{ending}", image)
     print(
         f"\n=== what conditioning did\n{text}\n"
         "One seed and a small model: a difference of the losses is no evidence for or against conditioning. The larger "

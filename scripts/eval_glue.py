@@ -40,22 +40,20 @@ from transformers.utils import logging as transformers_logging
 
 from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
-from hf_specattn.training import atomic_files
-from hf_specattn.training.arguments import SpectralArguments
-from hf_specattn.training.distributed import run_on_main_process
-from hf_specattn.training.glue.arguments import GlueArguments, folder_name, parse_arguments
-from hf_specattn.training.glue.batches import epoch_batches
-from hf_specattn.training.glue.data import Examples, GlueDataError, read_examples
-from hf_specattn.training.glue.failures import RunFailedError, SharedFailure
-from hf_specattn.training.glue.features import (
+from hf_specattn.files import write_bytes
+from recipes.glue.arguments import GlueArguments, folder_name, parse_arguments
+from recipes.glue.batches import epoch_batches
+from recipes.glue.data import Examples, GlueDataError, read_examples
+from recipes.glue.failures import RunFailedError, SharedFailure
+from recipes.glue.features import (
     Collator,
     TokenizedExamples,
     load_tokens,
     prepare_tokens,
     tokenizer_fingerprint,
 )
-from hf_specattn.training.glue.metrics import predictions_from_logits
-from hf_specattn.training.glue.models import (
+from recipes.glue.metrics import predictions_from_logits
+from recipes.glue.models import (
     ModelError,
     ModelVariant,
     load_model,
@@ -63,10 +61,10 @@ from hf_specattn.training.glue.models import (
     quiet,
     save_base,
 )
-from hf_specattn.training.glue.prediction import accepted_inputs, predict_logits, write_submission
-from hf_specattn.training.glue.protocols import Protocol, build_schedule, total_steps
-from hf_specattn.training.glue.report import NAME, markdown, picture
-from hf_specattn.training.glue.results import (
+from recipes.glue.prediction import accepted_inputs, predict_logits, write_submission
+from recipes.glue.protocols import Protocol, build_schedule, total_steps
+from recipes.glue.report import NAME, markdown, picture
+from recipes.glue.results import (
     FAILED,
     FINISHED,
     RESULTS_FILE,
@@ -75,13 +73,15 @@ from hf_specattn.training.glue.results import (
     RunRecord,
     find_conflicts,
 )
-from hf_specattn.training.glue.scoring import best_constant_score, compute_scores
-from hf_specattn.training.glue.summary import Summary
-from hf_specattn.training.glue.tasks import TASKS, GlueTask
-from hf_specattn.training.interruption import StopRequest, stop_on_signals
-from hf_specattn.training.metrics import NonFiniteLossError, package_versions
-from hf_specattn.training.optimization import parameter_groups
-from hf_specattn.training.saving import save_pretrained
+from recipes.glue.scoring import best_constant_score, compute_scores
+from recipes.glue.summary import Summary
+from recipes.glue.tasks import TASKS, GlueTask
+from recipes.run.arguments import SpectralArguments
+from recipes.run.distributed import run_on_main_process
+from recipes.run.interruption import StopRequest, stop_on_signals
+from recipes.run.metrics import NonFiniteLossError, package_versions
+from recipes.run.optimization import parameter_groups
+from recipes.run.saving import save_pretrained
 
 logger = logging.getLogger("eval_glue")
 
@@ -554,7 +554,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
         return
     summary = Summary(records, arguments.reference)
     text, output = markdown(summary), Path(arguments.output_dir)
-    atomic_files.write_bytes(output / f"{NAME}.md", text.encode())
+    write_bytes(output / f"{NAME}.md", text.encode())
     print(text, end="")
     try:
         images = picture(summary)
@@ -562,7 +562,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
         logger.warning(f"{NAME}.png and {NAME}.svg are left out: {error}")
         images = {}
     for ending, image in images.items():
-        atomic_files.write_bytes(output / f"{NAME}.{ending}", image)
+        write_bytes(output / f"{NAME}.{ending}", image)
     logger.info(f"{RESULTS_FILE}, {NAME}.md and the picture are in {output}.")
 
 

@@ -52,19 +52,16 @@ from hf_specattn import condition, refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_specattn.diagnostics.monitor import MONITOR_FILE, SpectralMonitor
-from hf_specattn.training.arguments import SpectralArguments
-from hf_specattn.training.batching import Batch, BatchOrder
-from hf_specattn.training.checkpointing import (
+from recipes.run.arguments import SpectralArguments
+from recipes.run.batching import Batch, BatchOrder
+from recipes.run.checkpointing import (
     CheckpointError,
     Checkpoints,
     Progress,
     TrainingParts,
 )
-from hf_specattn.training.documents import CorpusError
-from hf_specattn.training.evaluation import MlmEvaluation, accepts_masked_positions, evaluate_mlm
-from hf_specattn.training.interruption import stop_on_signals
-from hf_specattn.training.masking import MaskingRule
-from hf_specattn.training.metrics import (
+from recipes.run.interruption import stop_on_signals
+from recipes.run.metrics import (
     LOSS_CURVE_FILE,
     METRICS_FILE,
     NonFiniteLossError,
@@ -72,12 +69,9 @@ from hf_specattn.training.metrics import (
     require_finite_gradient,
     require_finite_loss,
 )
-from hf_specattn.training.mlm_data import MlmData, prepare_mlm_data
-from hf_specattn.training.optimization import build_adamw
-from hf_specattn.training.plan import describe_plan, training_tokens
-from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arguments
-from hf_specattn.training.run_description import model_description, sequences_fingerprint
-from hf_specattn.training.runs import (
+from recipes.run.optimization import build_adamw
+from recipes.run.run_description import model_description, sequences_fingerprint
+from recipes.run.runs import (
     begin,
     build_accelerator,
     is_due,
@@ -86,14 +80,20 @@ from hf_specattn.training.runs import (
     show_progress,
     tracker_config,
 )
-from hf_specattn.training.saving import save_pretrained
-from hf_specattn.training.schedules import BudgetSchedule, learning_rate_factor, ramped_micro_steps
-from hf_specattn.training.sharding import configure_sharding, will_shard
-from hf_specattn.training.throughput import LossWindow
-from hf_specattn.training.training_state import gather_weights
+from recipes.run.saving import save_pretrained
+from recipes.run.schedules import BudgetSchedule, learning_rate_factor, ramped_micro_steps
+from recipes.run.sharding import configure_sharding, will_shard
+from recipes.run.throughput import LossWindow
+from recipes.run.training_state import gather_weights
+from recipes.text.documents import CorpusError
+from recipes.text.evaluation import MlmEvaluation, accepts_masked_positions, evaluate_mlm
+from recipes.text.masking import MaskingRule
+from recipes.text.mlm_data import MlmData, prepare_mlm_data
+from recipes.text.plan import describe_plan, training_tokens
+from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 
 logger = logging.getLogger("pretrain_mlm")
-LOGGERS = ("pretrain_mlm", "hf_specattn")  # of the package: what it prepares, and skips
+LOGGERS = ("pretrain_mlm", "recipes", "hf_specattn")  # of the package: what it prepares, and skips
 
 # What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
 # and forward passes may change (unless it grows by them), and so may everything about reporting and saving.

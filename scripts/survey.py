@@ -39,11 +39,11 @@ from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
 from hf_specattn import SpectralConfig, condition, fold
-from hf_specattn.diagnostics.tiny_models import IMAGE_SIZE, randomize, tiny_config, tiny_inputs, tiny_model
-from hf_specattn.diagnostics.tracing import ROLES, TracedAttention, trace_attention
+from hf_specattn.figures import markdown_table
+from hf_specattn.files import write_bytes
 from hf_specattn.layers import spectral_layers
-from hf_specattn.training import atomic_files
-from hf_specattn.training.presentation import markdown_table
+from recipes.survey.tiny_models import IMAGE_SIZE, randomize, tiny_config, tiny_inputs, tiny_model
+from recipes.survey.tracing import ROLES, TracedAttention, trace_attention
 
 STATUSES = ("exact", "refused", "not built", "wrong")
 TASKS: dict[str, Any] = {
@@ -491,7 +491,7 @@ def main() -> int:
     results = survey_all(rows, arguments)
     text = report(results)
     if arguments.only is None:
-        atomic_files.write_bytes(output, text.encode())
+        write_bytes(output, text.encode())
         print(summary(results))
     else:
         print(text)

@@ -23,19 +23,19 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_specattn.training import atomic_files
-from hf_specattn.training.comparison import ComparisonError
-from hf_specattn.training.images.arguments import parse_arguments as parse_image_arguments
-from hf_specattn.training.images.models import ImageModelError
-from hf_specattn.training.images.sources import ImageDataError
-from hf_specattn.training.presentation import markdown_table
-from hf_specattn.training.sweeps.cost import gpu_hours, training_operations
-from hf_specattn.training.sweeps.design import PlannedRun, Sweep, SweepError
-from hf_specattn.training.sweeps.execution import planned_runs, run_sweep
-from hf_specattn.training.sweeps.grid import GridValues, grid_sweep
-from hf_specattn.training.sweeps.presets import IMAGE_SCRIPT, SCALES, SWEEPS
-from hf_specattn.training.sweeps.report import as_json, picture, report
-from hf_specattn.training.sweeps.runner import Machine
+from hf_specattn.figures import markdown_table
+from hf_specattn.files import write_bytes, write_json
+from recipes.compare.comparison import ComparisonError
+from recipes.compare.sweeps.cost import gpu_hours, training_operations
+from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
+from recipes.compare.sweeps.execution import planned_runs, run_sweep
+from recipes.compare.sweeps.grid import GridValues, grid_sweep
+from recipes.compare.sweeps.presets import IMAGE_SCRIPT, SCALES, SWEEPS
+from recipes.compare.sweeps.report import as_json, picture, report
+from recipes.compare.sweeps.runner import Machine
+from recipes.images.arguments import parse_arguments as parse_image_arguments
+from recipes.images.models import ImageModelError
+from recipes.images.sources import ImageDataError
 
 SCRIPTS = Path(__file__).resolve().parent
 NAMES = (*SWEEPS, "grid")
@@ -207,11 +207,11 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     output.mkdir(parents=True, exist_ok=True)
     text = report(results, runs_dir, command)
     images = picture(results)
-    atomic_files.write_json(output / f"{sweep.name}.json", as_json(results))
+    write_json(output / f"{sweep.name}.json", as_json(results))
     for ending, image in images.items():
-        atomic_files.write_bytes(output / f"{sweep.name}.{ending}", image)
+        write_bytes(output / f"{sweep.name}.{ending}", image)
     text += f"\n![{sweep.title}]({sweep.name}.png)\n"
-    atomic_files.write_bytes(output / f"{sweep.name}.md", text.encode())
+    write_bytes(output / f"{sweep.name}.md", text.encode())
     print(text)
     print(f"Report: {output / sweep.name}.md, .png, .svg, .json")
     return not any(cell.failed for cell in results.cells.values())

@@ -54,14 +54,11 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
-from hf_specattn.training.arguments import SpectralArguments
-from hf_specattn.training.checkpointing import CheckpointError, Checkpoints, Progress, TrainingParts
-from hf_specattn.training.distributed import run_on_main_process
-from hf_specattn.training.images.arguments import ImageArguments, parse_arguments
-from hf_specattn.training.images.augmentation import evaluation_transform, normalization, training_transform
-from hf_specattn.training.images.batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
-from hf_specattn.training.images.evaluation import ImageEvaluation, evaluate_images
-from hf_specattn.training.images.models import (
+from recipes.images.arguments import ImageArguments, parse_arguments
+from recipes.images.augmentation import evaluation_transform, normalization, training_transform
+from recipes.images.batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
+from recipes.images.evaluation import ImageEvaluation, evaluate_images
+from recipes.images.models import (
     ImageModelError,
     build_stock_model,
     condition_model,
@@ -69,12 +66,15 @@ from hf_specattn.training.images.models import (
     model_input,
     save_classifier,
 )
-from hf_specattn.training.images.optimization import AveragedWeights, build_adamw
-from hf_specattn.training.images.plan import describe_plan
-from hf_specattn.training.images.sources import ImageData, ImageDataError, load_image_data
-from hf_specattn.training.initialization import initialize_projections, remove_layer_norms
-from hf_specattn.training.interruption import stop_on_signals
-from hf_specattn.training.metrics import (
+from recipes.images.optimization import AveragedWeights, build_adamw
+from recipes.images.plan import describe_plan
+from recipes.images.sources import ImageData, ImageDataError, load_image_data
+from recipes.run.arguments import SpectralArguments
+from recipes.run.checkpointing import CheckpointError, Checkpoints, Progress, TrainingParts
+from recipes.run.distributed import run_on_main_process
+from recipes.run.initialization import initialize_projections, remove_layer_norms
+from recipes.run.interruption import stop_on_signals
+from recipes.run.metrics import (
     LOSS_CURVE_FILE,
     METRICS_FILE,
     NonFiniteLossError,
@@ -82,8 +82,8 @@ from hf_specattn.training.metrics import (
     require_finite_gradient,
     require_finite_loss,
 )
-from hf_specattn.training.run_description import model_description
-from hf_specattn.training.runs import (
+from recipes.run.run_description import model_description
+from recipes.run.runs import (
     begin,
     build_accelerator,
     is_due,
@@ -92,8 +92,8 @@ from hf_specattn.training.runs import (
     show_progress,
     tracker_config,
 )
-from hf_specattn.training.schedules import Budget, BudgetSchedule, cosine_factor
-from hf_specattn.training.throughput import LossWindow
+from recipes.run.schedules import Budget, BudgetSchedule, cosine_factor
+from recipes.run.throughput import LossWindow
 
 logger = logging.getLogger("train_image_classification")
 
@@ -580,7 +580,7 @@ def evaluate_only(arguments: ImageArguments, accelerator: Accelerator) -> None:
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
     try:
-        accelerator = build_accelerator(arguments, ["train_image_classification", "hf_specattn"])
+        accelerator = build_accelerator(arguments, ["train_image_classification", "recipes", "hf_specattn"])
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ValueError("These models fit on one GPU: use several processes without FSDP (DDP).")
     except ValueError as error:  # what accelerate refuses on this machine

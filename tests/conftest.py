@@ -44,7 +44,7 @@ def fixed_seeds():
 @pytest.fixture(autouse=True)
 def unchanged_log_levels():
     """Scripts run in this process set what the package logs; the next test shall not inherit it."""
-    loggers = [logging.getLogger(name) for name in ("hf_specattn", "transformers")]
+    loggers = [logging.getLogger(name) for name in ("hf_specattn", "recipes", "transformers")]
     levels = [logger.level for logger in loggers]
     yield
     for logger, level in zip(loggers, levels):
@@ -81,7 +81,7 @@ class WarningLog(logging.Handler):
 def warning_log():
     # transformers' logger does not propagate, so pytest's caplog does not see it.
     handler = WarningLog()
-    loggers = [logging.getLogger("transformers"), logging.getLogger("hf_specattn")]
+    loggers = [logging.getLogger(name) for name in ("hf_specattn", "recipes", "transformers")]
     for logger in loggers:
         logger.addHandler(handler)
     yield handler

@@ -10,11 +10,12 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from transformers.modelcard import TASK_MAPPING
 
+from recipes.glue.results import Results, ResultsError
+from recipes.glue.tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
+from recipes.run.metrics import METRICS_FILE
+
+from ..figures import markdown_table
 from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX, conditioned_class
-from ..training.glue.results import Results, ResultsError
-from ..training.glue.tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
-from ..training.metrics import METRICS_FILE
-from ..training.presentation import markdown_table
 from .pictures import PICTURE, kappa_picture
 from .records import Record
 from .remote_code import auto_map, needs_remote_code

@@ -14,8 +14,16 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
-from ..training.atomic_files import TEMPORARY_NAME, is_being_written, temporary_name
-from ..training.checkpointing import bytes_of, is_disk_full, megabytes, replace_folder, sync
+from ..files import (
+    TEMPORARY_NAME,
+    bytes_of,
+    is_being_written,
+    is_disk_full,
+    megabytes,
+    replace_folder,
+    sync,
+    temporary_name,
+)
 from .sources import SAFETENSORS, SAFETENSORS_INDEX, Source
 
 logger = logging.get_logger(__name__)

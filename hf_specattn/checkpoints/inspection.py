@@ -5,8 +5,8 @@ from pathlib import Path
 
 from ..architectures import ARCHITECTURES
 from ..diagnostics.spectra import spectra
+from ..files import megabytes
 from ..modeling import CONDITIONED_MODELS, MODEL_TYPE_PREFIX
-from ..training.checkpointing import megabytes
 from .records import KappaRow, read_record, spectra_rows
 from .remote_code import auto_map, needs_remote_code, source_files
 from .sources import find_source, load_model

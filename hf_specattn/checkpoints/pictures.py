@@ -1,7 +1,6 @@
 """The picture of a model card: condition numbers over the layers, before and after."""
 
-from ..training.metrics import OKABE_ITO
-from ..training.presentation import new_figure, render
+from ..figures import OKABE_ITO, new_figure, render
 from .records import KappaRow, Record
 
 PICTURE = "kappa.png"

@@ -18,11 +18,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
+from recipes.glue.results import RESULTS_FILE
+from recipes.run.metrics import LOSS_CURVE_FILE, METRICS_FILE
+
 from ..diagnostics.spectra import spectra
+from ..files import megabytes
 from ..modeling import SpectralModelMixin
-from ..training.checkpointing import megabytes
-from ..training.glue.results import RESULTS_FILE
-from ..training.metrics import LOSS_CURVE_FILE, METRICS_FILE
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
 from .pictures import PICTURE

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..balance import BalanceReport
 from ..diagnostics.spectra import ProjectionSpectra
+from ..files import write_json
 from ..reports import ProjectionReport, Spectrum
-from ..training.atomic_files import write_json
 from ..version import __version__
 
 RECORD = "specattn.json"

@@ -9,8 +9,9 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
+from recipes.compare.comparison import ComparisonError, group_runs, read_runs
+
 from ..balance import probe_batch
-from ..training.comparison import ComparisonError, group_runs, read_runs
 from .monitor import MONITOR_FILE
 from .report import write_report, write_training_report
 

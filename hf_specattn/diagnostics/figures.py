@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..training.comparison import COLORS, MARKERS
-from ..training.presentation import new_figure
+from ..figures import COLORS, MARKERS, new_figure
 from .monitor import summary_of
 from .saturation import Saturation
 from .spectra import ProjectionSpectra

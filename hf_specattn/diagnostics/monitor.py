@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from ..training import atomic_files
+from ..files import write_json
 from .advice import advise
 from .attentions import Architecture, find_attentions
 from .capture import CapturedAttention, capture
@@ -147,7 +147,7 @@ class SpectralMonitor(TrainerCallback):
         record["seconds"] = timer[0]
         self.records.append(record)
         if self.file is not None:
-            atomic_files.write_json(self.file, {"every": self.every, "records": self.records})
+            write_json(self.file, {"every": self.every, "records": self.records})
         return {f"{PREFIX}{name}": value for name, value in summary_of(record).items()}
 
     def end(self) -> str:

@@ -11,8 +11,8 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from torch import nn
 
-from ..training import atomic_files
-from ..training.presentation import render
+from ..figures import render
+from ..files import write_bytes
 from .advice import advise
 from .attentions import Architecture
 from .capture import CapturedAttention, capture
@@ -152,7 +152,7 @@ def write_report(
     images = {name: write_figure(figure, folder, name) for name, figure in figures.items()}
     page = folder / PAGE
     text = page_of(diagnosis, images, title or type(model).__name__)
-    atomic_files.write_bytes(page, text.encode())
+    write_bytes(page, text.encode())
     return page
 
 
@@ -172,7 +172,7 @@ def write_figure(figure: Any, folder: Path, name: str) -> bytes:
     """Write a figure as PNG and SVG; returns the PNG."""
     images = render(figure, name)
     for ending, image in images.items():
-        atomic_files.write_bytes(folder / f"{name}.{ending}", image)
+        write_bytes(folder / f"{name}.{ending}", image)
     return images["png"]
 
 

@@ -3,9 +3,8 @@ import torch
 from models import ARCHITECTURES
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.training import callback
-from hf_specattn.training.callback import SpectralCallback
+from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, callback, condition
+from hf_specattn.callback import SpectralCallback
 
 
 def tiny_model() -> CrammedBertForMaskedLM:

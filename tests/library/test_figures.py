@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from hf_specattn.training.presentation import markdown_table, new_figure, render
+from hf_specattn.figures import markdown_table, new_figure, render
 
 
 def test_a_table():
@@ -36,7 +36,7 @@ def test_images_are_of_the_size_asked_for_and_the_same_each_time():
 
 def test_no_display_and_no_pyplot_is_needed():
     code = (
-        "import sys; from hf_specattn.training.presentation import new_figure, render;"
+        "import sys; from hf_specattn.figures import new_figure, render;"
         "assert 'matplotlib' not in sys.modules;"
         "figure = new_figure(3, 2); figure.subplots(); render(figure, 'a');"
         "assert 'matplotlib.pyplot' not in sys.modules"

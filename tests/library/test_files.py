@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hf_specattn.training import atomic_files
+from hf_specattn import files
 
 
 def test_content_and_permissions(tmp_path):
@@ -13,7 +13,7 @@ def test_content_and_permissions(tmp_path):
     path.write_text("old")
     mask = os.umask(0o022)
     try:
-        atomic_files.write_json(path, {"a": [1, None, "ü"]})
+        files.write_json(path, {"a": [1, None, "ü"]})
     finally:
         os.umask(mask)
     assert json.loads(path.read_text()) == {"a": [1, None, "ü"]}
@@ -30,7 +30,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        atomic_files.write_json(path, {"a": 1})
+        files.write_json(path, {"a": 1})
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -38,7 +38,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_json_cannot_hold_is_refused_before_writing(tmp_path, value):
     with pytest.raises(ValueError, match="not JSON compliant"):
-        atomic_files.write_json(tmp_path / "a.json", {"a": value})
+        files.write_json(tmp_path / "a.json", {"a": value})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,7 +57,7 @@ def test_leftovers_of_ended_processes_are_removed(tmp_path, ended_process):
         (tmp_path / name).touch()
     two_hours_ago = time.time() - 7200
     os.utime(tmp_path / gone[3], (two_hours_ago, two_hours_ago))  # the number is another process's since
-    atomic_files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert names(tmp_path) == sorted(stay)
 
 
@@ -72,9 +72,9 @@ def test_folders_are_leftovers_too(tmp_path, ended_process):
         for path in (file, file.parent, tmp_path / name):
             os.utime(path, (two_hours_ago, two_hours_ago))
     (tmp_path / busy / "folder" / "file").touch()
-    atomic_files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert names(tmp_path) == [busy]
-    atomic_files.remove_leftovers(tmp_path / "missing")
+    files.remove_leftovers(tmp_path / "missing")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here to start a process quickly")
@@ -83,10 +83,10 @@ def test_a_killed_write_leaves_what_is_looked_for(tmp_path, monkeypatch):
     process = os.fork()
     if process == 0:
         try:
-            atomic_files.write_json(tmp_path / "a.json", {"a": 1})
+            files.write_json(tmp_path / "a.json", {"a": 1})
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     assert len(names(tmp_path)) == 1
-    atomic_files.remove_leftovers(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert names(tmp_path) == []

@@ -10,7 +10,8 @@ import pytest
 import torch
 from models import ARCHITECTURES, each_architecture, each_method, outputs_of, relative_difference
 
-from hf_specattn import AttentionSpec, SpectralConfig, adapters, condition, fold, refresh
+from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
+from hf_specattn import peft as adapters
 from hf_specattn.layers import spectral_layers
 from hf_specattn.refreshing import steps_since_refresh
 
@@ -595,7 +596,7 @@ def test_peft_is_prepared_when_it_is_imported_after_the_package():
         + """
 import importlib.util
 finders = list(sys.meta_path)
-hf_specattn.adapters.register()  # again, for nothing
+hf_specattn.peft.register()  # again, for nothing
 assert sys.meta_path == finders
 assert importlib.util.find_spec("peft") is not None  # a look is no import
 assert importlib.util.find_spec("nothing_like_it") is None
@@ -608,7 +609,7 @@ from peft.utils import constants
 assert constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["specattn_bert"] == ["query", "value"]
 prepared = BaseTuner.inject_adapter
 assert prepared.__wrapped__
-hf_specattn.adapters.register()
+hf_specattn.peft.register()
 assert BaseTuner.inject_adapter is prepared
 assert peft.auto.get_default_import_allowlist().count("hf_specattn") == 1
 """

@@ -31,13 +31,13 @@ from transformers import (
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.layers import spectral_layers
-from hf_specattn.training.documents import Document
-from hf_specattn.training.glue.batches import epoch_batches
-from hf_specattn.training.glue.metrics import score
-from hf_specattn.training.glue.report import picture
-from hf_specattn.training.glue.results import Results
-from hf_specattn.training.glue.tasks import COLUMNS, TASKS
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.glue.batches import epoch_batches
+from recipes.glue.metrics import score
+from recipes.glue.report import picture
+from recipes.glue.results import Results
+from recipes.glue.tasks import COLUMNS, TASKS
+from recipes.text.documents import Document
+from recipes.text.tokenization import train_wordpiece
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "scripts" / "eval_glue.py"
@@ -288,7 +288,7 @@ def test_bf16_trains_too(evaluate):
 
 
 def test_tokens_are_made_once_for_all_models_and_runs(evaluate, monkeypatch):
-    from hf_specattn.training.glue import features
+    from recipes.glue import features
 
     calls = []
     original = features.tokenize
@@ -764,7 +764,7 @@ SABOTAGE = """
 import os, sys
 sys.path.insert(0, {scripts!r})
 import eval_glue
-from hf_specattn.training.glue.features import Collator
+from recipes.glue.features import Collator
 
 place = os.environ["PLACE"]
 rank = int(os.environ["RANK"])

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from scripts_loading import REPOSITORY, load_script
 
-from hf_specattn.training import metrics
+from recipes.run import metrics
 
 
 def python_block(page: str, heading: str) -> str:

@@ -15,9 +15,9 @@ from models import ARCHITECTURES
 from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, pipeline
 
-from hf_specattn.training.evaluation import evaluate_mlm
-from hf_specattn.training.masking import MaskingRule
-from hf_specattn.training.mlm_data import MlmDataSettings, prepare_mlm_data
+from recipes.text.evaluation import evaluate_mlm
+from recipes.text.masking import MaskingRule
+from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
 
 SCRIPT = REPOSITORY / "scripts" / "pretrain_mlm.py"
 

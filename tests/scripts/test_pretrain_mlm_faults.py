@@ -33,8 +33,8 @@ from test_pretrain_mlm import (  # noqa: F401  fixtures among them
     script,
 )
 
-from hf_specattn.training import checkpointing
-from hf_specattn.training.checkpointing import list_checkpoints
+from recipes.run import checkpointing
+from recipes.run.checkpointing import list_checkpoints
 
 # ruff: noqa: F811  the fixtures' names again, as parameters
 

@@ -10,8 +10,8 @@ import time
 import pytest
 from scripts_loading import REPOSITORY, load_script
 
-from hf_specattn.training.images.arguments import parse_arguments
-from hf_specattn.training.sweeps.presets import SWEEPS
+from recipes.compare.sweeps.presets import SWEEPS
+from recipes.images.arguments import parse_arguments
 
 SCRIPT = REPOSITORY / "scripts" / "sweep.py"
 # A ViT of one layer of width 16 on 40 digits.

@@ -17,8 +17,8 @@ from scripts_loading import REPOSITORY, load_script
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_specattn import AttentionSpec, architectures
-from hf_specattn.training import comparison
-from hf_specattn.training.checkpointing import list_checkpoints
+from recipes.compare import comparison
+from recipes.run.checkpointing import list_checkpoints
 
 SCRIPT = REPOSITORY / "scripts" / "train_image_classification.py"
 

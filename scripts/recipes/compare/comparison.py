@@ -10,15 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..config import PROJECTIONS
-from .arguments import SpectralArguments
-from .metrics import METRICS_FILE, OKABE_ITO, RunMetrics
+from hf_specattn.config import PROJECTIONS
+
+from ..run.arguments import SpectralArguments
+from ..run.metrics import METRICS_FILE, RunMetrics
 
 STOCK = "stock"
-
-# The rest of Okabe and Ito's palette but its yellow, which is too light for lines on white.
-COLORS = (*OKABE_ITO.values(), "#56B4E9", "#CC79A7", "#000000")
-MARKERS = "os^Dv*XP"  # one more than colours, so that both repeat together only after many groups
 
 SPECTRAL_SETTINGS = frozenset(setting.name for setting in fields(SpectralArguments))
 # Arguments that say what is written where, and change nothing about the trained model.

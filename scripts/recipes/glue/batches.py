@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from ..randomness import Purpose, random_words
+from ..run.randomness import Purpose, random_words
 
 # Batches that are sorted by length together, as in transformers: many enough to save padding, few enough that examples keep
 # meeting different ones.

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from ..randomness import Purpose, random_words
+from ..run.randomness import Purpose, random_words
 from .tasks import DEFAULT_DATASET, HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueSplit, GlueTask
 
 logger = logging.get_logger(__name__)

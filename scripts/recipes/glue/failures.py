@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 
-from ..metrics import NonFiniteLossError
+from ..run.metrics import NonFiniteLossError
 from .metrics import UndefinedScoreError
 
 DIVERGED, OUT_OF_MEMORY, UNDEFINED, ERROR = "diverged", "out of memory", "undefined score", "error"

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .. import atomic_files
+from hf_specattn.files import write_bytes
+
 from .data import Examples, GlueDataError
 
 logger = logging.get_logger(__name__)
@@ -164,7 +165,7 @@ def prepare_tokens(
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_files.write_bytes(path, buffer.getvalue())
+        write_bytes(path, buffer.getvalue())
     except OSError as error:
         raise GlueDataError(f"{path} cannot be written: {error}. Make room, or name another --cache_dir.") from error
     return path

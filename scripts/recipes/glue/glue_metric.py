@@ -7,8 +7,8 @@
 import datasets
 import evaluate
 
-from hf_specattn.training.glue.metrics import score
-from hf_specattn.training.glue.tasks import TASKS
+from recipes.glue.metrics import score
+from recipes.glue.tasks import TASKS
 
 _CITATION = """\
 @inproceedings{wang2019glue,

@@ -21,12 +21,12 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..arguments import SpectralArguments
-from ..comparison import spectral_label
-from ..metrics import RunMetrics
-from ..run_description import model_description
-from ..saving import save_pretrained
-from ..streams import file_digest
+from ..compare.comparison import spectral_label
+from ..run.arguments import SpectralArguments
+from ..run.metrics import RunMetrics
+from ..run.run_description import model_description
+from ..run.saving import save_pretrained
+from ..text.streams import file_digest
 from .arguments import GlueArguments, folder_name
 from .protocols import Protocol
 from .tasks import GlueTask
@@ -35,6 +35,8 @@ from .tasks import GlueTask
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 OTHER_WEIGHTS = ("training_state", "adapter_model")  # of files that match these patterns and hold no model
+
+OUR_LOGGERS = (logging.get_logger("recipes"), logging.get_logger("hf_specattn"))
 
 
 class ModelError(ValueError):
@@ -321,12 +323,13 @@ def save_base(variant: ModelVariant, directory: str | Path) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Leave out warnings of transformers and of this package, where they were or will be shown once."""
-    ours = logging.get_logger(__name__.partition(".")[0])
-    verbosity, level = logging.get_verbosity(), ours.level
+    verbosity, levels = logging.get_verbosity(), [logger.level for logger in OUR_LOGGERS]
     logging.set_verbosity_error()
-    ours.setLevel(logging.ERROR)
+    for logger in OUR_LOGGERS:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logging.set_verbosity(verbosity)
-        ours.setLevel(level)
+        for logger, level in zip(OUR_LOGGERS, levels):
+            logger.setLevel(level)

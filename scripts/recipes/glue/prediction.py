@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import atomic_files
-from ..metrics import NonFiniteLossError
+from hf_specattn.files import write_bytes
+
+from ..run.metrics import NonFiniteLossError
 from .failures import SharedFailure
 from .features import Collator, TokenizedExamples
 from .metrics import predictions_from_logits
@@ -101,5 +102,5 @@ def write_submission(
     lines = ["index\tprediction", *(f"{index}\t{value}" for index, value in zip(indices, spelled, strict=True))]
     path = Path(folder) / f"{split.title}.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_files.write_bytes(path, ("\n".join(lines) + "\n").encode())
+    write_bytes(path, ("\n".join(lines) + "\n").encode())
     return path

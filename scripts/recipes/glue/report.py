@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from ..comparison import COLORS, MARKERS, PairedDifference
-from ..presentation import markdown_table, new_figure, render
+from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
+
+from ..compare.comparison import PairedDifference
 from .results import differing_settings
 from .summary import Average, Scores, Summary
 from .tasks import METRIC_TITLES, Column

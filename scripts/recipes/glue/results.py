@@ -8,7 +8,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from .. import atomic_files
+from hf_specattn.files import write_json
+
 from .tasks import TASKS
 
 RESULTS_FILE = "results.json"
@@ -104,7 +105,7 @@ class Results:
         with FileLock(self.path.with_name(f".{self.path.name}.lock")):
             records = {old.key: old for old in self.read()}
             records[record.key] = record
-            atomic_files.write_json(self.path, {"format": FORMAT, "runs": [asdict(each) for each in records.values()]})
+            write_json(self.path, {"format": FORMAT, "runs": [asdict(each) for each in records.values()]})
 
 
 def find_conflicts(existing: Iterable[RunRecord], planned: Sequence[RunRecord]) -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
-from ..comparison import PairedDifference, paired_difference
+from ..compare.comparison import PairedDifference, paired_difference
 from .results import FAILED, FINISHED, RunRecord
 from .tasks import COLUMNS, Column
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..arguments import (
+from ..run.arguments import (
     SpectralArguments,
     check_bounds,
     check_heads,
@@ -16,9 +16,9 @@ from ..arguments import (
     explicitly_given,
     refuse_unknown_trackers,
 )
-from ..initialization import PROJECTION_INITS, Initialization, parse_norm_reference
-from ..metrics import METRICS_FILE
-from ..pretrain_arguments import check_output_dir
+from ..run.initialization import PROJECTION_INITS, Initialization, parse_norm_reference
+from ..run.metrics import METRICS_FILE
+from ..text.pretrain_arguments import check_output_dir
 from .augmentation import Augmentation
 from .batches import Mixing
 from .models import ImageModelSettings

@@ -20,7 +20,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
-from ..randomness import Purpose, random_words
+from ..run.randomness import Purpose, random_words
 
 Transform = Callable[[Image.Image], Tensor]
 

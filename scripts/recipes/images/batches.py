@@ -17,8 +17,8 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..batching import epoch_permutation
-from ..randomness import Purpose
+from ..run.batching import epoch_permutation
+from ..run.randomness import Purpose
 from .augmentation import Transform, restored_generators, seed_generators
 from .sources import ImageSplit
 

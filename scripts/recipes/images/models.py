@@ -22,13 +22,14 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from ...conditioning import can_be_saved, condition, fold
-from ...layers import spectral_layers
-from ...modeling import MODEL_TYPE_PREFIX
-from ...reports import ProjectionReport
-from ..arguments import SpectralArguments
-from ..atomic_files import write_bytes
-from ..saving import save_pretrained
+from hf_specattn.conditioning import can_be_saved, condition, fold
+from hf_specattn.files import write_bytes
+from hf_specattn.layers import spectral_layers
+from hf_specattn.modeling import MODEL_TYPE_PREFIX
+from hf_specattn.reports import ProjectionReport
+
+from ..run.arguments import SpectralArguments
+from ..run.saving import save_pretrained
 
 TIMM_PREFIX = "timm/"
 

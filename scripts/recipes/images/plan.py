@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..arguments import SpectralArguments
-from ..initialization import Initialization
-from ..memory import estimate_training_memory
+from ..run.arguments import SpectralArguments
+from ..run.initialization import Initialization
+from ..run.memory import estimate_training_memory
 from .arguments import ImageArguments
 from .augmentation import Augmentation
 from .models import ImageModelSettings, build_stock_model, model_input

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..randomness import Purpose, random_words
+from ..run.randomness import Purpose, random_words
 
 logger = logging.get_logger(__name__)
 

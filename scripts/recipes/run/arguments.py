@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
-from ..config import INITS, SpectralConfig, check_choice
+from hf_specattn.config import INITS, SpectralConfig, check_choice
 
 
 @dataclass

@@ -15,7 +15,6 @@ The data need no place in it: batch order and masking are pure functions of (see
 """
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -28,11 +27,19 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers.utils import logging
 
-from ..conditioning import can_be_saved
-from .atomic_files import remove_leftovers, temporary_name
+from hf_specattn.conditioning import can_be_saved
+from hf_specattn.files import (
+    bytes_of,
+    is_disk_full,
+    megabytes,
+    remove_leftovers,
+    replace_folder,
+    sync,
+    temporary_name,
+)
+
 from .distributed import run_on_main_process
 from .training_state import (
     CheckpointError,
@@ -56,8 +63,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})")
 
 # Configuration, tokenizer and the file system's own needs, beyond the tensors.
 SMALL_FILES_BYTES = 4 * 2**20
-
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Result = TypeVar("Result")
 
@@ -383,30 +388,9 @@ def checksum(file: Path) -> str:
     return f"{value:08x}"
 
 
-def sync(path: Path) -> None:
-    """Force a file, or the list of names in a folder, to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def temporary_folder(folder: Path) -> Path:
     """Return the hidden name beside `folder` under which this process writes or removes it."""
     return folder.with_name(temporary_name(folder.name))
-
-
-def replace_folder(temporary: Path, folder: Path) -> None:
-    """Give the complete `temporary` its name, durably."""
-    aside = temporary.with_name(f"{temporary.name}-replaced")
-    if folder.exists():  # a damaged one, or of an earlier run
-        os.rename(folder, aside)
-    os.rename(temporary, folder)
-    sync(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_checkpoint(folder: Path) -> None:
@@ -417,27 +401,12 @@ def remove_checkpoint(folder: Path) -> None:
     shutil.rmtree(temporary)
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, also one of safetensors' writer, which is no OSError, says that the disk or quota is full."""
-    return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
-
-
 def without_aliases(tensors: Tensors) -> Tensors:
     """Return each tensor once, under the first of its names."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         first.setdefault(id(tensor), name)
     return {name: tensors[name] for name in first.values()}
-
-
-def bytes_of(tensors: Collection[Tensor]) -> int:
-    """Return the bytes of all tensors, the same one counted once."""
-    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
-
-
-def megabytes(count: int) -> str:
-    """Return a number of bytes as text in MB."""
-    return f"{count / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager

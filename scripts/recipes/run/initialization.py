@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..architectures import ARCHITECTURES, AttentionSpec, attention_specs
-from ..conditioning import Projection, find_projections, refuse_to_save
-from ..config import SpectralConfig, check_choice
-from ..layers import SPECTRAL_CLASSES, correction_matrix
+from hf_specattn.architectures import ARCHITECTURES, AttentionSpec, attention_specs
+from hf_specattn.conditioning import Projection, find_projections, refuse_to_save
+from hf_specattn.config import SpectralConfig, check_choice
+from hf_specattn.layers import SPECTRAL_CLASSES, correction_matrix
 
 PROJECTION_INITS = ("default", "orthogonal", "mimetic")
 

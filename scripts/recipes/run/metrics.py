@@ -10,16 +10,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..version import __version__
-from . import atomic_files
+from hf_specattn.figures import OKABE_ITO
+from hf_specattn.files import write_bytes, write_json
+from hf_specattn.version import __version__
 
 METRICS_FILE = "metrics.json"
 LOSS_CURVE_FILE = "loss_curve.png"
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "torchvision", "timm", "pillow")
-
-# Okabe and Ito's palette: told apart with any colour vision, and in grey.
-OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
 
 MLM_LOSS_NAME = "masked-LM loss (nats per predicted token)"
 
@@ -64,9 +62,9 @@ class RunMetrics:
                 f"matplotlib is not installed, so {LOSS_CURVE_FILE} is left out; {METRICS_FILE} has the data."
             )
         else:
-            atomic_files.write_bytes(directory / LOSS_CURVE_FILE, picture)
+            write_bytes(directory / LOSS_CURVE_FILE, picture)
         # Last: it is what marks a run as finished.
-        atomic_files.write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
+        write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
 
 
 def package_versions() -> dict[str, str | None]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig
 
-from .token_cache import TokenCache
+from ..text.token_cache import TokenCache
 
 ROWS_AT_ONCE = 2**16
 

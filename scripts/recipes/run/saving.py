@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .atomic_files import remove_leftovers, temporary_name
+from hf_specattn.files import remove_leftovers, temporary_name
 
 
 def save_pretrained(

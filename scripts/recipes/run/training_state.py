@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..layers import STEPS_SINCE_REFRESH, spectral_layers
-from ..refreshing import steps_since_refresh
+from hf_specattn.layers import STEPS_SINCE_REFRESH, spectral_layers
+from hf_specattn.refreshing import steps_since_refresh
 
 logger = logging.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from accelerate.utils import extract_model_from_parallel
 from numpy.typing import NDArray
 from torch import nn
 
+from ..run.metrics import perplexity
 from .masking import MaskingRule
-from .metrics import perplexity
 from .token_cache import TokenCache
 
 # Validation is corrupted once and for all, so that losses compare between runs of any seed.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from .randomness import Purpose, random_words
+from ..run.randomness import Purpose, random_words
 
 IGNORED_LABEL = -100  # the ignore_index of torch's and transformers' cross-entropy
 

@@ -10,9 +10,9 @@ from huggingface_hub.constants import HF_HOME
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from ..run.run_description import sequences_fingerprint
 from .cleaning import Cleaning
 from .packing import require_sequences, token_dtype
-from .run_description import sequences_fingerprint
 from .sources import corpus_streams
 from .token_cache import TokenCache, prepare_tokenizer, prepare_tokens
 from .tokenization import load_tokenizer

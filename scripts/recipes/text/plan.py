@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from ..conditioning import find_projections
-from ..config import SpectralConfig
-from ..crammed_bert import CrammedBertForMaskedLM
-from ..layers import spectral_layers
-from .arguments import SpectralArguments
+from hf_specattn.conditioning import find_projections
+from hf_specattn.config import SpectralConfig
+from hf_specattn.crammed_bert import CrammedBertForMaskedLM
+from hf_specattn.layers import spectral_layers
+
+from ..run.arguments import SpectralArguments
+from ..run.memory import MemoryEstimate, estimate_training_memory
+from ..run.schedules import ramped_micro_steps
 from .evaluation import accepts_masked_positions
-from .memory import MemoryEstimate, estimate_training_memory
 from .presets import PRESETS, deviations
 from .pretrain_arguments import PretrainArguments
-from .schedules import ramped_micro_steps
 
 
 def training_tokens(arguments: PretrainArguments, micro_batch_tokens: int) -> int | None:

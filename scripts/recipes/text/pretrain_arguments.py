@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, HfArgumentParser
 
-from ..crammed_bert import CrammedBertConfig
-from .arguments import (
+from hf_specattn.crammed_bert import CrammedBertConfig
+
+from ..run.arguments import (
     SpectralArguments,
     check_bounds,
     check_heads,
@@ -17,12 +18,12 @@ from .arguments import (
     explicitly_given,
     refuse_unknown_trackers,
 )
-from .checkpointing import list_checkpoints
+from ..run.checkpointing import list_checkpoints
+from ..run.metrics import METRICS_FILE
+from ..run.schedules import SCHEDULES, Budget
 from .cleaning import Cleaning
-from .metrics import METRICS_FILE
 from .mlm_data import MlmDataSettings
 from .presets import PRESETS
-from .schedules import SCHEDULES, Budget
 from .token_cache import ORDERS
 
 DEFAULT_STEPS = 300
@@ -156,7 +157,7 @@ class PretrainArguments:
         default=1024, metadata={"help": "Feed-forward width of a new model, gate included."}
     )
 
-    # Optimization: cramming's values (see hf_specattn.training.optimization) at a batch that a CPU can do.
+    # Optimization: cramming's values (see recipes.run.optimization) at a batch that a CPU can do.
     max_steps: int | None = field(
         default=None,
         metadata={"help": f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours has."},

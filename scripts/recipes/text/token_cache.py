@@ -30,7 +30,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .atomic_files import write_json
+from hf_specattn.files import write_json
+
 from .cleaning import NO_CLEANING, Cleaning
 from .documents import CorpusError, Document
 from .packing import PIECES_PER_CALL, plain_encoder, text_pieces, token_dtype, works_wordwise

@@ -7,9 +7,8 @@ import math
 import pytest
 from scipy import stats
 
-from hf_specattn.training.comparison import (
-    COLORS,
-    MARKERS,
+from hf_specattn.figures import COLORS, MARKERS, OKABE_ITO
+from recipes.compare.comparison import (
     METRICS,
     ComparisonError,
     find_differences,
@@ -21,7 +20,6 @@ from hf_specattn.training.comparison import (
     read_runs,
     shared_time_budget,
 )
-from hf_specattn.training.metrics import OKABE_ITO
 
 IDENTITY = {"spectral_conditioning": True, "lambda_": "1.0"}
 

@@ -7,8 +7,8 @@ import glue_files
 import numpy as np
 import pytest
 
-from hf_specattn.training.glue.data import Examples, GlueDataError, read_examples
-from hf_specattn.training.glue.tasks import TASKS
+from recipes.glue.data import Examples, GlueDataError, read_examples
+from recipes.glue.tasks import TASKS
 
 ALL_SPLITS = [(task, split) for task in TASKS.values() for split in task.splits]
 each_split = pytest.mark.parametrize(

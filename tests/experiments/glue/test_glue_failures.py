@@ -2,9 +2,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from hf_specattn.training.glue.failures import RunFailedError, SharedFailure, describe, kind_of
-from hf_specattn.training.glue.metrics import UndefinedScoreError
-from hf_specattn.training.metrics import NonFiniteLossError
+from recipes.glue.failures import RunFailedError, SharedFailure, describe, kind_of
+from recipes.glue.metrics import UndefinedScoreError
+from recipes.run.metrics import NonFiniteLossError
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer
 
-from hf_specattn.training.documents import Document
-from hf_specattn.training.glue import features
-from hf_specattn.training.glue.data import Examples, GlueDataError
-from hf_specattn.training.glue.features import (
+from recipes.glue import features
+from recipes.glue.data import Examples, GlueDataError
+from recipes.glue.features import (
     Collator,
     load_tokens,
     prepare_tokens,
     tokenize,
     tokenizer_fingerprint,
 )
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.text.documents import Document
+from recipes.text.tokenization import train_wordpiece
 
 WORDS = "the cat sat on a mat and the dog did not sit there at all"
 CPU = torch.device("cpu")

@@ -8,13 +8,13 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from hf_specattn.training.glue.metrics import (
+from recipes.glue.metrics import (
     FUNCTIONS,
     UndefinedScoreError,
     predictions_from_logits,
     score,
 )
-from hf_specattn.training.glue.tasks import METRICS, TASKS
+from recipes.glue.tasks import METRICS, TASKS
 
 CLASSIFICATION = {
     "accuracy": sklearn_metrics.accuracy_score,
@@ -171,12 +171,12 @@ def data_for(task, size=50):
 @pytest.fixture
 def metric_path():
     pytest.importorskip("evaluate")
-    return importlib.util.find_spec("hf_specattn.training.glue.glue_metric").origin
+    return importlib.util.find_spec("recipes.glue.glue_metric").origin
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_metric_of_evaluate_gives_the_same(name, metric_path):
-    from hf_specattn.training.glue.glue_metric import GlueMetric
+    from recipes.glue.glue_metric import GlueMetric
 
     task = TASKS[name]
     predictions, labels = data_for(task)
@@ -200,7 +200,7 @@ def test_it_loads_as_a_script_without_the_hub(metric_path, tmp_path, monkeypatch
 
 
 def test_the_metric_refuses_an_unknown_task_and_passes_errors_on(metric_path):
-    from hf_specattn.training.glue.glue_metric import GlueMetric
+    from recipes.glue.glue_metric import GlueMetric
 
     with pytest.raises(ValueError, match="'wnli' is no task of GLUE; choose one of mnli"):
         GlueMetric("wnli")

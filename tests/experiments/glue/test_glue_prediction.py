@@ -7,13 +7,13 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_specattn import CrammedBertConfig, CrammedBertForSequenceClassification
-from hf_specattn.training.documents import Document
-from hf_specattn.training.glue.data import Examples
-from hf_specattn.training.glue.failures import RunFailedError, SharedFailure
-from hf_specattn.training.glue.features import Collator, tokenize
-from hf_specattn.training.glue.prediction import accepted_inputs, predict_logits, write_submission
-from hf_specattn.training.glue.tasks import TASKS
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.glue.data import Examples
+from recipes.glue.failures import RunFailedError, SharedFailure
+from recipes.glue.features import Collator, tokenize
+from recipes.glue.prediction import accepted_inputs, predict_logits, write_submission
+from recipes.glue.tasks import TASKS
+from recipes.text.documents import Document
+from recipes.text.tokenization import train_wordpiece
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "the", "dog", "did", "not", "sit", "there", "at", "all"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hf_specattn.training.glue.protocols import PROTOCOLS, build_schedule, total_steps
+from recipes.glue.protocols import PROTOCOLS, build_schedule, total_steps
 
 CRAMMED, BERT = PROTOCOLS["crammed"], PROTOCOLS["bert"]
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hf_specattn.training.glue.report import CONSTANT, markdown, notes, picture
-from hf_specattn.training.glue.results import RunRecord
-from hf_specattn.training.glue.summary import Summary
-from hf_specattn.training.glue.tasks import COLUMNS, TASKS
+from recipes.glue.report import CONSTANT, markdown, notes, picture
+from recipes.glue.results import RunRecord
+from recipes.glue.summary import Summary
+from recipes.glue.tasks import COLUMNS, TASKS
 
 # Model -> task -> a score per seed, of each development set.
 SCORES = {

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from hf_specattn.training.glue.results import (
+from recipes.glue.results import (
     Results,
     ResultsError,
     RunRecord,

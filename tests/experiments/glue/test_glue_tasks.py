@@ -1,6 +1,6 @@
 import pytest
 
-from hf_specattn.training.glue.tasks import COLUMNS, TASKS, parse_tasks
+from recipes.glue.tasks import COLUMNS, TASKS, parse_tasks
 
 
 def test_the_columns_stand_as_in_the_paper_with_both_splits_of_mnli():

@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import create_transform
 from transformers import AutoImageProcessor
 
-from hf_specattn.training.images.augmentation import (
+from recipes.images.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Augmentation,
@@ -17,8 +17,8 @@ from hf_specattn.training.images.augmentation import (
     seed_generators,
     training_transform,
 )
-from hf_specattn.training.images.models import image_processor
-from hf_specattn.training.randomness import Purpose
+from recipes.images.models import image_processor
+from recipes.run.randomness import Purpose
 
 STRONG = Augmentation(0.3, 0, 0.5, "rand-m9-mstd0.5-inc1", 0.9)
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_specattn.training.batching import epoch_permutation
-from hf_specattn.training.images.augmentation import Augmentation, normalization, training_transform
-from hf_specattn.training.images.batches import (
+from recipes.images.augmentation import Augmentation, normalization, training_transform
+from recipes.images.batches import (
     REPEATED_BLOCK,
     Batches,
     ImageOrder,
@@ -15,7 +14,8 @@ from hf_specattn.training.images.batches import (
     load_batches,
     smooth_targets,
 )
-from hf_specattn.training.images.sources import ArrayImages, ImageSplit
+from recipes.images.sources import ArrayImages, ImageSplit
+from recipes.run.batching import epoch_permutation
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from hf_specattn.training.images.arguments import ImageArguments, parse_arguments
-from hf_specattn.training.images.presets import PRESETS, RECIPES, deviations
+from recipes.images.arguments import ImageArguments, parse_arguments
+from recipes.images.presets import PRESETS, RECIPES, deviations
 
 
 @pytest.fixture

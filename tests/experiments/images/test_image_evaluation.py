@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from hf_specattn.training.images.augmentation import evaluation_transform, normalization
-from hf_specattn.training.images.batches import ValidationImages
-from hf_specattn.training.images.evaluation import evaluate_images
-from hf_specattn.training.images.sources import ArrayImages, ImageSplit
+from recipes.images.augmentation import evaluation_transform, normalization
+from recipes.images.batches import ValidationImages
+from recipes.images.evaluation import evaluate_images
+from recipes.images.sources import ArrayImages, ImageSplit
 
 
 class Brightness(nn.Module):

@@ -12,8 +12,7 @@ from transformers import (
 
 from hf_specattn import AttentionSpec, architectures
 from hf_specattn.conditioning import can_be_saved
-from hf_specattn.training.arguments import SpectralArguments
-from hf_specattn.training.images.models import (
+from recipes.images.models import (
     ABLATED_WEIGHTS_FILE,
     ImageModelError,
     ImageModelSettings,
@@ -23,7 +22,8 @@ from hf_specattn.training.images.models import (
     model_input,
     save_classifier,
 )
-from hf_specattn.training.initialization import remove_layer_norms
+from recipes.run.arguments import SpectralArguments
+from recipes.run.initialization import remove_layer_norms
 
 CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -1,9 +1,9 @@
 import pytest
 import timm
 
-from hf_specattn.training.arguments import SpectralArguments
-from hf_specattn.training.images.arguments import ImageArguments, parse_arguments
-from hf_specattn.training.images.plan import describe_plan
+from recipes.images.arguments import ImageArguments, parse_arguments
+from recipes.images.plan import describe_plan
+from recipes.run.arguments import SpectralArguments
 
 
 def test_the_plan_of_the_default():

@@ -2,7 +2,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_specattn import SpectralConfig
-from hf_specattn.training.arguments import SpectralArguments, explicitly_given, parse_lambda
+from recipes.run.arguments import SpectralArguments, explicitly_given, parse_lambda
 
 
 def parse(*flags: str) -> SpectralArguments:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from hf_specattn.training.batching import BatchOrder, epoch_permutation
+from recipes.run.batching import BatchOrder, epoch_permutation
 
 
 def test_each_pass_reads_each_sequence_once_and_batches_run_on_across_passes():

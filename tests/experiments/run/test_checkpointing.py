@@ -42,8 +42,8 @@ from transformers import (
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.refreshing import steps_since_refresh
-from hf_specattn.training import checkpointing
-from hf_specattn.training.checkpointing import (
+from recipes.run import checkpointing
+from recipes.run.checkpointing import (
     MANIFEST_FILE,
     STATE_FILE,
     STATE_TENSORS_FILE,
@@ -55,7 +55,7 @@ from hf_specattn.training.checkpointing import (
     TrainingParts,
     list_checkpoints,
 )
-from hf_specattn.training.optimization import build_adamw
+from recipes.run.optimization import build_adamw
 
 DESCRIPTION = {"seed": 0, "data": "1f3a", "lambda_": None, "betas": (0.9, 0.98), "logging_steps": 10}
 STEPS = 30
@@ -511,7 +511,7 @@ def train_and_save_until_killed(folder: Path) -> None:
 def start_process(work: Callable[..., None], *arguments: object) -> BaseProcess:
     """Run `work`, a function of this module, in another process."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["accelerate", "pytest", "hf_specattn.training.checkpointing"])
+    server.set_forkserver_preload(["accelerate", "pytest", "recipes.run.checkpointing"])
     process = server.Process(target=work, args=arguments)
     process.start()
     return process

@@ -1,7 +1,7 @@
 import pytest
 from accelerate import Accelerator
 
-from hf_specattn.training.distributed import run_on_main_process
+from recipes.run.distributed import run_on_main_process
 
 
 def test_the_main_process_gets_its_own_result_and_errors():

@@ -3,7 +3,7 @@ import torch
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, ViTConfig, ViTModel
 
 from hf_specattn import SpectralConfig, condition
-from hf_specattn.training.initialization import (
+from recipes.run.initialization import (
     Initialization,
     initialize_projections,
     mimetic_factors,

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from hf_specattn.training.interruption import StopRequest, stop_on_signals
+from recipes.run.interruption import StopRequest, stop_on_signals
 
 WATCHED = (signal.SIGTERM, signal.SIGINT)
 

@@ -11,15 +11,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.training.evaluation import accepts_masked_positions
-from hf_specattn.training.masking import MaskingRule
-from hf_specattn.training.memory import (
+from recipes.run.memory import (
     MemoryEstimate,
     estimate_training_memory,
     saved_for_backward,
     storages_of,
     total_bytes,
 )
+from recipes.text.evaluation import accepts_masked_positions
+from recipes.text.masking import MaskingRule
 
 LENGTH, WIDTH, LAYERS, VOCABULARY = 16, 32, 2, 50
 BATCH = 13

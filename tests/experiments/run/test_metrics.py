@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from hf_specattn.training.metrics import (
+from recipes.run.metrics import (
     NonFiniteLossError,
     RunMetrics,
     loss_curve,

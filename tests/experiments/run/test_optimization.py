@@ -2,7 +2,7 @@ import torch
 from models import ARCHITECTURES, VOCABULARY
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.training.optimization import build_adamw, parameter_groups
+from recipes.run.optimization import build_adamw, parameter_groups
 
 
 def tiny_model() -> CrammedBertForMaskedLM:

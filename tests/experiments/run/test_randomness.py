@@ -1,6 +1,6 @@
 import numpy as np
 
-from hf_specattn.training.randomness import Purpose, random_words
+from recipes.run.randomness import Purpose, random_words
 
 # What the generator gave when this was written: runs of old and new versions must see the same batches.
 PINNED = [6452026991055952428, 1094967136881436591, 8166169322687471603]

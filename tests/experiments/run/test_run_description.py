@@ -3,11 +3,11 @@ from models import ARCHITECTURES, WIDTH
 from transformers import BertTokenizer
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.training import run_description
-from hf_specattn.training.mlm_data import MlmData
-from hf_specattn.training.run_description import model_description, sequences_fingerprint
-from hf_specattn.training.streams import file_stream
-from hf_specattn.training.token_cache import TokenCache, prepare_tokens
+from recipes.run import run_description
+from recipes.run.run_description import model_description, sequences_fingerprint
+from recipes.text.mlm_data import MlmData
+from recipes.text.streams import file_stream
+from recipes.text.token_cache import TokenCache, prepare_tokens
 
 
 def test_a_fingerprint_tells_shapes_and_values_apart_and_not_integer_widths(monkeypatch):

@@ -7,10 +7,10 @@ from models import ARCHITECTURES
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.training.atomic_files import TEMPORARY_NAME
-from hf_specattn.training.documents import Document
-from hf_specattn.training.saving import save_pretrained
-from hf_specattn.training.tokenization import train_wordpiece
+from hf_specattn.files import TEMPORARY_NAME
+from recipes.run.saving import save_pretrained
+from recipes.text.documents import Document
+from recipes.text.tokenization import train_wordpiece
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from transformers import get_scheduler
 
-from hf_specattn.training.schedules import (
+from recipes.run.schedules import (
     Budget,
     BudgetSchedule,
     cosine_factor,

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from hf_specattn import SpectralConfig, condition
-from hf_specattn.training.sharding import configure_sharding, layer_classes
+from recipes.run.sharding import configure_sharding, layer_classes
 
 LAYERS = {
     "bert": ["BertLayer"],

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from hf_specattn.training.throughput import LossWindow
+from recipes.run.throughput import LossWindow
 
 
 def test_means_speed_and_pauses(monkeypatch):

@@ -15,8 +15,8 @@ from transformers import get_linear_schedule_with_warmup
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, refresh
 from hf_specattn.refreshing import steps_since_refresh
-from hf_specattn.training.optimization import build_adamw
-from hf_specattn.training.training_state import (
+from recipes.run.optimization import build_adamw
+from recipes.run.training_state import (
     CheckpointError,
     TrainingParts,
     from_json,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from hf_specattn.diagnostics.tiny_models import tiny_config, tiny_inputs, tiny_model
+from recipes.survey.tiny_models import tiny_config, tiny_inputs, tiny_model
 
 
 @pytest.mark.parametrize(

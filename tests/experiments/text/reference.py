@@ -7,10 +7,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from hf_specattn.training.documents import Document
-from hf_specattn.training.embedded_corpus import embedded_documents
-from hf_specattn.training.streams import name_hash
-from hf_specattn.training.text_files import file_documents
+from recipes.text.documents import Document
+from recipes.text.embedded_corpus import embedded_documents
+from recipes.text.streams import name_hash
+from recipes.text.text_files import file_documents
 
 
 @dataclass(frozen=True)

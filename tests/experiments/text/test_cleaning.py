@@ -2,7 +2,7 @@ import unicodedata
 
 import pytest
 
-from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
+from recipes.text.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ import pathlib
 
 import pytest
 
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.embedded_corpus import embedded_documents
+from recipes.text.documents import CorpusError, Document
+from recipes.text.embedded_corpus import embedded_documents
 
 TOPICS = '# generated\ntopics = {"while": "The while statement.\\n", "assert": "The assert statement.\\n"}\n'
 

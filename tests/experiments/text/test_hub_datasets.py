@@ -3,8 +3,8 @@ import sys
 
 import pytest
 
-from hf_specattn.training.documents import CorpusError
-from hf_specattn.training.hub_datasets import hub_stream
+from recipes.text.documents import CorpusError
+from recipes.text.hub_datasets import hub_stream
 
 datasets = pytest.importorskip("datasets")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_specattn.training.masking import IGNORED_LABEL, MaskingRule
+from recipes.text.masking import IGNORED_LABEL, MaskingRule
 
 MASK = 4
 RULE = MaskingRule(mask_token_id=MASK, vocab_size=1000)

@@ -7,14 +7,14 @@ import pytest
 from huggingface_hub.constants import HF_HOME
 from reference import Corpora, load_corpora, pack_documents
 
-from hf_specattn.training import sources, streams
-from hf_specattn.training.cleaning import normalize_text
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
-from hf_specattn.training.run_description import sequences_fingerprint
-from hf_specattn.training.text_files import file_documents
-from hf_specattn.training.token_cache import TokenCache
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.run.run_description import sequences_fingerprint
+from recipes.text import sources, streams
+from recipes.text.cleaning import normalize_text
+from recipes.text.documents import CorpusError, Document
+from recipes.text.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
+from recipes.text.text_files import file_documents
+from recipes.text.token_cache import TokenCache
+from recipes.text.tokenization import train_wordpiece
 
 LENGTH, VOCABULARY = 16, 120
 
@@ -101,7 +101,7 @@ def test_a_long_document_in_parts(prepare, corpus, monkeypatch):
 
 def test_the_embedded_corpus(prepare, monkeypatch):
     documents = [Document(f"topic:{index}", f"The statement number {index} says it. " * 4) for index in range(40)]
-    for module in ("hf_specattn.training.sources", "reference"):
+    for module in ("recipes.text.sources", "reference"):
         monkeypatch.setattr(f"{module}.embedded_documents", lambda *_: iter(documents))
     monkeypatch.setattr(sources, "_library_state", lambda library: "state")
     assert_holds(prepare(validation_fraction=0.3), load_corpora(validation_fraction=0.3))

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from hf_specattn.training import packing
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.packing import plain_encoder, require_sequences, text_pieces, token_dtype, works_wordwise
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.text import packing
+from recipes.text.documents import CorpusError, Document
+from recipes.text.packing import plain_encoder, require_sequences, text_pieces, token_dtype, works_wordwise
+from recipes.text.tokenization import train_wordpiece
 
 DOCUMENTS = [Document(f"d:{index}", f"word{index} and\nsome more\n\nlines, {index}!") for index in range(20)]
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForMaskedLM
 
 from hf_specattn import SpectralConfig, condition
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
-from hf_specattn.training import plan
-from hf_specattn.training.masking import MaskingRule
-from hf_specattn.training.memory import MemoryEstimate, estimate_training_memory
-from hf_specattn.training.plan import (
+from recipes.run.memory import MemoryEstimate, estimate_training_memory
+from recipes.text import plan
+from recipes.text.masking import MaskingRule
+from recipes.text.plan import (
     added_correction_bytes,
     conditioning,
     describe_plan,
@@ -24,7 +24,7 @@ from hf_specattn.training.plan import (
     stock_model,
     training_tokens,
 )
-from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arguments
+from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 
 SIZES = {
     "hidden_size": 16,

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from hf_specattn.crammed_bert import CrammedBertConfig
-from hf_specattn.training.cleaning import PUBLISHED_CLEANING
-from hf_specattn.training.presets import (
+from recipes.text.cleaning import PUBLISHED_CLEANING
+from recipes.text.presets import (
     CRAMMED_BERT,
     NOT_DEVIATING,
     PRESETS,
@@ -14,7 +14,7 @@ from hf_specattn.training.presets import (
     PUBLISHED_RECIPE,
     deviations,
 )
-from hf_specattn.training.pretrain_arguments import PretrainArguments, parse_arguments
+from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 
 FIELDS = {field.name: field for field in dataclasses.fields(PretrainArguments)}
 

@@ -8,9 +8,10 @@ import pytest
 from models import ARCHITECTURES
 
 from hf_specattn import SpectralConfig, condition
-from hf_specattn.training.mlm_data import MlmDataSettings
-from hf_specattn.training.presets import PRESETS
-from hf_specattn.training.pretrain_arguments import (
+from recipes.run.schedules import Budget
+from recipes.text.mlm_data import MlmDataSettings
+from recipes.text.presets import PRESETS
+from recipes.text.pretrain_arguments import (
     DATA_SETTINGS,
     DEFAULT_STEPS,
     NEW_MODEL_SETTINGS,
@@ -18,7 +19,6 @@ from hf_specattn.training.pretrain_arguments import (
     parse_arguments,
     recorded_data_settings,
 )
-from hf_specattn.training.schedules import Budget
 
 CRAMMED = ["--preset", "crammed-bert"]
 

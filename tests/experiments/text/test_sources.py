@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from reference import load_corpora
 
-from hf_specattn.training import sources
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.embedded_corpus import EMBEDDED_CORPUS_NAME, embedded_documents
-from hf_specattn.training.mlm_data import MlmDataSettings
-from hf_specattn.training.sources import corpus_streams, embedded_stream, separate_validation_stream, training_stream
-from hf_specattn.training.streams import CorpusStream
-from hf_specattn.training.text_files import file_documents
+from recipes.text import sources
+from recipes.text.documents import CorpusError, Document
+from recipes.text.embedded_corpus import EMBEDDED_CORPUS_NAME, embedded_documents
+from recipes.text.mlm_data import MlmDataSettings
+from recipes.text.sources import corpus_streams, embedded_stream, separate_validation_stream, training_stream
+from recipes.text.streams import CorpusStream
+from recipes.text.text_files import file_documents
 
 LIBRARY = {
     "pydoc_data/topics.py": 'topics = {"while": "The while statement.\\n", "assert": "The assert statement.\\n"}\n',

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from reference import split_documents
 
-from hf_specattn.training import streams
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.streams import (
+from recipes.text import streams
+from recipes.text.documents import CorpusError, Document
+from recipes.text.streams import (
     CorpusStream,
     estimated_characters,
     file_digest,
@@ -20,7 +20,7 @@ from hf_specattn.training.streams import (
     split_stream,
     training_sample,
 )
-from hf_specattn.training.text_files import file_documents
+from recipes.text.text_files import file_documents
 
 TEXTS = [f"Word{index} and more.\n" + "some lines, \n" * (index % 7) for index in range(60)]
 DOCUMENTS = [Document(f"d:{index}", text) for index, text in enumerate(TEXTS)]

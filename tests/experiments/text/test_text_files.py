@@ -4,9 +4,9 @@ import pathlib
 
 import pytest
 
-from hf_specattn.training import text_files
-from hf_specattn.training.documents import CorpusError
-from hf_specattn.training.text_files import EXTENSIONS, file_documents
+from recipes.text import text_files
+from recipes.text.documents import CorpusError
+from recipes.text.text_files import EXTENSIONS, file_documents
 
 
 def texts(path: pathlib.Path, **options: str) -> list[str]:

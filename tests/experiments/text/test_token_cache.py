@@ -14,15 +14,15 @@ from reference import pack_documents
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_specattn.training import packing, streams, token_cache
-from hf_specattn.training.batching import BatchOrder
-from hf_specattn.training.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.run_description import sequences_fingerprint
-from hf_specattn.training.streams import CorpusStream, file_stream, split_stream
-from hf_specattn.training.text_files import file_documents
-from hf_specattn.training.token_cache import TokenCache, prepare_tokenizer, prepare_tokens
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.run.batching import BatchOrder
+from recipes.run.run_description import sequences_fingerprint
+from recipes.text import packing, streams, token_cache
+from recipes.text.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
+from recipes.text.documents import CorpusError, Document
+from recipes.text.streams import CorpusStream, file_stream, split_stream
+from recipes.text.text_files import file_documents
+from recipes.text.token_cache import TokenCache, prepare_tokenizer, prepare_tokens
+from recipes.text.tokenization import train_wordpiece
 
 TEXTS = [
     f"Word{index} and Café.\nSome more. " + "lines, " * (index % 7) + "end.\n" * (index % 5) for index in range(60)

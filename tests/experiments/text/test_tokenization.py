@@ -7,17 +7,17 @@ import pytest
 from transformers import AutoTokenizer, BertTokenizer
 
 from hf_specattn import CrammedBertConfig
-from hf_specattn.training.documents import CorpusError, Document
-from hf_specattn.training.embedded_corpus import embedded_documents
-from hf_specattn.training.tokenization import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
+from recipes.text.documents import CorpusError, Document
+from recipes.text.embedded_corpus import embedded_documents
+from recipes.text.tokenization import SPECIAL_TOKENS, load_tokenizer, train_wordpiece
 
 WORDS = ("Tokenizing", "tokens", "Café", "naïve", "under_score", "3.14", "it's", "走走", "tokenized", "£5", "x²")
 DOCUMENTS = [Document(f"d:{index}", " ".join(WORDS[index % 7 :] * 5)) for index in range(40)]
 
 PRINT_VOCABULARY = """
 import hashlib, json
-from hf_specattn.training.embedded_corpus import embedded_documents
-from hf_specattn.training.tokenization import train_wordpiece
+from recipes.text.embedded_corpus import embedded_documents
+from recipes.text.tokenization import train_wordpiece
 vocabulary = train_wordpiece(list(embedded_documents())[:60], 600).get_vocab()
 print(hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest())
 """

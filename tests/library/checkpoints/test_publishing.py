@@ -16,7 +16,7 @@ from hf_specattn.checkpoints import publishing
 from hf_specattn.checkpoints.conversion import Options, convert, fold_checkpoint
 from hf_specattn.checkpoints.publishing import PublishingError, plan, publish
 from hf_specattn.checkpoints.sources import SourceError
-from hf_specattn.training.glue.results import Results, RunRecord
+from recipes.glue.results import Results, RunRecord
 
 BERT = ARCHITECTURES["bert"]
 CODE = {

@@ -8,8 +8,8 @@ from models import ARCHITECTURES, LAYERS, VOCABULARY, assert_bit_equal, each_met
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from hf_specattn import SpectralConfig, condition
+from hf_specattn.callback import SpectralCallback
 from hf_specattn.layers import spectral_layers
-from hf_specattn.training.callback import SpectralCallback
 
 pytestmark = pytest.mark.integration
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...config import GRANULARITIES, METHODS, PROJECTIONS, check_choice
-from ..initialization import PROJECTION_INITS
+from hf_specattn.config import GRANULARITIES, METHODS, PROJECTIONS, check_choice
+
+from ...run.initialization import PROJECTION_INITS
 from .design import Flags, Setting, Sweep, SweepError, Variant
 
 STOCK = "stock"

@@ -6,8 +6,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..comparison import COLORS, MARKERS, PairedDifference
-from ..presentation import markdown_table, new_figure, render
+from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
+
+from ..comparison import PairedDifference
 from .design import Setting, Variant
 from .results import Cell, Results
 

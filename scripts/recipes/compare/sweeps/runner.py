@@ -17,8 +17,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .. import atomic_files
-from ..checkpointing import list_checkpoints
+from hf_specattn.files import write_bytes
+
+from ...run.checkpointing import list_checkpoints
 from ..comparison import ComparisonError, Run, read_run
 from .design import PlannedRun, SweepError
 
@@ -34,8 +35,8 @@ PRELOADED = [
     "matplotlib.backends.backend_agg",
     "transformers.models.vit.modeling_vit",
     "transformers.models.timm_wrapper.modeling_timm_wrapper",
-    "hf_specattn.training.images.models",
-    "hf_specattn.training.images.plan",
+    "recipes.images.models",
+    "recipes.images.plan",
 ]
 
 logger = logging.get_logger(__name__)
@@ -148,9 +149,7 @@ def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> No
     directory.mkdir(parents=True, exist_ok=True)
     # A run that was killed may leave a saved model and neither a checkpoint nor a record: it begins anew.
     arguments = run.arguments(runs_dir, anew=not list_checkpoints(directory))
-    atomic_files.write_bytes(
-        directory / COMMAND_FILE, (shlex.join(["python", str(run.script), *arguments]) + "\n").encode()
-    )
+    write_bytes(directory / COMMAND_FILE, (shlex.join(["python", str(run.script), *arguments]) + "\n").encode())
     with open(directory / LOG_FILE, "a", encoding="utf-8") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())

@@ -2,8 +2,8 @@
 
 import pytest
 
-from hf_specattn.training.images.arguments import parse_arguments
-from hf_specattn.training.sweeps.cost import gpu_hours, training_operations
+from recipes.compare.sweeps.cost import gpu_hours, training_operations
+from recipes.images.arguments import parse_arguments
 
 
 def test_the_operations_of_a_small_vit():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_specattn.training.sweeps.design import PlannedRun, Setting, Sweep, SweepError, Tuning, Variant
+from recipes.compare.sweeps.design import PlannedRun, Setting, Sweep, SweepError, Tuning, Variant
 
 SCRIPT = Path("scripts/train.py")
 SCALE = Tuning("scale", (1.0, 2.5), ("--initialization_scale", "{value}"))

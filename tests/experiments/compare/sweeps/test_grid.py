@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_specattn.training.sweeps.design import SweepError
-from hf_specattn.training.sweeps.grid import GridValues, grid_sweep
+from recipes.compare.sweeps.design import SweepError
+from recipes.compare.sweeps.grid import GridValues, grid_sweep
 
 SCRIPT = Path("train_image_classification.py")
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from image_records import write_image_record
 
-from hf_specattn.training.sweeps import runner
-from hf_specattn.training.sweeps.design import PlannedRun, SweepError
-from hf_specattn.training.sweeps.runner import LOG_FILE, Machine, failure, finished, run_all
+from recipes.compare.sweeps import runner
+from recipes.compare.sweeps.design import PlannedRun, SweepError
+from recipes.compare.sweeps.runner import LOG_FILE, Machine, failure, finished, run_all
 
 ONE = Machine(parallel=1, threads=1)
 

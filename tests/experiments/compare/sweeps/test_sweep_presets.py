@@ -5,13 +5,13 @@ import torch
 from scripts_loading import REPOSITORY
 
 from hf_specattn import SpectralConfig, condition
-from hf_specattn.training.images.arguments import parse_arguments
-from hf_specattn.training.images.models import build_stock_model
-from hf_specattn.training.images.plan import planned_amounts
-from hf_specattn.training.initialization import initialize_projections, remove_layer_norms
-from hf_specattn.training.sweeps.design import Setting
-from hf_specattn.training.sweeps.execution import planned_runs
-from hf_specattn.training.sweeps.presets import FAMILIES, SCALES, SMALL_RECIPE, SWEEPS
+from recipes.compare.sweeps.design import Setting
+from recipes.compare.sweeps.execution import planned_runs
+from recipes.compare.sweeps.presets import FAMILIES, SCALES, SMALL_RECIPE, SWEEPS
+from recipes.images.arguments import parse_arguments
+from recipes.images.models import build_stock_model
+from recipes.images.plan import planned_amounts
+from recipes.run.initialization import initialize_projections, remove_layer_norms
 
 SCRIPTS = REPOSITORY / "scripts"
 

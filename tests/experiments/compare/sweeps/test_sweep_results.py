@@ -10,13 +10,13 @@ from image_records import write_image_record
 from PIL import Image
 from scipy import stats
 
-from hf_specattn.training.comparison import METRICS
-from hf_specattn.training.sweeps import execution
-from hf_specattn.training.sweeps.design import Setting, Sweep, SweepError, Tuning, Variant
-from hf_specattn.training.sweeps.execution import planned_runs, run_sweep
-from hf_specattn.training.sweeps.report import as_json, picture, report, short_table
-from hf_specattn.training.sweeps.results import choose
-from hf_specattn.training.sweeps.runner import Machine
+from recipes.compare.comparison import METRICS
+from recipes.compare.sweeps import execution
+from recipes.compare.sweeps.design import Setting, Sweep, SweepError, Tuning, Variant
+from recipes.compare.sweeps.execution import planned_runs, run_sweep
+from recipes.compare.sweeps.report import as_json, picture, report, short_table
+from recipes.compare.sweeps.results import choose
+from recipes.compare.sweeps.runner import Machine
 
 ACCURACY, LOSS = METRICS["images"]["accuracy"], METRICS["images"]["loss"]
 SCALED = Variant("stock, tuned scale", ("--scale", "{scale}"), start="tuned scale")

@@ -1,0 +1,1 @@
+"""A training run: its arguments, checkpoints, random numbers, schedules and record."""

@@ -1,0 +1,1 @@
+"""Masked language modelling: corpora, tokens, masking, presets."""
