@@ -14,7 +14,7 @@ from .checkpoints.conversion import convert as convert_checkpoint
 from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.publishing import plan, publish
 from .config import PROJECTIONS, SpectralConfig
-from .diagnostics.command import report, report_training
+from .diagnostics.command import report
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -134,7 +134,17 @@ def push(
 
 
 app.command()(report)
-app.command(name="report-training")(report_training)
+
+
+@app.command(
+    name="report-training", hidden=True, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def report_training() -> None:
+    """Moved to `scripts/compare_runs.py` of the repository."""
+    raise ValueError(
+        "report-training is a part of scripts/compare_runs.py in the repository now: python scripts/compare_runs.py RUN ... "
+        "--output_dir report"
+    )
 
 
 @app.callback(invoke_without_command=True)

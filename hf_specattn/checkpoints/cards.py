@@ -1,5 +1,6 @@
 """Model cards: the templates in `model_cards/`, filled in with what is known of a checkpoint."""
 
+import importlib.resources
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,18 +11,15 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from transformers.modelcard import TASK_MAPPING
 
-from recipes.glue.results import Results, ResultsError
-from recipes.glue.tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
-from recipes.run.metrics import METRICS_FILE
-
 from ..figures import markdown_table
 from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX, conditioned_class
+from .evaluations import read_evaluations
 from .pictures import PICTURE, kappa_picture
 from .records import Record
 from .remote_code import auto_map, needs_remote_code
 
 CARD = "README.md"
-TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards"
+TEMPLATES = "hf_specattn.model_cards"
 
 # What a source's card says that holds for what is made of it too.
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag", "library_name")
@@ -53,16 +51,20 @@ def card_files(folder: Path, record: Record, repo_id: str | None = None) -> dict
     """The model card of a checkpoint, and its picture where matplotlib is installed: file name -> content.
 
     Args:
-        folder: of the checkpoint; its config.json, `metrics.json` and `results.json` are read.
+        folder: of the checkpoint; its config.json and `evaluations*.json` are read.
         record: what was done to it.
         repo_id: its name on the Hub, for the examples; None where it has none yet.
+
+    Raises:
+        ValueError: for damaged evaluations.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     picture = kappa_picture(record)
-    results = evaluations(folder)
+    results = read_evaluations(folder)
+    template = importlib.resources.files(TEMPLATES) / TEMPLATE_OF[record.command]
     card = ModelCard.from_template(
         _metadata(config, record, results, repo_id),
-        template_path=str(TEMPLATES / TEMPLATE_OF[record.command]),
+        template_str=template.read_text(encoding="utf-8"),
         **_variables(config, record, results, repo_id, PICTURE if picture else None),
     )
     files = {CARD: (str(card).rstrip() + "\n").encode()}
@@ -170,75 +172,6 @@ def _median(values: Sequence[float]) -> float:
     ordered = sorted(values)
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-# --- evaluations ------------------------------------------------------------------------------------------------------
-
-
-def evaluations(folder: Path) -> list[EvalResult]:
-    """What `metrics.json` (pretraining) and `results.json` (GLUE) beside a checkpoint say of it, for the Hub.
-
-    `results.json` counts only if it is of one model: nothing in it says which of several lies here.
-
-    Raises:
-        ValueError: for a damaged file.
-    """
-    return [*_pretraining(folder / METRICS_FILE), *_glue(folder)]
-
-
-def _pretraining(file: Path) -> list[EvalResult]:
-    if not file.is_file():
-        return []
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        final, arguments = record.get("final", {}), record.get("arguments", {})
-        corpus = str(record.get("facts", {}).get("corpus", "held-out text"))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({error}); move it away, or restore it.") from error
-    name = arguments.get("dataset_name") or corpus
-    common: dict[str, Any] = {
-        "task_type": "fill-mask",
-        "dataset_type": str(name),
-        "dataset_name": corpus,
-        "dataset_split": "validation",
-    }
-    titles = {
-        "validation_perplexity": ("perplexity", "Perplexity"),
-        "validation_loss": ("loss", "Loss (nats per token)"),
-    }
-    return [
-        EvalResult(**common, metric_type=kind, metric_name=title, metric_value=final[key])
-        for key, (kind, title) in titles.items()
-        if final.get(key) is not None
-    ]
-
-
-def _glue(folder: Path) -> list[EvalResult]:
-    try:
-        records = [record for record in Results(folder).read() if record.scores]
-    except ResultsError as error:
-        raise ValueError(str(error)) from error
-    if len({record.model for record in records}) != 1:
-        return []
-    found = []
-    for task in TASKS.values():
-        runs = [record for record in records if record.task == task.name]
-        for split in runs[0].scores if runs else ():
-            for metric in runs[0].scores[split]:
-                values = [run.scores[split][metric] for run in runs]
-                found.append(
-                    EvalResult(
-                        task_type="text-classification",
-                        dataset_type=DEFAULT_DATASET,
-                        dataset_name=f"GLUE {task.title}",
-                        dataset_config=task.name,
-                        dataset_split=split,
-                        metric_type=metric,
-                        metric_name=f"{METRIC_TITLES.get(metric, metric)}, mean of {len(values)} seed(s)",
-                        metric_value=sum(values) / len(values),
-                    )
-                )
-    return found
 
 
 def _scores_table(results: Sequence[EvalResult]) -> str:

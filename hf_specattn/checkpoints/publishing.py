@@ -18,14 +18,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
-from recipes.glue.results import RESULTS_FILE
-from recipes.run.metrics import LOSS_CURVE_FILE, METRICS_FILE
-
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
 from ..modeling import SpectralModelMixin
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
+from .evaluations import PATTERN as EVALUATIONS
 from .pictures import PICTURE
 from .probe import Comparison
 from .records import RECORD, Record, read_record, spectra_rows
@@ -40,9 +38,11 @@ PUBLISHED = (
     "LICENSE*",
     PICTURE,
     RECORD,
-    METRICS_FILE,
-    RESULTS_FILE,
-    LOSS_CURVE_FILE,
+    EVALUATIONS,
+    # What the experiments under scripts/ record of a run.
+    "metrics.json",
+    "results.json",
+    "loss_curve.png",
 )
 
 

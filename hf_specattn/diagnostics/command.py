@@ -1,7 +1,5 @@
-"""`specattn report` and `specattn report-training`, for the command line to register."""
+"""`specattn report`, for the command line to register."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +7,8 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from recipes.compare.comparison import ComparisonError, group_runs, read_runs
-
 from ..balance import probe_batch
-from .monitor import MONITOR_FILE
-from .report import write_report, write_training_report
+from .report import write_report
 
 # What a text model is looked at on where no data are given.
 DEFAULT_TEXT = (
@@ -48,38 +43,6 @@ def report(
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     typer.echo(f"Wrote {page}, with its figures beside it.")
-
-
-def report_training(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of finished runs of pretrain_mlm.py with the monitor on.")
-    ],
-    output_dir: Annotated[Path, typer.Option(help="Folder for training.png and training.svg.")] = Path("report"),
-) -> None:
-    """Draw the conditioning of attention over training: runs that differ in their seed alone make one line with a band."""
-    try:
-        groups = {
-            group.label: [read_records(run.directory) for run in group.runs] for group in group_runs(read_runs(runs))
-        }
-        picture = write_training_report(groups, output_dir)
-    except (ComparisonError, ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
-    typer.echo(f"Wrote {picture} and .svg.")
-
-
-def read_records(run: Path) -> Sequence[dict[str, Any]]:
-    """The measurements of one run.
-
-    Raises:
-        ValueError: if the run has none, or its file is not the monitor's.
-    """
-    file = run / MONITOR_FILE
-    if not file.is_file():
-        raise ValueError(f"{run} has no {MONITOR_FILE}; train it with --spectral_monitor_every.")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["records"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a file of SpectralMonitor ({type(error).__name__}: {error}).") from error
 
 
 def _batch(
