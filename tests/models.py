@@ -280,3 +280,42 @@ def assert_bit_equal(tensors: Mapping[str, Tensor], expected: Mapping[str, Tenso
         if value.dtype != tensors[name].dtype or not torch.equal(value, tensors[name])
     ]
     assert not different
+
+
+class ToyAttention(nn.Module):
+    """An attention that the table does not know: one fused tensor, queries of 4 heads, keys and values of 2."""
+
+    def __init__(self, width=16, heads=4, groups=2, interleaved=False):
+        super().__init__()
+        self.width, self.heads, self.groups, self.head_dim = width, heads, groups, width // heads
+        self.interleaved = interleaved
+        self.in_proj = nn.Linear(width, (heads + 2 * groups) * self.head_dim, dtype=torch.float64)
+        self.out_proj = nn.Linear(width, width, dtype=torch.float64)
+
+    def forward(self, inputs):
+        fused = self.in_proj(inputs)
+        per_group = self.heads // self.groups
+        if self.interleaved:
+            query, key, value = fused.unflatten(-1, (self.groups, per_group + 2, self.head_dim)).split(
+                [per_group, 1, 1], dim=-2
+            )
+            query = query.flatten(-3, -2)
+            key, value = key.squeeze(-2), value.squeeze(-2)
+        else:
+            query, key, value = fused.unflatten(-1, (-1, self.head_dim)).split(
+                [self.heads, self.groups, self.groups], dim=-2
+            )
+        key, value = (part.repeat_interleave(per_group, dim=-2) for part in (key, value))
+        query, key, value = (part.transpose(-3, -2) for part in (query, key, value))
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(mixed.transpose(-3, -2).flatten(-2))
+
+
+def toy_spec(interleaved):
+    return hf_specattn.AttentionSpec(
+        "ToyAttention",
+        {"in_proj": ("query", "key", "value")},
+        interleaved=interleaved,
+        query_heads="heads",
+        key_value_heads="groups",
+    )

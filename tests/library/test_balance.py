@@ -15,13 +15,14 @@ from models import (
     HEADS,
     LAYERS,
     PROJECTIONS,
+    ToyAttention,
     assert_bit_equal,
     each_architecture,
     each_head,
     outputs_of,
     relative_difference,
+    toy_spec,
 )
-from test_conditioning import ToyAttention, toy_spec
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 from transformers import (

@@ -47,7 +47,7 @@ def source(tmp_path_factory):
 
 
 def test_the_console_script_is_this_command():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     target = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["specattn"]
     module, _, function = target.partition(":")
     assert getattr(importlib.import_module(module), function) is cli.main
@@ -135,6 +135,13 @@ def test_usage_errors_and_help(specattn):
     assert specattn("--version")[1].strip() == cli.__version__
 
 
+def test_a_command_that_moved_says_where_to(specattn, tmp_path):
+    code, out, err = specattn("report-training", tmp_path / "run", tmp_path / "other", "--output-dir", "report")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "python scripts/compare_runs.py RUN ... --output_dir report" in err
+    assert specattn("report-training")[0] == 1
+
+
 def test_push(specattn, source, tmp_path, monkeypatch):
     calls = []
 
@@ -154,6 +161,12 @@ def test_push(specattn, source, tmp_path, monkeypatch):
     assert code == 0
     assert "Dry run: nothing was uploaded." in out
     assert "modeling.py" in out
+    assert not calls
+    card = tmp_path / "card"
+    code, out, _ = specattn("push", tmp_path / "new", "me/tiny", "--dry-run", "--new-card", "--card-dir", card)
+    assert code == 0
+    assert f"Written into {card}: README.md, kappa.png" in out
+    assert "# tiny\n" in (card / "README.md").read_text()
     assert not calls
     code, out, _ = specattn("push", tmp_path / "new", "me/tiny", "--private")
     assert code == 0

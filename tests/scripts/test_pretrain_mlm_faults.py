@@ -89,7 +89,8 @@ class Moment(NamedTuple):
 def users_environment() -> dict[str, str]:
     """Return the environment without the test suite's setting that makes products independent of where weights lie."""
     variables = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
-    paths = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    # Where `recipes` is, too: the server is no script of that folder.
+    paths = os.pathsep.join(str(REPOSITORY / folder) for folder in (".", "scripts", "tests"))
     return variables | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 

@@ -103,7 +103,7 @@ def test_nothing_is_done_without_fsdp(accelerator_of):
 
 def test_fsdp2_shards_by_the_layers(accelerator_of, caplog):
     accelerator = accelerator_of(DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2))
-    with caplog.at_level(logging.INFO, "hf_specattn"):
+    with caplog.at_level(logging.INFO, "recipes"):
         assert configure_sharding(accelerator, ARCHITECTURES["crammed_bert"].model("AutoModelForMaskedLM")) is True
     assert accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap == ["CrammedBertLayer"]
     assert [record.getMessage() for record in caplog.records] == ["FSDP2 shards by CrammedBertLayer."]

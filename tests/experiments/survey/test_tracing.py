@@ -3,11 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ARCHITECTURES, HEADS, LAYERS, each_architecture
-from test_conditioning import ToyAttention
+from models import ARCHITECTURES, HEADS, LAYERS, ToyAttention, each_architecture
 from torch import nn
 
-from hf_specattn.diagnostics import trace_attention
+from recipes.survey.tracing import trace_attention
 
 
 def inputs(width=16):

@@ -68,11 +68,10 @@ def test_training_again_finds_the_same_vocabulary():
 
 @pytest.mark.slow
 def test_another_process_finds_the_same_vocabulary():
+    command = [sys.executable, "-c", PRINT_VOCABULARY]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # where `recipes` is
     found = {
-        subprocess.run(
-            [sys.executable, "-c", PRINT_VOCABULARY], env={**os.environ}, check=True, capture_output=True, text=True
-        ).stdout
-        for _ in range(2)
+        subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout for _ in range(2)
     }
     assert len(found) == 1
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("loading.py")
-REPOSITORY = SCRIPT.parents[2]
+REPOSITORY = SCRIPT.parents[3]
 
 
 @dataclass

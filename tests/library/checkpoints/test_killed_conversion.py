@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
     ARCHITECTURES["bert"].model("AutoModel", torch.float32).save_pretrained(folder / "source", max_shard_size="30KB")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[3])}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder / "source"), str(folder)],
         env=environment,

@@ -444,7 +444,7 @@ def test_minilm_merged_folded_and_saved_is_a_plain_bert(method, minilm_path, tmp
 
 
 def test_the_example_in_the_documentation(minilm_path, tmp_path, monkeypatch):
-    text = (pathlib.Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    text = (pathlib.Path(__file__).parents[3] / "docs" / "adapters.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert example.count('"bert-base-uncased"') == 1
     monkeypatch.chdir(tmp_path)

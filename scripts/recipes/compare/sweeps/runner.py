@@ -27,6 +27,7 @@ LOG_FILE = "log.txt"
 COMMAND_FILE = "command.txt"
 
 # What every run imports: a server imports it once, and each run is a fork of the server. Nothing here may start a thread.
+# `recipes`, which is quick to import, is left out: before Python 3.12.8 the server does not look in the scripts' folder.
 PRELOADED = [
     "torch",
     "accelerate",
@@ -35,8 +36,9 @@ PRELOADED = [
     "matplotlib.backends.backend_agg",
     "transformers.models.vit.modeling_vit",
     "transformers.models.timm_wrapper.modeling_timm_wrapper",
-    "recipes.images.models",
-    "recipes.images.plan",
+    "hf_specattn.conditioning",
+    "hf_specattn.modeling",
+    "hf_specattn.diagnostics",
 ]
 
 logger = logging.get_logger(__name__)
