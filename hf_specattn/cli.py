@@ -1,6 +1,7 @@
 """The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import torch
@@ -111,6 +112,9 @@ def push(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: organization/model.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and ask nothing of the Hub.")] = False,
+    card_dir: Annotated[
+        Path | None, typer.Option(help="Also write the card and its picture as they are published into this folder.")
+    ] = None,
     new_card: Annotated[bool, typer.Option("--new-card", help="Write a new model card although SRC has one.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; created where it does not exist.")] = None,
@@ -120,6 +124,8 @@ def push(
     """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
     publication = plan(src, repo_id, new_card)
     _report(publication.describe())
+    if card_dir is not None:
+        _report(f"Written into {card_dir}: {', '.join(publication.write_card(card_dir))}")
     if dry_run:
         _report("Dry run: nothing was uploaded.")
         return

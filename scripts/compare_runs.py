@@ -5,11 +5,13 @@
 Runs that differ in their seed alone form a group. The table has for each group the final validation loss (of image
 classifiers the accuracy, unless `--metric loss` is given; mean and standard deviation), perplexity, speed, and the difference
 to a reference group, paired over the seeds that both have, with its 95 % interval. With `--output_dir` it is written there
-as `comparison.md`, with `comparison.png` and `.svg`.
+as `comparison.md`, with `comparison.png` and `.svg`. Where every run was trained with `--spectral_monitor_every`, the
+conditioning of attention over training is drawn there, too: `training.png` and `.svg`.
 
 Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """
 
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_specattn.diagnostics import write_training_report
+from hf_specattn.diagnostics.monitor import MONITOR_FILE
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
 from hf_specattn.files import write_bytes
 from recipes.compare.comparison import (
@@ -69,7 +73,7 @@ class CompareArguments:
         metadata={"help": "Go on although validation data, steps or training tokens differ; the table says so."},
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": f"Folder for {NAME}.md, .png and .svg. None: only print the table."}
+        default=None, metadata={"help": f"Folder for {NAME}.md and the pictures. None: only print the table."}
     )
 
 
@@ -234,6 +238,42 @@ def draw_final(axes: Any, position: int, group: RunGroup, metric: Metric, color:
     axes.errorbar(position + 0.12, group.mean(metric), yerr=group.deviation(metric), capsize=4, **style)
 
 
+def draw_conditioning(groups: Sequence[RunGroup], output: Path) -> None:
+    """Write `training.png` and `.svg`, what `SpectralMonitor` measured, where every run was trained with it."""
+    runs = [run for group in groups for run in group.runs]
+    lacking = [str(run.directory) for run in runs if not is_monitored(run)]
+    if not lacking:
+        records = {group.label: [read_records(run.directory) for run in group.runs] for group in groups}
+        picture = write_training_report(records, output)
+        print(f"Conditioning of attention over training: {picture.with_suffix('')}.png, .svg")
+    elif len(lacking) < len(runs):
+        print(
+            f"Conditioning of attention over training is not drawn: no {MONITOR_FILE} (--spectral_monitor_every) in "
+            f"{', '.join(lacking)}."
+        )
+
+
+def is_monitored(run: Run) -> bool:
+    """Whether the run itself was trained with the monitor: an earlier one in the same folder may have left a file, too."""
+    return bool(run.record.arguments.get("spectral_monitor_every")) and (run.directory / MONITOR_FILE).is_file()
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """Read what `SpectralMonitor` measured in a run.
+
+    Raises:
+        ComparisonError: if its file is damaged, or something else.
+    """
+    file = run / MONITOR_FILE
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))["records"]
+        return sorted(records, key=lambda record: record["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ComparisonError(
+            f"{file} is damaged or no file of SpectralMonitor: {error!r}. Move it away to go on without it."
+        ) from error
+
+
 def check_output_dir(output_dir: str | None) -> Path | None:
     if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
         raise ComparisonError(f"--output_dir {output_dir} is a file; name a folder.")
@@ -266,6 +306,7 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
         for ending, image in picture(groups, metric).items():
             write_bytes(output / f"{NAME}.{ending}", image)
         print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
+        draw_conditioning(groups, output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,9 +13,9 @@ On several GPUs, with the same scores but for rounding and dropout:
 
     accelerate launch --num_processes 4 scripts/eval_glue.py ... --mixed_precision bf16
 
-The output folder gets `results.json` (every run), `glue.md` (the table) and `glue.png`, `glue.svg`. The same command again
-does what is missing: finished runs are kept, an interrupted one starts again, and further models, tasks or seeds are added to
-the table. See docs/glue.md.
+The output folder gets `results.json` (every run), `glue.md` (the table), `glue.png`, `glue.svg`, and for each model's card
+`evaluations_glue-<model>.json`, to be copied beside its checkpoint. The same command again does what is missing: finished
+runs are kept, an interrupted one starts again, and further models, tasks or seeds are added to the table. See docs/glue.md.
 """
 
 import logging
@@ -44,6 +44,7 @@ from hf_specattn.files import write_bytes
 from recipes.glue.arguments import GlueArguments, folder_name, parse_arguments
 from recipes.glue.batches import epoch_batches
 from recipes.glue.data import Examples, GlueDataError, read_examples
+from recipes.glue.evaluations import GLUE_EVALUATIONS, write_glue_evaluations
 from recipes.glue.failures import RunFailedError, SharedFailure
 from recipes.glue.features import (
     Collator,
@@ -195,7 +196,8 @@ def plan_runs(
 def runs_to_do(arguments: GlueArguments, results: Results, planned: Sequence[RunRecord]) -> list[RunRecord]:
     """Leave out what is finished, after a check that all runs belong into one table. On the main process only."""
     if arguments.overwrite_output_dir:
-        results.path.unlink(missing_ok=True)
+        for path in (results.path, *results.path.parent.glob(GLUE_EVALUATIONS)):
+            path.unlink(missing_ok=True)
     existing = results.read()
     if conflicts := find_conflicts(existing, planned):
         raise ResultsError(
@@ -555,6 +557,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
     summary = Summary(records, arguments.reference)
     text, output = markdown(summary), Path(arguments.output_dir)
     write_bytes(output / f"{NAME}.md", text.encode())
+    write_glue_evaluations(records, output)
     print(text, end="")
     try:
         images = picture(summary)
@@ -563,7 +566,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
         images = {}
     for ending, image in images.items():
         write_bytes(output / f"{NAME}.{ending}", image)
-    logger.info(f"{RESULTS_FILE}, {NAME}.md and the picture are in {output}.")
+    logger.info(f"{RESULTS_FILE}, {NAME}.md, {GLUE_EVALUATIONS} and the picture are in {output}.")
 
 
 def tell(record: RunRecord, place: str) -> None:

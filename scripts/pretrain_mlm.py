@@ -26,8 +26,8 @@ The validation loss of a saved model, on the data it was validated on:
 
     python scripts/pretrain_mlm.py --eval_only --model_name_or_path runs/books
 
-The output folder holds the model and its tokenizer (for the Auto classes), `metrics.json`, `loss_curve.png`, and the last
-checkpoints, each a folder `checkpoint-<step>`.
+The output folder holds the model and its tokenizer (for the Auto classes), `metrics.json`, `loss_curve.png`,
+`evaluations.json` (for the model card), and the last checkpoints, each a folder `checkpoint-<step>`.
 """
 
 import json
@@ -49,6 +49,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from hf_specattn import condition, refresh
+from hf_specattn.checkpoints.evaluations import write_evaluations
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
 from hf_specattn.diagnostics.monitor import MONITOR_FILE, SpectralMonitor
@@ -108,6 +109,11 @@ RUN_SETTINGS = (
     "mlm_probability",
     "model_name_or_path",
 )
+# What the model card says of the saved model: the names of its metrics on the Hub, and in words.
+MEASURED = {
+    "validation_perplexity": ("perplexity", "Perplexity"),
+    "validation_loss": ("loss", "Loss (nats per token)"),
+}
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -585,6 +591,8 @@ def finish(
         metrics.final = {**metrics.validation[-1], "train_tokens_seen": tokens, "seconds": done.seconds}
         if accelerator.device.type == "cuda":
             metrics.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
+        results = metrics.evaluations("fill-mask", metrics.facts["corpus"], MEASURED)
+        write_evaluations(path, Path(path).resolve().name, results)
         metrics.write(path)
         logger.info(
             f"Trained for {done.seconds:.1f} s on {tokens:,} tokens. Model, tokenizer, {METRICS_FILE} and "

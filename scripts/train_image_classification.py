@@ -29,7 +29,7 @@ The accuracy of a saved model, on the images it was validated on:
     python scripts/train_image_classification.py --eval_only --model_name_or_path runs/digits
 
 The output folder holds the model and its image processor (for the Auto classes and pipelines), `metrics.json`,
-`loss_curve.png`, and the last checkpoints, each a folder `checkpoint-<step>`.
+`loss_curve.png`, `evaluations.json` (for the model card), and the last checkpoints, each a folder `checkpoint-<step>`.
 """
 
 import json
@@ -53,6 +53,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from hf_specattn import refresh
+from hf_specattn.checkpoints.evaluations import write_evaluations
 from hf_specattn.conditioning import refresh_interval
 from recipes.images.arguments import ImageArguments, parse_arguments
 from recipes.images.augmentation import evaluation_transform, normalization, training_transform
@@ -98,6 +99,11 @@ from recipes.run.throughput import LossWindow
 logger = logging.getLogger("train_image_classification")
 
 LOSS_NAME = "cross-entropy (nats per image)"
+# What the model card says of the saved model: the names of its metrics on the Hub, and in words.
+MEASURED = {
+    "validation_accuracy": ("accuracy", "Accuracy (top 1)"),
+    "validation_loss": ("loss", "Loss (nats per image)"),
+}
 DEFAULT_IMAGE_SIZE = 224
 
 # What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
@@ -548,6 +554,8 @@ def finish(
     metrics.final = {**metrics.validation[-1], "train_images_seen": images, "seconds": done.seconds}
     if accelerator.device.type == "cuda":
         metrics.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
+    results = metrics.evaluations("image-classification", metrics.facts["images"], MEASURED)
+    write_evaluations(path, Path(path).resolve().name, results)
     metrics.write(path, LOSS_NAME)
     logger.info(
         f"Trained for {done.seconds:.1f} s on {images:,} images. Model, image processor, {METRICS_FILE} and "

@@ -124,6 +124,7 @@ def _variables(
     config: Mapping[str, Any], record: Record, results: Sequence[EvalResult], repo_id: str | None, picture: str | None
 ) -> dict[str, Any]:
     remote = needs_remote_code(dict(config))
+    stock_type = str(config["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
     return {
         "name": (repo_id or _model_name(record)).rpartition("/")[2],
         "path": repo_id or "path/to/this/folder",
@@ -146,6 +147,7 @@ def _variables(
         ],
         "scores": _scores_table(results),
         "stock_class": _stock_class_name(config),
+        "stock_in_transformers": not needs_remote_code({"model_type": stock_type}),
         "version": record.version,
     }
 
@@ -175,8 +177,10 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _scores_table(results: Sequence[EvalResult]) -> str:
-    rows = [
-        (f"{item.dataset_name}, {item.dataset_split}", str(item.metric_name), f"{float(item.metric_value):.4g}")
-        for item in results
-    ]
+    rows = []
+    for item in results:
+        data = ", ".join(filter(None, (item.dataset_name, item.dataset_split)))
+        value = item.metric_value  # a number, or as on the Hub a text such as "20.0 ± 1.2"
+        written = f"{value:.4g}" if isinstance(value, (int, float)) else str(value)
+        rows.append((data, item.metric_name or item.metric_type, written))
     return markdown_table(("", "metric", "value"), rows).strip() if rows else ""

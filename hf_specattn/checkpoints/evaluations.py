@@ -14,7 +14,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from ..files import write_json
 
 EVALUATIONS = "evaluations.json"
-PATTERN = "evaluations*.json"
+EVALUATION_FILES = "evaluations*.json"
 
 
 def write_evaluations(
@@ -45,7 +45,7 @@ def read_evaluations(folder: str | Path) -> list[EvalResult]:
     """
     found: list[EvalResult] = []
     origin: dict[tuple[object, ...], Path] = {}
-    for file in sorted(Path(folder).glob(PATTERN)):
+    for file in sorted(Path(folder).glob(EVALUATION_FILES)):
         try:
             _, results = model_index_to_eval_results(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

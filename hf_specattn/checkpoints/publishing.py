@@ -19,11 +19,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 
 from ..diagnostics.spectra import spectra
-from ..files import megabytes
+from ..files import megabytes, write_bytes
 from ..modeling import SpectralModelMixin
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
-from .evaluations import PATTERN as EVALUATIONS
+from .evaluations import EVALUATION_FILES
 from .pictures import PICTURE
 from .probe import Comparison
 from .records import RECORD, Record, read_record, spectra_rows
@@ -38,7 +38,7 @@ PUBLISHED = (
     "LICENSE*",
     PICTURE,
     RECORD,
-    EVALUATIONS,
+    EVALUATION_FILES,
     # What the experiments under scripts/ record of a run.
     "metrics.json",
     "results.json",
@@ -74,6 +74,15 @@ class Publication:
         summary = f"{len(self.files)} files, {total}, in one commit to {self.repo_id}:"
         left_out = [f"Left out: {', '.join(self.left_out)}."] if self.left_out else []
         return "\n".join([summary, *lines, *left_out])
+
+    def write_card(self, folder: Path) -> list[str]:
+        """Write the model card and its picture into a folder, to be read; return the names of the files."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [name for name in (CARD, PICTURE) if name in self.files]
+        for name in names:
+            content = self.files[name]
+            write_bytes(folder / name, content if isinstance(content, bytes) else content.read_bytes())
+        return names
 
 
 def _size(content: Path | bytes) -> int:

@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from torch import nn
 
 from ..figures import render
@@ -182,6 +181,8 @@ def page_of(diagnosis: Diagnosis, images: Mapping[str, bytes], title: str) -> st
     Args:
         images: figure name -> PNG.
     """
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["number"] = number
     return environment.from_string(TEMPLATE).render(

@@ -110,6 +110,62 @@ def test_writes_table_and_picture(compare_runs, runs, tmp_path, capsys):
     assert (output / "comparison.svg").read_bytes() == first
 
 
+def monitored_run(folder, seed, loss, **arguments):
+    """A run with the file that `SpectralMonitor` writes."""
+    directory = write_run(folder, seed, loss, spectral_monitor_every=2, **arguments)
+    names = [f"{name}_{part}{end}" for name in ("sigma_min", "kappa") for part in ("query", "key", "value")
+             for end in ("", "_effective")]  # fmt: skip
+    records = [
+        {"step": step, "layers": [0, 1], "indicator": [[9.0], [9.0]], "kappa_jacobian": [[2.0 + step], [3.0 + step]]}
+        | {name: [[1.0], [1.0]] for name in names}
+        for step in (0, 2, 4)
+    ]
+    (folder / "spectral_monitor.json").write_text(json.dumps({"records": records}))
+    return directory
+
+
+def test_runs_with_the_monitor_are_drawn_over_training(compare_runs, tmp_path, monkeypatch, capsys):
+    runs = [monitored_run(tmp_path / f"stock-{seed}", seed, 3.0) for seed in (0, 1)]
+    runs += [monitored_run(tmp_path / "svd", 0, 3.0, spectral_conditioning=True, spectral_method="svd")]
+    groups, original = [], compare_runs.write_training_report
+    monkeypatch.setattr(
+        compare_runs, "write_training_report", lambda found, output: groups.append(found) or original(found, output)
+    )
+    output = tmp_path / "out"
+    compare_runs.main([*runs, "--output_dir", str(output), "--labels", "A", "B"])
+    assert f"Conditioning of attention over training: {output / 'training'}.png, .svg" in capsys.readouterr().out
+    assert (output / "training.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert b"<svg" in (output / "training.svg").read_bytes()
+    assert {label: len(found) for label, found in groups[0].items()} == {"A": 2, "B": 1}
+    assert [record["kappa_jacobian"] for record in groups[0]["B"][0]] == [
+        [[2.0], [3.0]],
+        [[4.0], [5.0]],
+        [[6.0], [7.0]],
+    ]
+
+
+def test_what_keeps_the_monitor_from_being_drawn_is_said(compare_runs, tmp_path, capsys):
+    runs = [monitored_run(tmp_path / f"stock-{seed}", seed, 3.0) for seed in (0, 1)]
+    output = ["--output_dir", str(tmp_path / "out")]
+    # A run without the monitor in a folder in which an earlier one had it.
+    earlier = monitored_run(tmp_path / "stock-2", 2, 3.0)
+    record = json.loads((tmp_path / "stock-2" / "metrics.json").read_text())
+    record["arguments"]["spectral_monitor_every"] = 0
+    (tmp_path / "stock-2" / "metrics.json").write_text(json.dumps(record))
+    compare_runs.main([*runs, earlier, *output])
+    said = "is not drawn: no spectral_monitor.json (--spectral_monitor_every) in"
+    assert f"{said} {tmp_path / 'stock-2'}." in capsys.readouterr().out
+    compare_runs.main([write_run(tmp_path / "other", 0, 3.0), *output])
+    assert "Conditioning of attention" not in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("training*"))
+    for content in ("[]", "{", '{"records": [{}]}'):
+        (tmp_path / "stock-1" / "spectral_monitor.json").write_text(content)
+        with pytest.raises(
+            SystemExit, match=r"^error: .*stock-1/spectral_monitor\.json is damaged or no file of Spec"
+        ):
+            compare_runs.main([*runs, *output])
+
+
 def test_the_picture_names_axes_and_units_and_shows_every_run(compare_runs, runs, monkeypatch):
     from matplotlib.figure import Figure
 

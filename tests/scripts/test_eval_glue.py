@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
+from hf_specattn.checkpoints.evaluations import read_evaluations
 from hf_specattn.layers import spectral_layers
 from recipes.glue.batches import epoch_batches
 from recipes.glue.metrics import score
@@ -149,6 +150,14 @@ def test_the_whole_benchmark(evaluate, script, monkeypatch, capsys):
     assert "(9)" in text
     assert (folder / "glue.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert b"<svg" in (folder / "glue.svg").read_bytes()
+    assert [path.name for path in folder.glob("evaluations*")] == ["evaluations_glue-svd.json"]
+    written = read_evaluations(folder)
+    assert {(item.dataset_config, item.dataset_split, item.metric_type): item.metric_value for item in written} == {
+        (task, split, metric): value
+        for (_, task, _), record in records.items()
+        for split, scores in record.scores.items()
+        for metric, value in scores.items()
+    }
 
 
 class IndependentRun:
@@ -489,7 +498,10 @@ def test_runs_with_other_settings_do_not_come_into_the_same_table(
     # another model may be trained in another way, and the table says so
     evaluate("svd", "rte", "--learning_rate", "2e-3")
     assert "learning_rate: 0.001 (crammed), 0.002 (svd)" in (folder / "glue.md").read_text()
+    names = ["evaluations_glue-crammed.json", "evaluations_glue-svd.json"]
+    assert sorted(path.name for path in folder.glob("evaluations*")) == names
     evaluate("crammed", "rte", "--learning_rate", "2e-3", "--overwrite_output_dir")
+    assert [path.name for path in folder.glob("evaluations*")] == names[:1]
     assert only_run_of(folder).settings["learning_rate"] == 2e-3
 
 

@@ -15,6 +15,7 @@ from models import ARCHITECTURES
 from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, pipeline
 
+from hf_specattn.checkpoints.evaluations import read_evaluations
 from recipes.text.evaluation import evaluate_mlm
 from recipes.text.masking import MaskingRule
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
@@ -129,6 +130,13 @@ def test_the_record_is_complete(pretrain):
     assert facts["train_tokens"] == facts["train_sequences"] * 16
     assert facts["planned_tokens"] == 6 * 8 * 16
     assert facts["epochs"] == round(6 * 8 / facts["train_sequences"], 3)
+    perplexity, loss = read_evaluations(folder)
+    assert (perplexity.metric_type, perplexity.metric_value) == (
+        "perplexity",
+        metrics["final"]["validation_perplexity"],
+    )
+    assert (loss.metric_type, loss.metric_value) == ("loss", metrics["final"]["validation_loss"])
+    assert (loss.task_type, loss.dataset_type, loss.dataset_split) == ("fill-mask", facts["corpus"], "validation")
     assert metrics["arguments"]["lambda_"] == "1.0"
     assert metrics["arguments"]["seed"] == 0
     assert (folder / "loss_curve.png").read_bytes()[:4] == b"\x89PNG"

@@ -17,6 +17,7 @@ from scripts_loading import REPOSITORY, load_script
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_specattn import AttentionSpec, architectures
+from hf_specattn.checkpoints.evaluations import read_evaluations
 from recipes.compare import comparison
 from recipes.run.checkpointing import list_checkpoints
 
@@ -136,6 +137,9 @@ def assert_same_result(one, other):
 def test_what_is_saved_has_the_logged_accuracy(train, script, capsys, flags, model_type):
     folder = train(*flags)
     final = metrics_of(folder)["final"]
+    accuracy, loss = read_evaluations(folder)
+    assert (accuracy.metric_type, accuracy.metric_value) == ("accuracy", final["validation_accuracy"])
+    assert (loss.metric_type, loss.metric_value) == ("loss", final["validation_loss"])
     assert AutoConfig.from_pretrained(folder).model_type == model_type
     AcceleratorState._reset_state(reset_partial_state=True)
     script.main(["--eval_only", "--model_name_or_path", str(folder)])

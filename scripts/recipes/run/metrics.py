@@ -4,10 +4,12 @@ import importlib.metadata
 import io
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
 from transformers.utils import logging
 
 from hf_specattn.figures import OKABE_ITO
@@ -65,6 +67,26 @@ class RunMetrics:
             write_bytes(directory / LOSS_CURVE_FILE, picture)
         # Last: it is what marks a run as finished.
         write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
+
+    def evaluations(self, task: str, origin: str, measured: Mapping[str, tuple[str, str]]) -> list[EvalResult]:
+        """Return what the saved model came to on the validation data, for its model card.
+
+        Args:
+            task: As the Hub names it, such as "fill-mask".
+            origin: Where the data came from, in words; a dataset of the Hub goes by its name.
+            measured: Key of `final` -> the metric's name on the Hub, and in words. What the run has not is left out.
+        """
+        common: dict[str, Any] = {
+            "task_type": task,
+            "dataset_type": self.arguments.get("dataset_name") or origin,
+            "dataset_name": origin,
+            "dataset_split": "validation",
+        }
+        return [
+            EvalResult(**common, metric_type=kind, metric_name=title, metric_value=self.final[key])
+            for key, (kind, title) in measured.items()
+            if self.final.get(key) is not None
+        ]
 
 
 def package_versions() -> dict[str, str | None]:

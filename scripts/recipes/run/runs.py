@@ -11,6 +11,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from transformers.utils import logging as transformers_logging
 
+from hf_specattn.checkpoints.evaluations import EVALUATIONS
+
 from .checkpointing import Checkpoints, Progress, list_checkpoints
 from .distributed import run_on_main_process
 from .metrics import METRICS_FILE
@@ -75,7 +77,8 @@ def begin(arguments: RunArguments, accelerator: Accelerator, checkpoints: Checkp
     """Start at step 0, or restore the newest good checkpoint and start where it ends."""
     if not arguments.resume_from_checkpoint:
         if accelerator.is_main_process:  # it would say that the new run is finished
-            (Path(arguments.output_dir) / METRICS_FILE).unlink(missing_ok=True)
+            for name in (METRICS_FILE, EVALUATIONS):
+                (Path(arguments.output_dir) / name).unlink(missing_ok=True)
         checkpoints.start_over()
         return Progress()
     begun = checkpoints.resume()

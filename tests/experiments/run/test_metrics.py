@@ -3,6 +3,7 @@ import json
 import math
 
 import pytest
+from huggingface_hub import EvalResult
 
 from recipes.run.metrics import (
     NonFiniteLossError,
@@ -36,6 +37,18 @@ def test_metrics_json_holds_the_whole_record(tmp_path):
         "versions": package_versions(),
     }
     assert png_size((tmp_path / "loss_curve.png").read_bytes()) == (1050, 630)
+
+
+@pytest.mark.parametrize(("name", "dataset"), [("org/books", "org/books"), (None, "books, 3 held out")])
+def test_evaluations_for_the_model_card(name, dataset):
+    metrics = RunMetrics({"dataset_name": name}, final={"validation_loss": 800.0, "validation_perplexity": None})
+    measured = {"validation_perplexity": ("perplexity", "Perplexity"), "validation_loss": ("loss", "Loss (nats)")}
+    common = {"dataset_type": dataset, "dataset_name": "books, 3 held out", "dataset_split": "validation"}
+    loss = EvalResult("fill-mask", **common, metric_type="loss", metric_name="Loss (nats)", metric_value=800.0)
+    assert metrics.evaluations("fill-mask", "books, 3 held out", measured) == [loss]  # no float holds the perplexity
+    metrics.final["validation_perplexity"] = 12.5
+    both = metrics.evaluations("fill-mask", "books, 3 held out", measured)
+    assert [(item.metric_type, item.metric_value) for item in both] == [("perplexity", 12.5), ("loss", 800.0)]
 
 
 @pytest.mark.parametrize(("history", "validation"), [(HISTORY, []), ([], VALIDATION), ([], [])])

@@ -1,24 +1,26 @@
 """Publishing, with a recorded HfApi: the exact files, one commit, no token anywhere."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import create_autospec
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from models import ARCHITECTURES
+from scripts_loading import REPOSITORY
 from transformers import AutoModel
 
-from hf_specattn import SpectralConfig, condition
+from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.checkpoints import publishing
+from hf_specattn.checkpoints.cards import TEMPLATE_OF
 from hf_specattn.checkpoints.conversion import Options, convert, fold_checkpoint
+from hf_specattn.checkpoints.evaluations import write_evaluations
 from hf_specattn.checkpoints.publishing import PublishingError, plan, publish
 from hf_specattn.checkpoints.sources import SourceError
-from recipes.glue.results import Results, RunRecord
 
 BERT = ARCHITECTURES["bert"]
+CRAMMED_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 CODE = {
     "adapted.py",
     "architectures.py",
@@ -149,38 +151,35 @@ def test_the_metadata(converted):
     assert ModelCard.load(converted / "folded" / "README.md").data.base_model == "someone/tiny-bert"
 
 
-def test_measurements_beside_the_checkpoint_are_in_the_metadata(converted):
+def test_measurements_beside_the_checkpoint_are_in_the_card(converted):
     folder = converted / "folded"
-    metrics = {
-        "arguments": {"dataset_name": "org/books"},
-        "facts": {"corpus": "org/books, 10 documents"},
-        "final": {"step": 5, "validation_loss": 2.0, "validation_perplexity": 7.389},
-    }
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    for seed, value in ((0, 0.5), (1, 0.7)):
-        record = RunRecord("svd", "mrpc", seed, {}, {}, scores={"validation": {"accuracy": value}})
-        Results(folder).add(record)
+    books = {"dataset_type": "org/books", "dataset_name": "org/books, 10 documents", "dataset_split": "validation"}
+    own = [
+        EvalResult("fill-mask", **books, metric_type="perplexity", metric_name="Perplexity", metric_value=7.389),
+        EvalResult("fill-mask", **books, metric_type="loss", metric_value=2.0),
+    ]
+    glue = EvalResult(
+        "text-classification", "nyu-mll/glue", "GLUE MRPC", "accuracy", "0.6 ± 0.1", dataset_config="mrpc"
+    )
+    write_evaluations(folder, "tiny", own)
+    write_evaluations(folder, "tiny", [glue], "evaluations_glue-tiny.json")
+    for name in ("metrics.json", "results.json"):  # the experiments' records: published, not read
+        (folder / name).write_text("{")
     try:
         publication = plan(folder, "me/x", new_card=True)
-        results = {
-            item.metric_type: item for item in ModelCard(publication.files["README.md"].decode()).data.eval_results
-        }
-        assert results["perplexity"].metric_value == 7.389
-        assert results["perplexity"].dataset_type == "org/books"
-        assert results["loss"].metric_value == 2.0
-        assert results["accuracy"].metric_value == pytest.approx(0.6)
-        assert results["accuracy"].dataset_config == "mrpc"
-        assert {"metrics.json", "results.json"} <= publication.files.keys()
-        # of which of two models the checkpoint is, nothing says
-        Results(folder).add(RunRecord("stock", "mrpc", 0, {}, {}, scores={"validation": {"accuracy": 0.1}}))
-        card = ModelCard(plan(folder, "me/x", new_card=True).files["README.md"].decode())
-        assert {item.metric_type for item in card.data.eval_results} == {"perplexity", "loss"}
-        (folder / "metrics.json").write_text("{")
-        with pytest.raises(ValueError, match=r"metrics.json is damaged"):
+        card = ModelCard(publication.files["README.md"].decode())
+        assert card.data.model_name == "x"
+        assert card.data.eval_results == [*own, glue]
+        rows = ["| org/books, 10 documents, validation | Perplexity | 7.389 |", "| GLUE MRPC | accuracy | 0.6 ± 0.1 |"]
+        assert all(row in card.content for row in [*rows, "| org/books, 10 documents, validation | loss | 2 |"])
+        published = {"metrics.json", "results.json", "evaluations.json", "evaluations_glue-tiny.json"}
+        assert published <= publication.files.keys()
+        (folder / "evaluations.json").write_text("{")
+        with pytest.raises(ValueError, match=r"evaluations.json is damaged"):
             plan(folder, "me/x", new_card=True)
     finally:
-        for name in ("metrics.json", "results.json", ".results.json.lock"):
-            (folder / name).unlink(missing_ok=True)
+        for name in published:
+            (folder / name).unlink()
 
 
 def test_push_to_hub_of_a_model(api, tmp_path, stock_checkpoint, monkeypatch):
@@ -224,9 +223,32 @@ def test_what_cannot_be_published(tmp_path, stock_checkpoint, api):
 def test_the_templates_are_declared_as_package_data():
     import tomllib
 
-    root = Path(__file__).parents[2]
-    declared = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
-        "hf_specattn"
-    ]
-    covered = {path.name for pattern in declared for path in (root / "hf_specattn").glob(pattern)}
-    assert {"conditioned.md", "folded.md", "balanced.md"} <= covered
+    setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert setuptools["package-dir"]["hf_specattn.model_cards"] == "model_cards"
+    declared = set(setuptools["package-data"]["hf_specattn.model_cards"])
+    assert set(TEMPLATE_OF.values()) == declared
+    assert all((REPOSITORY / "model_cards" / name).is_file() for name in declared)
+
+
+def test_the_card_is_written_to_be_read(converted, tmp_path):
+    publication = plan(converted / "folded", "me/x", new_card=True)
+    assert publication.write_card(tmp_path / "new" / "folder") == ["README.md", "kappa.png"]
+    written = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
+    assert written["README.md"] == publication.files["README.md"]
+    assert written["kappa.png"] == (converted / "folded" / "kappa.png").read_bytes()
+
+
+def test_the_card_of_a_model_that_was_trained_names_no_source(api, tmp_path):
+    model = CrammedBertForMaskedLM(CrammedBertConfig(**CRAMMED_SIZES))
+    condition(model, SpectralConfig("svd"))
+    model.save_pretrained(tmp_path / "svd")
+    text = plan(tmp_path / "svd", "me/trained").files["README.md"].decode()
+    assert "A CrammedBertForMaskedLM with **spectrally conditioned attention**" in text
+    assert "as the weights here have them" in text
+    assert "None is named yet" in text
+    assert "The source" not in text
+    assert "no code but that of transformers" not in text
+    stock = BERT.model("AutoModelForMaskedLM", torch.float32)
+    condition(stock, SpectralConfig("svd"))
+    stock.save_pretrained(tmp_path / "bert")
+    assert "no code but that of transformers" in plan(tmp_path / "bert", "me/x").files["README.md"].decode()

@@ -1,8 +1,7 @@
-"""The page: every picture decodes, every number is that of the functions; the figures and the commands."""
+"""The page: every picture decodes, every number is that of the functions; the figures and the command."""
 
 import base64
 import io
-import json
 import math
 from html.parser import HTMLParser
 from statistics import fmean
@@ -27,9 +26,8 @@ from hf_specattn.diagnostics import (
     write_report,
     write_training_report,
 )
-from hf_specattn.diagnostics.command import read_records, report, report_training
+from hf_specattn.diagnostics.command import report
 from hf_specattn.diagnostics.figures import training_figure
-from hf_specattn.diagnostics.monitor import MONITOR_FILE
 
 BERT = ARCHITECTURES["bert"]
 
@@ -154,7 +152,6 @@ def test_diagnose_looks_at_every_head_by_default():
 def app():
     application = typer.Typer()
     application.command()(report)
-    application.command(name="report-training")(report_training)
     return application
 
 
@@ -171,7 +168,7 @@ def test_command_on_minilm(settings, app, minilm_path, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("The cat sat on the mat and looked at the other cat.\n\nAnother line.\n")
     arguments = ["--data", str(text), "--output-dir", str(tmp_path / "out"), "--jacobian-heads", "2", "--queries", "6"]
-    result = CliRunner().invoke(app, ["report", str(checkpoint), *arguments])
+    result = CliRunner().invoke(app, [str(checkpoint), *arguments])
     assert result.exit_code == 0, result.output
     model = AutoModel.from_pretrained(checkpoint)
     from transformers import AutoTokenizer
@@ -183,9 +180,7 @@ def test_command_on_minilm(settings, app, minilm_path, tmp_path):
 
 
 def test_command_says_what_is_wrong(app, tmp_path):
-    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing")])
-    assert result.exit_code == 2
-    result = CliRunner().invoke(app, ["report-training", str(tmp_path)])
+    result = CliRunner().invoke(app, [str(tmp_path / "nothing")])
     assert result.exit_code == 2
 
 
@@ -213,13 +208,3 @@ def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     path = write_training_report(groups, tmp_path)
     Image.open(path).load()
     assert path.with_suffix(".svg").is_file()
-
-
-def test_records_of_a_run(tmp_path):
-    with pytest.raises(ValueError, match="train it with --spectral_monitor_every"):
-        read_records(tmp_path)
-    (tmp_path / MONITOR_FILE).write_text("[]")
-    with pytest.raises(ValueError, match="is not a file of SpectralMonitor"):
-        read_records(tmp_path)
-    (tmp_path / MONITOR_FILE).write_text(json.dumps({"records": [{"step": 0}]}))
-    assert read_records(tmp_path) == [{"step": 0}]
