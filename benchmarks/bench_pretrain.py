@@ -305,7 +305,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         first, _ = script.parse_arguments([*flags, *where], "")
         accelerator = script.build_accelerator(first, script.LOGGERS)
         # Of the package: that bare steps refresh nothing, which is as it should be.
-        for logger, level in (("pretrain_mlm", logging.WARNING), ("recipes", logging.ERROR), ("hf_specattn", logging.ERROR)):
+        for logger, level in (
+            ("pretrain_mlm", logging.WARNING),
+            ("recipes", logging.ERROR),
+            ("hf_specattn", logging.ERROR),
+        ):
             logging.getLogger(logger).setLevel(level)
         for name in arguments.variants:
             torch.compiler.reset()
