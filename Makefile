@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo test test-fast test-oldest faults survey evidence lint format clean
+.PHONY: env demo cards test test-fast test-oldest faults survey evidence lint format clean
 
 env: $(STAMP)
 
@@ -19,6 +19,14 @@ $(STAMP): pyproject.toml constraints.txt requirements-checkpoint.txt
 # A stock and a conditioned model from the same seed on the same batches, compared: a table and a picture in runs/demo.
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py --output_dir runs/demo --overwrite_output_dir
+
+# The model cards of the demonstration's checkpoints as `specattn push` would publish them, for model_cards/examples.
+cards: $(STAMP)
+	$(BIN)/specattn fold runs/demo/svd runs/demo/svd-folded --overwrite
+	cp runs/demo/svd/evaluations.json runs/demo/svd-folded
+	for name in identity svd svd-folded; do \
+		$(BIN)/specattn push runs/demo/$$name your-name/crammed-bert-$$name --new-card --dry-run \
+			--card-dir model_cards/examples/$$name || exit 1; done
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2
