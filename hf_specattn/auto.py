@@ -1,70 +1,297 @@
-"""Registration with transformers' Auto classes, and the dispatch of `from_pretrained(..., spectral_conditioning=True)`."""
+"""The flag in transformers' own calls, and registration with the Auto classes.
 
+`register` adds the conditioned types to the Auto classes, and wraps five methods of transformers' base classes, each of
+which does without the flag what it did. So `CONFIG_MAPPING["bert"]` stays `BertConfig`, which pickles, passes `isinstance`
+and is what third-party code of the same model type expects.
+
+- `PreTrainedConfig.from_dict` and construction: `AutoConfig.from_pretrained(..., spectral_conditioning=True)`,
+  `BertConfig(spectral_conditioning=True)` and `AutoConfig.for_model("bert", spectral_conditioning=True)` give the
+  conditioned configuration, for which the Auto classes have the conditioned model class.
+- `PreTrainedModel.from_pretrained` and construction: the flag beside `config=`, in `from_config`, or on a stock class.
+- `PreTrainedModel.post_init`: a model that is complete, and whose configuration says that it is conditioned, must be.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .crammed_bert import CrammedBertConfig
-from .modeling import CONDITIONED_MODELS, CRAMMED_BERT_CLASSES, SPECTRAL_FIELDS
+from .architectures import ARCHITECTURES, AttentionSpec
+from .conditioning import conditioned_counterpart
+from .layers import spectral_layers
+from .modeling import (
+    CRAMMED_BERT,
+    MODEL_TYPE_PREFIX,
+    OUTSIDE,
+    SPECTRAL_FIELDS,
+    SpectralConfigMixin,
+    SpectralModelMixin,
+    conditioned_config_class,
+    crammed_bert_classes,
+    is_constructing,
+    stock_config_class,
+)
+
+logger = logging.get_logger(__name__)
+
+FLAG = "spectral_conditioning"
+
+# Stock configuration class -> its conditioned class.
+CONDITIONED_CONFIGS: dict[type[PretrainedConfig], Any] = {}
 
 
 def register() -> None:
-    """Teach the Auto classes the conditioned types, the flag on stock types, and Crammed BERT. Importing the package does.
+    """Teach transformers the conditioned types, the flag, and Crammed BERT. Importing the package does. Idempotent."""
+    _register_crammed_bert()
+    for model_type in ARCHITECTURES:
+        # A release of transformers without a type has nothing that the flag could reach.
+        if model_type in transformers.CONFIG_MAPPING:
+            _register_type(model_type)
+    _wrap(PretrainedConfig, "from_dict", _config_from_dict)
+    _wrap(PretrainedConfig, "__new__", _new_config)
+    _wrap(PreTrainedModel, "from_pretrained", _model_from_pretrained)
+    _wrap(PreTrainedModel, "__new__", _new_model)
+    _wrap(PreTrainedModel, "post_init", _post_init)
 
-    Idempotent. Without the flag a stock checkpoint loads as before, in its stock classes.
+
+def register_architecture(
+    config_class: type[PretrainedConfig],
+    models: Mapping[str | type, type[PreTrainedModel]],
+    spec: AttentionSpec | tuple[AttentionSpec, ...],
+) -> None:
+    """Let a model class from outside transformers and this package take part in the flag.
+
+    The classes are registered with the Auto classes where they are not yet. Afterwards
+    `AutoModel.from_pretrained(path, spectral_conditioning=True)`, `condition`, `save_pretrained` and `fold` do for them what
+    they do for BERT. Whoever loads a conditioned checkpoint must make the same call first: the code of such a model lies
+    outside the package and cannot travel with the checkpoint.
+
+    Args:
+        config_class: the stock configuration, with a `model_type` of its own.
+        models: Auto class, or its name, -> the stock model class, such as `{AutoModel: MyModel}`.
+        spec: where the attention classes of these models keep their projections.
+
+    Raises:
+        ValueError: for a model type that is known already by other classes, or what is no configuration, model or spec.
     """
-    for auto_name, model_class in CRAMMED_BERT_CLASSES.items():
-        getattr(transformers, auto_name).register(CrammedBertConfig, model_class, exist_ok=True)
-    for by_auto_class in CONDITIONED_MODELS.values():
-        conditioned = next(iter(by_auto_class.values())).config_class
-        AutoConfig.register(conditioned.model_type, conditioned, exist_ok=True)
-        for auto_name, model_class in by_auto_class.items():
-            getattr(transformers, auto_name).register(conditioned, model_class, exist_ok=True)
-        stock = conditioned.stock_config_class
-        _share_preprocessors(stock, conditioned)
-        AutoConfig.register(stock.model_type, _dispatching_config_class(stock, conditioned), exist_ok=True)
+    heads = {name if isinstance(name, str) else name.__name__: model for name, model in models.items()}
+    specs = spec if isinstance(spec, tuple) else (spec,)
+    _check_architecture(config_class, heads, specs)
+    model_type = config_class.model_type
+    if OUTSIDE.get(model_type) == (config_class, heads) and ARCHITECTURES[model_type] == specs:
+        return
+    AutoConfig.register(model_type, config_class, exist_ok=True)
+    for auto_name, model_class in heads.items():
+        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
+    OUTSIDE[model_type], ARCHITECTURES[model_type] = (config_class, heads), specs
+    _register_type(model_type)
 
 
-def _share_preprocessors(stock: type[PretrainedConfig], conditioned: type[PretrainedConfig]) -> None:
-    if stock in TOKENIZER_MAPPING:
-        AutoTokenizer.register(conditioned, tokenizer_class=TOKENIZER_MAPPING[stock], exist_ok=True)
-    if stock in IMAGE_PROCESSOR_MAPPING:
-        IMAGE_PROCESSOR_MAPPING.register(conditioned, IMAGE_PROCESSOR_MAPPING[stock], exist_ok=True)
+def _check_architecture(config_class: Any, heads: dict[str, Any], specs: tuple[Any, ...]) -> None:
+    if (
+        not (isinstance(config_class, type) and issubclass(config_class, PretrainedConfig))
+        or not config_class.model_type
+    ):
+        raise ValueError(f"{config_class!r} is no configuration class of transformers with a model_type; give one.")
+    model_type = config_class.model_type
+    if model_type in ARCHITECTURES and (model_type not in OUTSIDE or OUTSIDE[model_type] != (config_class, heads)):
+        raise ValueError(
+            f"model_type={model_type!r} of {config_class.__name__} is known already: give your configuration another one."
+        )
+    if not heads:
+        raise ValueError("models is empty; give at least one, such as {AutoModel: MyModel}.")
+    for auto_name, model_class in heads.items():
+        if not hasattr(getattr(transformers, auto_name, None), "register"):
+            raise ValueError(f"{auto_name!r} is no Auto class of transformers; give one such as 'AutoModel'.")
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+            raise ValueError(
+                f"{model_class!r} for {auto_name} is no PreTrainedModel class; give the stock model class."
+            )
+        if model_class.config_class is not config_class:
+            raise ValueError(
+                f"{model_class.__name__}.config_class is {model_class.config_class!r}; set it to {config_class.__name__}."
+            )
+    if not specs or not all(isinstance(each, AttentionSpec) for each in specs):
+        raise ValueError(f"spec={specs!r} must be an AttentionSpec, or a tuple of them.")
 
 
-def _dispatching_config_class(stock: type[PretrainedConfig], conditioned: Any) -> type[PretrainedConfig]:
-    """What AutoConfig finds under a stock model type: a class that makes stock configurations, or conditioned ones.
+def _register_crammed_bert() -> None:
+    try:
+        config_class, heads = crammed_bert_classes()
+    except ImportError as error:
+        # It is built from the parts that transformers' own models are built from; a release may move them.
+        logger.warning(
+            f"Crammed BERT is left out: transformers {transformers.__version__} lacks a part of it ({error})."
+        )
+        return
+    AutoConfig.register(CRAMMED_BERT, config_class, exist_ok=True)
+    for auto_name, model_class in heads.items():
+        getattr(transformers, auto_name).register(config_class, model_class, exist_ok=True)
 
-    It never has instances. `from_dict` looks for the flag among the keyword arguments; construction gives a stock
-    configuration. It bears the stock name and module because transformers asks those whether a type is its own: with
-    others, third-party remote code of the same model type would stop loading.
+
+def _register_type(model_type: str) -> None:
+    conditioned = conditioned_config_class(model_type)
+    CONDITIONED_CONFIGS[stock_config_class(model_type)] = conditioned
+    AutoConfig.register(conditioned.model_type, conditioned, exist_ok=True)
+
+
+# --- the wrapped methods ---------------------------------------------------------------------------------------------
+
+
+def _wrap(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    """Put `replacement(original, self or cls, ...)` in the place of a method, once."""
+    found = owner.__dict__.get(name, getattr(owner, name))
+    original = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
+    if getattr(original, "spectral", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapped.spectral = True  # type: ignore[attr-defined]
+    kind = (
+        classmethod if isinstance(found, classmethod) else staticmethod if name == "__new__" else lambda method: method
+    )
+    setattr(owner, name, kind(wrapped))
+
+
+def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    if _is_conditioned(cls):
+        return original(cls, config_dict, **kwargs)
+    counterpart = CONDITIONED_CONFIGS.get(cls)
+    if counterpart is not None and config_dict.get("model_type") == counterpart.model_type:
+        return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
+    _refuse_stored_fields(cls, config_dict)
+    if _flag(cls, kwargs):
+        return counterpart.from_dict(config_dict, **kwargs)
+    kwargs.pop(FLAG, None)
+    return original(cls, config_dict, **kwargs)
+
+
+def _new_config(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    # The fields need no handling here: construction goes on with __init__ of the class that comes out, with the same ones.
+    if not _is_conditioned(cls) and _flag(cls, kwargs):
+        return CONDITIONED_CONFIGS[cls].__new__(CONDITIONED_CONFIGS[cls])
+    return original(cls)
+
+
+def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if not issubclass(cls, SpectralModelMixin):
+        if isinstance(kwargs.get("config"), SpectralConfigMixin) or _flag(cls, kwargs):
+            counterpart = _counterpart(cls, kwargs)
+            return counterpart.from_pretrained(*args, **kwargs)
+        kwargs.pop(FLAG, None)
+    return original(cls, *args, **kwargs)
+
+
+def _new_model(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    # As for configurations: __init__ of the conditioned class takes the flag out.
+    if not issubclass(cls, SpectralModelMixin) and _flag(cls, kwargs):
+        return original(_counterpart(cls, kwargs))
+    return original(cls)
+
+
+def _post_init(original: Any, self: Any) -> None:
+    original(self)
+    config = self.config
+    if (
+        getattr(config, FLAG, None) is not True
+        or is_constructing.get()
+        or next(spectral_layers(self), None) is not None
+    ):
+        return
+    if _is_conditioned(type(config)) and not isinstance(config, SpectralConfigMixin):
+        return  # of a checkpoint's own code, which conditions the model when it is complete
+    name = type(self).__name__
+    counterpart = conditioned_counterpart(type(self))
+    if counterpart is None:
+        raise ValueError(
+            f"The configuration of {name} says spectral_conditioning=True, but the model is not conditioned: {_why(self)}"
+        )
+    raise ValueError(
+        f"The configuration of {name} says spectral_conditioning=True, but a stock class was made from it, without the "
+        f"corrections. Make the model by an Auto class, or hf_specattn.modeling.{counterpart.__name__}, from a conditioned "
+        f"configuration: {type(config).__name__.removeprefix('Spec')}(spectral_conditioning=True, ...) or "
+        "AutoConfig.from_pretrained(..., spectral_conditioning=True); setting the attribute afterwards does not change the "
+        "class. Or condition the stock model: hf_specattn.condition(model, SpectralConfig(...))."
+    )
+
+
+# --- the flag --------------------------------------------------------------------------------------------------------
+
+
+def _is_conditioned(config_class: Any) -> bool:
+    """Also of classes that a checkpoint's own code brought, which are not this package's."""
+    return str(getattr(config_class, "model_type", "")).startswith(MODEL_TYPE_PREFIX)
+
+
+def _flag(cls: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether keyword arguments ask for conditioning.
+
+    Raises:
+        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, or settings without the
+            flag.
     """
-
-    def new(cls: type, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        return stock(*args, **kwargs)
-
-    def from_dict(cls: type, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        flag = kwargs.pop("spectral_conditioning", False)
-        if flag is not True and flag is not False and flag is not None:
-            raise ValueError(f"spectral_conditioning={flag!r} must be True or False.")
-        if flag:
-            return conditioned.from_dict(config_dict, **kwargs)
-        stray = [name for name in (*SPECTRAL_FIELDS, "spectral_init") if name in kwargs]
+    flag = kwargs.get(FLAG)
+    if flag is not True and flag is not False and flag is not None:
+        raise ValueError(f"spectral_conditioning={flag!r} must be True or False.")
+    if flag:
+        if issubclass(cls, PretrainedConfig) and cls not in CONDITIONED_CONFIGS:
+            raise ValueError(f"spectral_conditioning=True: {_why(cls)}")
+        return True
+    if _knows_settings(cls):
+        stray = [name for name in (*SPECTRAL_FIELDS, "spectral_init") if name in kwargs and name != FLAG]
         if stray:
             raise ValueError(
                 f"{stray[0]}={kwargs[stray[0]]!r} does nothing without spectral_conditioning=True; add it, or leave "
                 f"{stray[0]} out."
             )
-        return stock.from_dict(config_dict, **kwargs)
+    return False
 
-    namespace: dict[str, Any] = {
-        "__module__": stock.__module__,
-        "__qualname__": stock.__qualname__,
-        "__doc__": stock.__doc__,
-        "__new__": new,
-        "from_dict": classmethod(from_dict),
-    }
-    return type(stock.__name__, (stock,), namespace)
+
+def _knows_settings(cls: Any) -> bool:
+    """Whether `lambda_` and the like can only mean conditioning: other people's classes may have a field of that name."""
+    config_class = cls if issubclass(cls, PretrainedConfig) else cls.config_class
+    return config_class in CONDITIONED_CONFIGS
+
+
+def _refuse_stored_fields(cls: Any, config_dict: Mapping[str, Any]) -> None:
+    """A config.json of a stock type with spectral fields: its weights may be W or W + C, and the file cannot say which."""
+    stored = config_dict.get(FLAG)
+    fields = [name for name in SPECTRAL_FIELDS if name in config_dict and name != FLAG and cls in CONDITIONED_CONFIGS]
+    if stored is False and not fields:
+        return
+    if stored is None and not fields:
+        return
+    raise ValueError(
+        f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
+        f"{', '.join(f'{name}={config_dict[name]!r}' for name in (FLAG, *fields) if name in config_dict)}, which says the "
+        "contrary: a stock class has written it, or somebody has edited it. If the weights are those of a stock model, take "
+        "these fields out of config.json, and pass spectral_conditioning=True to from_pretrained to condition them. If they "
+        "were trained with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without C: "
+        "go back to the conditioned checkpoint, or to hf_specattn.fold(model) of it."
+    )
+
+
+def _counterpart(cls: Any, kwargs: Mapping[str, Any]) -> Any:
+    counterpart = conditioned_counterpart(cls)
+    if counterpart is None:
+        asked = "spectral_conditioning=True" if kwargs.get(FLAG) else "A conditioned configuration"
+        raise ValueError(f"{asked}: {_why(cls)}")
+    return counterpart
+
+
+def _why(cls: Any) -> str:
+    """That a class has no conditioned counterpart, and the way out."""
+    cls = cls if isinstance(cls, type) else type(cls)
+    model_type = getattr(cls, "model_type", None) or getattr(getattr(cls, "config_class", None), "model_type", None)
+    return (
+        f"{cls.__name__} (model type {model_type!r}) has no conditioned class; those of the model types "
+        f"{', '.join(ARCHITECTURES)} have one for each head of an Auto class. Load or make the model without the flag and "
+        "call hf_specattn.condition(model, SpectralConfig(...)), with architecture=AttentionSpec(...) for attention that it "
+        "does not know; or make the class known: hf_specattn.register_architecture."
+    )

@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,9 +258,8 @@ def _check_targets(projections: list[Projection], config: SpectralConfig) -> Non
 def _check_weights(model: nn.Module, projections: list[Projection], config: SpectralConfig, init: str) -> None:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name)
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
     for item in projections:
         problem = _weight_problem(item.module.weight, config)
         if len(owners[id(item.module.weight)]) > 1:
@@ -355,8 +354,23 @@ NO_COUNTERPART = (
     "load_state_dict."
 )
 
-# Stock model class -> its conditioned class (with `adopt`, and `release` the way back); filled by `modeling`.
+# Stock model class -> its conditioned class (with `adopt`, and `release` the way back). `modeling` fills it, which this
+# file cannot import, one model type at a time.
 CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
+_define: list[Callable[[type[PreTrainedModel]], None]] = []
+
+
+def define_with(define: Callable[[type[PreTrainedModel]], None]) -> None:
+    """Say who makes the conditioned classes of the model type that a stock class belongs to."""
+    _define[:] = [define]
+
+
+def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
+    """The conditioned class of a stock model class; None where it has none."""
+    if stock not in CONDITIONED_CLASSES:
+        for define in _define:
+            define(stock)
+    return CONDITIONED_CLASSES.get(stock)
 
 
 def set_origin(model: nn.Module, path: str) -> None:
@@ -376,9 +390,10 @@ def _outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
 
 
 def _adopt(host: PreTrainedModel, config: SpectralConfig, as_the_table_says: bool) -> None:
-    if type(host) in CONDITIONED_CLASSES and as_the_table_says:
+    counterpart = conditioned_counterpart(type(host)) if as_the_table_says else None
+    if counterpart is not None:
         if next(spectral_layers(host), None) is not None:
-            CONDITIONED_CLASSES[type(host)].adopt(host, config)
+            counterpart.adopt(host, config)
         return
     for model in _submodels(host):
         if next(spectral_layers(model), None) is not None:

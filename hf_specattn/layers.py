@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from .compat import Conv1D
 from .config import SpectralConfig
 from .corrections import at_least_float32, identity_correction, svd_correction
 

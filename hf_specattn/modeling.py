@@ -3,35 +3,43 @@
 For each model type of the table, `Spec<StockConfig>` (model type `specattn_<stock type>`) and `Spec<StockModel>` for every
 head that an Auto class offers: `SpecBertConfig`, `SpecBertForMaskedLM`, ... They are stock models whose projections are
 conditioned; parameter names are the stock ones.
+
+Configuration classes are cheap. The model classes of a type import its modeling file, so they are made with its first
+configuration, or when one of them is asked for by name: they are attributes of this module.
 """
 
 import contextlib
 import copy
+import functools
+import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, logging
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers.utils import logging
 
 from .architectures import ARCHITECTURES
-from .conditioning import CONDITIONED_CLASSES, attach, half_precision_cost, set_origin, subtract_correction
-from .config import INITS, PROJECTIONS, SpectralConfig, check_choice
-from .crammed_bert import (
-    CrammedBertConfig,
-    CrammedBertForMaskedLM,
-    CrammedBertForSequenceClassification,
-    CrammedBertForTokenClassification,
-    CrammedBertModel,
+from .compat import (
+    UnsupportedTransformersError,
+    dynamic_module_name,
+    expect_missing,
+    record_outputs_as,
+    share_key_conversions,
+    was_loaded,
 )
+from .conditioning import (
+    CONDITIONED_CLASSES,
+    attach,
+    define_with,
+    half_precision_cost,
+    set_origin,
+    subtract_correction,
+)
+from .config import INITS, PROJECTIONS, SpectralConfig, check_choice
 from .layers import spectral_layers
 from .refreshing import recompute, steps_since_refresh
 
@@ -47,34 +55,30 @@ SPECTRAL_FIELDS = (
     "spectral_refresh_every",
 )
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
-IS_REMOTE_CODE = __name__.partition(".")[0] == TRANSFORMERS_DYNAMIC_MODULE_NAME
+IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
 
 # Fields that say how training goes on, not what the loaded function is, and may differ from the checkpoint's.
 TRAINING_FIELDS = ("spectral_refresh_every",)
 
-# Auto classes that load every supported architecture they have a head for.
-AUTO_CLASSES = (
-    "AutoModel",
-    "AutoModelForPreTraining",
-    "AutoModelForMaskedLM",
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForMultipleChoice",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForImageClassification",
-    "AutoModelForMaskedImageModeling",
-)
-
-# The heads of our own architecture; transformers' mappings know those of the others.
-CRAMMED_BERT_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "AutoModel": CrammedBertModel,
-    "AutoModelForPreTraining": CrammedBertForMaskedLM,
-    "AutoModelForMaskedLM": CrammedBertForMaskedLM,
-    "AutoModelForSequenceClassification": CrammedBertForSequenceClassification,
-    "AutoModelForTokenClassification": CrammedBertForTokenClassification,
+# Auto classes that load every supported architecture they have a head for -> transformers' mapping from a configuration
+# class to that head.
+AUTO_CLASSES = {
+    "AutoModel": "MODEL_MAPPING",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING",
+    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "AutoModelForMaskedImageModeling": "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING",
 }
+CRAMMED_BERT = "crammed_bert"
+
+# Model types that `register_architecture` added -> their configuration class, and Auto class -> model class.
+OUTSIDE: dict[str, tuple[type[PretrainedConfig], dict[str, type[PreTrainedModel]]]] = {}
 
 
 class SpectralConfigMixin:
@@ -87,6 +91,10 @@ class SpectralConfigMixin:
 
     stock_config_class: ClassVar[type[PretrainedConfig]]
     model_type: ClassVar[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        conditioned_models(cls.stock_config_class.model_type)  # before an Auto class looks for them
+        return super().__new__(cls)
 
     def __post_init__(
         self,
@@ -120,13 +128,15 @@ class SpectralConfigMixin:
     @property
     def spectral_config(self) -> SpectralConfig:
         """The fields as a validated [`SpectralConfig`]."""
-        return SpectralConfig(
-            self.spectral_method,
-            self.lambda_,
-            tuple(self.spectral_targets),
-            self.spectral_granularity,
-            self.spectral_refresh_every,
-        )
+        return spectral_settings(vars(self))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As the stock method, which would warn that a stock checkpoint has another model type."""
+        config_dict, others = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[attr-defined]
+        if config_dict.get("model_type") in (cls.model_type, cls.stock_config_class.model_type):
+            return cls.from_dict(config_dict, **others)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -160,6 +170,8 @@ def _recast_config(config: Any, target: type, set_spectral: SpectralConfig | Non
     copied = copy.deepcopy(config)
     for name in (*SPECTRAL_FIELDS, "model_type"):
         copied.__dict__.pop(name, None)
+    if issubclass(target, SpectralConfigMixin):
+        conditioned_models(target.stock_config_class.model_type)
     copied.__class__ = target
     if set_spectral is not None:
         copied._set_spectral(set_spectral)
@@ -189,12 +201,7 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
 
 def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
     try:
-        spectral = SpectralConfig(
-            fields.get("spectral_method", "identity"),
-            fields.get("lambda_"),
-            fields.get("spectral_targets", PROJECTIONS),
-            fields.get("spectral_granularity", "projection"),
-        )
+        spectral = spectral_settings({**fields, "spectral_refresh_every": None})
     except ValueError:  # such as the checkpoint's lambda_ with another method: settings that no checkpoint has
         return None
     return (spectral.method, spectral.targets, spectral.granularity, [spectral.lambda_for(p) for p in PROJECTIONS])
@@ -202,15 +209,17 @@ def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
 
 # Whether the weights being loaded are stock ones, for which a missing `correction` is no loss.
 _loading_stock_weights: ContextVar[bool] = ContextVar("_loading_stock_weights", default=False)
+# Whether a conditioned model is being constructed: its parts are stock models until it is complete.
+is_constructing: ContextVar[bool] = ContextVar("is_constructing", default=False)
 
 
 @contextlib.contextmanager
-def _loading(stock: bool) -> Iterator[None]:
-    token = _loading_stock_weights.set(stock)
+def _within(variable: ContextVar[bool], value: bool = True) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _loading_stock_weights.reset(token)
+        variable.reset(token)
 
 
 class SpectralModelMixin:
@@ -219,9 +228,12 @@ class SpectralModelMixin:
     stock_class: ClassVar[type[PreTrainedModel]]
     config_class: ClassVar[Any]
     config: Any
-    _keys_to_ignore_on_load_missing: Any
-    # What `push_to_hub` calls; the package's `checkpoints.publishing` sets it, which remote code does not have.
-    publisher: ClassVar[Any] = None
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        """As the stock class; a stock configuration takes the spectral settings in `kwargs`."""
+        config, kwargs = self._settle(config, kwargs)
+        with _within(is_constructing):
+            super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
@@ -235,7 +247,7 @@ class SpectralModelMixin:
         super().post_init()  # type: ignore[misc]
         set_origin(self, "")  # type: ignore[arg-type]  # the configuration may name the stock checkpoint
         if _loading_stock_weights.get() and self.config.spectral_method == "svd":
-            self._keys_to_ignore_on_load_missing.add(r"\.correction$")
+            expect_missing(self, r"\.correction$")
 
     def initialize_weights(self) -> None:
         """Initialize what is not, as the stock method; then compute the svd corrections that no checkpoint filled."""
@@ -243,8 +255,9 @@ class SpectralModelMixin:
         for _, layer in spectral_layers(self):  # type: ignore[arg-type]
             if layer.spectral.method != "svd" or layer.weight.is_meta:
                 continue
-            if not getattr(layer.correction, "_is_hf_initialized", False):
+            if not was_loaded(layer.correction):
                 recompute(layer)
+                self._computed_corrections = True
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -270,19 +283,20 @@ class SpectralModelMixin:
             ValueError: for settings that contradict a conditioned checkpoint, a lost or misshapen `correction`,
                 quantization or tensor parallelism.
         """
+        config, kwargs = cls._settle(config, kwargs)
         _refuse_unsupported_loading(config, kwargs)
         stored = _stored_config(pretrained_model_name_or_path, kwargs)
         conditioned = _is_conditioned_checkpoint(stored, spectral_init)
         _check_init(spectral_init, conditioned, config, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        with _loading(stock=not conditioned):
+        with _within(_loading_stock_weights, not conditioned):
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
         if conditioned and stored is not None:  # the configuration may have come from elsewhere
             _refuse_other_settings(stored, {name: getattr(model.config, name) for name in SPECTRAL_FIELDS})
         if conditioned:
-            _check_corrections_loaded(pretrained_model_name_or_path, info)
+            _check_corrections_loaded(pretrained_model_name_or_path, model, info)
             set_origin(model, model.config.name_or_path)
         else:
             _enter_stock_weights(model, spectral_init or "additive")
@@ -300,9 +314,27 @@ class SpectralModelMixin:
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As the stock method, in one commit with the code for every head and a generated model card."""
-        if self.publisher is None:
+        if IS_REMOTE_CODE:
             return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
-        return self.publisher(self, repo_id, **kwargs)
+        # By its name: an import statement here would make transformers look for that file beside a checkpoint.
+        publishing = importlib.import_module(".checkpoints.publishing", __package__)
+        return publishing.push_model(self, repo_id, **kwargs)
+
+    @classmethod
+    def _settle(cls, config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The configuration with the spectral settings among `kwargs` entered, and the other keyword arguments.
+
+        Raises:
+            ValueError: if they contradict a conditioned configuration.
+        """
+        given = {name: value for name, value in kwargs.items() if name in SPECTRAL_FIELDS}
+        if not given or not isinstance(config, PretrainedConfig):
+            return config, kwargs  # without a configuration `from_pretrained` gives them to the one that it reads
+        if isinstance(config, SpectralConfigMixin):
+            _refuse_other_settings(vars(config), given)
+        else:
+            config = cls.config_class.from_stock(config, spectral_settings(given))
+        return config, {name: value for name, value in kwargs.items() if name not in given}
 
     @classmethod
     def adopt(cls, model: PreTrainedModel, spectral: SpectralConfig) -> None:
@@ -376,7 +408,7 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
         )
 
 
-def _check_corrections_loaded(path: Any, info: dict[str, Any]) -> None:
+def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> None:
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
     lost = sorted(key for key in (*info["missing_keys"], *mismatched) if key.endswith(".correction"))
     if lost:
@@ -384,6 +416,11 @@ def _check_corrections_loaded(path: Any, info: dict[str, Any]) -> None:
             f"{path} is a conditioned checkpoint, but {len(lost)} correction(s) are missing from it or have the wrong shape, "
             f"such as {lost[0]}. They are part of the trained function and cannot be recomputed; restore the file from its "
             "source."
+        )
+    if getattr(model, "_computed_corrections", False):
+        raise UnsupportedTransformersError(
+            f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so that the "
+            f"corrections of {path} would be recomputed. Install a release that this package names."
         )
 
 
@@ -410,28 +447,68 @@ def _enter_stock_weights(model: Any, spectral_init: str) -> None:
 # --- the classes, one set per model type -----------------------------------------------------------------------------
 
 
-def _stock_classes(model_type: str) -> tuple[type[PretrainedConfig], dict[str, Any]]:
-    """The stock configuration class, and for each Auto class that has one the stock model class, or a tuple of several
-    between which the `architectures` of a checkpoint decide (DeiT with and without a teacher)."""
-    if model_type == CrammedBertConfig.model_type:
-        return CrammedBertConfig, CRAMMED_BERT_CLASSES
-    config_class = transformers.AutoConfig.for_model(model_type).__class__
-    heads = {}
-    for name in AUTO_CLASSES:
-        mapping = getattr(transformers, name)._model_mapping
-        if config_class in mapping:
-            heads[name] = mapping[config_class]
-    return config_class, heads
+def spectral_settings(fields: Mapping[str, Any]) -> SpectralConfig:
+    """The settings among keyword arguments or the fields of a configuration, by the names that those have."""
+    return SpectralConfig(
+        fields.get("spectral_method", "identity"),
+        fields.get("lambda_"),
+        fields.get("spectral_targets", PROJECTIONS),
+        fields.get("spectral_granularity", "projection"),
+        fields.get("spectral_refresh_every"),
+    )
 
 
-def _conditioned_config_class(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+def stock_config_class(model_type: str) -> type[PretrainedConfig]:
+    """The stock configuration class of a model type of the table."""
+    if model_type == CRAMMED_BERT:
+        return crammed_bert_classes()[0]
+    return OUTSIDE[model_type][0] if model_type in OUTSIDE else transformers.CONFIG_MAPPING[model_type]
+
+
+def crammed_bert_classes() -> tuple[type[PretrainedConfig], dict[str, Any]]:
+    """Our own architecture: its configuration class, and Auto class -> model class."""
+    from .crammed_bert import (
+        CrammedBertConfig,
+        CrammedBertForMaskedLM,
+        CrammedBertForSequenceClassification,
+        CrammedBertForTokenClassification,
+        CrammedBertModel,
+    )
+
+    return CrammedBertConfig, {
+        "AutoModel": CrammedBertModel,
+        "AutoModelForPreTraining": CrammedBertForMaskedLM,
+        "AutoModelForMaskedLM": CrammedBertForMaskedLM,
+        "AutoModelForSequenceClassification": CrammedBertForSequenceClassification,
+        "AutoModelForTokenClassification": CrammedBertForTokenClassification,
+    }
+
+
+def _stock_heads(model_type: str) -> dict[str, Any]:
+    """For each Auto class that has one the stock model class, or a tuple of several between which the `architectures` of a
+    checkpoint decide (DeiT with and without a teacher)."""
+    if model_type == CRAMMED_BERT:
+        return crammed_bert_classes()[1]
+    if model_type in OUTSIDE:
+        return OUTSIDE[model_type][1]
+    config_class = stock_config_class(model_type)
+    mappings = {name: getattr(transformers, mapping) for name, mapping in AUTO_CLASSES.items()}
+    return {name: mapping[config_class] for name, mapping in mappings.items() if config_class in mapping}
+
+
+@functools.cache
+def conditioned_config_class(model_type: str) -> Any:
+    """`Spec<StockConfig>` of a model type of the table."""
+    stock = stock_config_class(model_type)
     namespace = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` of a spectrally conditioned model; adds the fields of [`SpectralConfigMixin`].",
         "model_type": MODEL_TYPE_PREFIX + stock.model_type,
         "stock_config_class": stock,
     }
-    return type(f"Spec{stock.__name__}", (SpectralConfigMixin, stock), namespace)
+    config_class = type(f"Spec{stock.__name__}", (SpectralConfigMixin, stock), namespace)
+    globals()[config_class.__name__] = config_class
+    return config_class
 
 
 def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> Any:
@@ -442,35 +519,33 @@ def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[Pr
         "stock_class": stock,
     }
     conditioned = type(f"Spec{stock.__name__}", (SpectralModelMixin, stock), namespace)
-    # What `output_attentions` may record is looked up by class, and entered when a model is constructed: a model that
-    # takes this class later (`condition`) would find nothing.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(conditioned), getattr(stock, "_can_record_outputs", None))
+    record_outputs_as(conditioned, stock)
+    share_key_conversions(stock.__name__, conditioned.__name__)
     return conditioned
 
 
-def _share_key_conversions(stock_name: str, conditioned_name: str) -> None:
-    # transformers renames checkpoint keys by class name or model type; ours are the stock ones under another name.
-    conversions = get_checkpoint_conversion_mapping(stock_name)
-    if conversions is not None:
-        register_checkpoint_conversion_mapping(conditioned_name, conversions, overwrite=True)
+@functools.cache
+def conditioned_models(model_type: str) -> dict[str, Any]:
+    """Auto class -> conditioned model class of a model type of the table, or a tuple of them.
 
-
-def _define_classes(model_type: str) -> dict[str, Any]:
-    """Create the conditioned classes of one model type as this module's globals; Auto class name -> model class."""
-    stock_config, heads = _stock_classes(model_type)
-    config_class = _conditioned_config_class(stock_config)
-    globals()[config_class.__name__] = config_class
-    _share_key_conversions(stock_config.model_type, config_class.model_type)
+    The first call makes the classes as this module's attributes, and registers them with the Auto classes.
+    """
+    config_class = conditioned_config_class(model_type)
+    share_key_conversions(config_class.stock_config_class.model_type, config_class.model_type)
     by_auto_class = {}
-    for auto_name, stock in heads.items():
+    for auto_name, stock in _stock_heads(model_type).items():
         several = isinstance(stock, tuple)
         classes = tuple(_define_model_class(each, config_class) for each in (stock if several else (stock,)))
         by_auto_class[auto_name] = classes if several else classes[0]
     if IS_REMOTE_CODE:
-        # Some heads (Llama's) build their base by AutoModel.from_config, which would ask anew whether to trust this code.
+        # Some heads (Llama's) build their base by AutoModel.from_config, which would ask again whether to trust this code.
         base = conditioned_class(by_auto_class["AutoModel"])
         transformers.AutoModel.register(config_class, base, exist_ok=True)
         base.register_for_auto_class("AutoModel")  # saved again, it brings its code along
+    else:
+        for auto_name, classes in by_auto_class.items():
+            getattr(transformers, auto_name).register(config_class, classes, exist_ok=True)
+        _share_preprocessors(config_class.stock_config_class, config_class)
     return by_auto_class
 
 
@@ -478,8 +553,15 @@ def _define_model_class(stock: type[PreTrainedModel], config_class: type[Pretrai
     if stock not in CONDITIONED_CLASSES:
         CONDITIONED_CLASSES[stock] = _conditioned_model_class(stock, config_class)
         globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
-        _share_key_conversions(stock.__name__, CONDITIONED_CLASSES[stock].__name__)
     return CONDITIONED_CLASSES[stock]
+
+
+def _share_preprocessors(stock: type[PretrainedConfig], conditioned: type[PretrainedConfig]) -> None:
+    tokenizers, image_processors = transformers.TOKENIZER_MAPPING, transformers.IMAGE_PROCESSOR_MAPPING
+    if stock in tokenizers:
+        transformers.AutoTokenizer.register(conditioned, tokenizer_class=tokenizers[stock], exist_ok=True)
+    if stock in image_processors:
+        image_processors.register(conditioned, image_processors[stock], exist_ok=True)
 
 
 def conditioned_class(classes: Any, architectures: Sequence[str] = ()) -> Any:
@@ -489,7 +571,28 @@ def conditioned_class(classes: Any, architectures: Sequence[str] = ()) -> Any:
     return next((each for each in classes if each.__name__ in architectures), classes[0])
 
 
-# Model type -> Auto class name -> conditioned model class, or a tuple of them.
-CONDITIONED_MODELS: dict[str, dict[str, Any]] = {
-    model_type: _define_classes(model_type) for model_type in ARCHITECTURES
-}
+def _define_counterpart(stock: type[PreTrainedModel]) -> None:
+    """Make the conditioned classes of the type that a stock model class belongs to, if the table has it."""
+    model_type = getattr(getattr(stock, "config_class", None), "model_type", None)
+    if model_type in ARCHITECTURES:
+        conditioned_models(model_type)
+
+
+define_with(_define_counterpart)
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Conditioned classes by name, where pickle and transformers' loading of remote code look for them."""
+        if name.startswith("Spec"):
+            stock_name = name.removeprefix("Spec")
+            own = [crammed_bert_classes(), *OUTSIDE.values()]
+            named = {each.__name__: each for config, heads in own for each in (config, *heads.values())}
+            stock = named.get(stock_name) or getattr(transformers, stock_name, None)
+            model_type = getattr(getattr(stock, "config_class", None) or stock, "model_type", None)
+            if model_type in ARCHITECTURES:
+                conditioned_models(model_type)
+                if name in globals():
+                    return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ import torch
 
 from ..architectures import ARCHITECTURES
 from ..balance import balance, format_balance
-from ..conditioning import CONDITIONED_CLASSES, condition, find_projections, fold, format_reports
+from ..conditioning import condition, conditioned_counterpart, find_projections, fold, format_reports
 from ..config import INITS, SpectralConfig, check_choice
 from ..diagnostics.spectra import spectra
 from ..layers import spectral_layers
@@ -225,7 +225,7 @@ def _refuse_wrong_state(command: str, found: Source) -> None:
 
 def _refuse_unsaveable(found: Source) -> None:
     """An unknown architecture, before the model is worked on."""
-    if found.model_class not in CONDITIONED_CLASSES:
+    if conditioned_counterpart(found.model_class) is None:
         known = found.model_type in ARCHITECTURES
         why = f"only the heads of {', '.join(AUTO_CLASSES)} have one; " if known else ""
         raise SourceError(

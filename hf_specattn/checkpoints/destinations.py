@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from ..compat import not_saved, saved_state
 from ..files import (
     TEMPORARY_NAME,
     bytes_of,
@@ -173,9 +172,9 @@ def save_model(model: PreTrainedModel, folder: Path, source: Source, without: Co
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    ignored = {*(model._keys_to_ignore_on_save or ()), *without}
+    ignored = {*not_saved(model), *without}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
-    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(state, model))
+    state = saved_state(model, state)
     files = _divide(state, source)
     for file, names in logging.tqdm(files.items(), desc="Writing", disable=True if len(files) < 4 else None):
         save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})

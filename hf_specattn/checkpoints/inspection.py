@@ -6,7 +6,7 @@ from pathlib import Path
 from ..architectures import ARCHITECTURES
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
-from ..modeling import CONDITIONED_MODELS, MODEL_TYPE_PREFIX
+from ..modeling import MODEL_TYPE_PREFIX
 from .records import KappaRow, read_record, spectra_rows
 from .remote_code import auto_map, needs_remote_code, source_files
 from .sources import find_source, load_model
@@ -79,7 +79,7 @@ def _loads_without(folder: Path, config: dict[str, object]) -> str:
     if not needs_remote_code(config):
         return "yes"
     model_type = str(config["model_type"])
-    known = model_type.removeprefix(MODEL_TYPE_PREFIX) in {*ARCHITECTURES, *CONDITIONED_MODELS}
+    known = model_type.removeprefix(MODEL_TYPE_PREFIX) in ARCHITECTURES
     missing = [file.name for file in source_files(model_type) if not (folder / file.name).is_file()]
     if known and not missing and config.get("auto_map") == auto_map(model_type):
         return "with trust_remote_code=True"

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.dynamic_module_utils import get_relative_import_files
-
 from .. import crammed_bert, modeling
 from ..architectures import ARCHITECTURES
-from ..modeling import CONDITIONED_MODELS, CRAMMED_BERT_CLASSES, MODEL_TYPE_PREFIX, conditioned_class
+from ..compat import relative_imports
+from ..modeling import MODEL_TYPE_PREFIX, OUTSIDE, conditioned_class, conditioned_models, crammed_bert_classes
 
 CONFIG = "config.json"
 
@@ -31,13 +30,13 @@ def auto_map(model_type: str, architectures: Sequence[str] = ()) -> dict[str, st
         architectures: the class names in its config.json, which decide where one Auto class has several heads.
 
     Raises:
-        ValueError: for a model type of transformers.
+        ValueError: for a model type of transformers, or one that `register_architecture` added.
     """
     module = _module_of(model_type)
     if module is None:
         raise ValueError(f"model_type={model_type!r} is transformers' own and needs no remote code.")
     stock_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
-    classes = CONDITIONED_MODELS[stock_type] if model_type != stock_type else CRAMMED_BERT_CLASSES
+    classes = conditioned_models(stock_type) if model_type != stock_type else crammed_bert_classes()[1]
     heads = {auto_class: conditioned_class(several, architectures) for auto_class, several in classes.items()}
     config_class = next(iter(heads.values())).config_class
     stem = Path(str(module.__file__)).stem
@@ -51,7 +50,7 @@ def source_files(model_type: str) -> list[Path]:
     if module is None:
         return []
     main = Path(str(module.__file__))
-    return [main, *sorted({Path(file) for file in get_relative_import_files(main)})]
+    return [main, *relative_imports(main)]
 
 
 def remote_code(config: dict[str, Any]) -> dict[str, bytes]:
@@ -80,7 +79,24 @@ def add_remote_code(folder: Path) -> list[str]:
     return sorted(files)
 
 
+def refuse_outside(model_type: str) -> None:
+    """Refuse a model type that `register_architecture` added.
+
+    Raises:
+        ValueError: saying why, and the way out.
+    """
+    stock_type = model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if stock_type in OUTSIDE:
+        config_class = OUTSIDE[stock_type][0]
+        raise ValueError(
+            f"model type {stock_type!r} was made known by register_architecture: its code ({config_class.__module__}) lies "
+            "outside this package and cannot travel with a checkpoint. Save the model with save_pretrained, and make the "
+            "same call before you load it; or fold it (hf_specattn.fold(model)), and share it as you share your stock model."
+        )
+
+
 def _module_of(model_type: str) -> Any:
+    refuse_outside(model_type)
     if model_type.startswith(MODEL_TYPE_PREFIX) and model_type.removeprefix(MODEL_TYPE_PREFIX) in ARCHITECTURES:
         return modeling
     return crammed_bert if model_type == crammed_bert.CrammedBertConfig.model_type else None

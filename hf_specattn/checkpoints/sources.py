@@ -1,7 +1,6 @@
 """A source checkpoint: found in a folder or on the Hub, and checked before any work is done on it."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from .. import modeling
 from ..architectures import ARCHITECTURES
-from ..conditioning import CONDITIONED_CLASSES, find_projections
-from ..modeling import CRAMMED_BERT_CLASSES, MODEL_TYPE_PREFIX
+from ..conditioning import find_projections
+from ..modeling import MODEL_TYPE_PREFIX, crammed_bert_classes
+from .remote_code import refuse_outside
 
 CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -354,9 +355,12 @@ def _model_class(config: dict[str, Any], path_or_id: str) -> type[PreTrainedMode
             f'"architectures" in the {CONFIG} of {path_or_id} is {names!r}; it must name the class that the weights are of, '
             'such as ["BertForMaskedLM"]. Add it, or load the model and save it again.'
         )
-    for model_class in _own_classes():
-        if model_class.__name__ == names[0]:
-            return model_class
+    try:
+        refuse_outside(str(config["model_type"]))
+    except ValueError as error:
+        raise SourceError(f"{path_or_id}: {error}") from error
+    if (own := _own_class(str(names[0]))) is not None:
+        return own
     stock: Any = getattr(transformers, str(names[0]), None)
     if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
         raise SourceError(
@@ -366,8 +370,11 @@ def _model_class(config: dict[str, Any], path_or_id: str) -> type[PreTrainedMode
     return stock
 
 
-def _own_classes() -> Iterable[type[PreTrainedModel]]:
-    return (*CONDITIONED_CLASSES.values(), *CRAMMED_BERT_CLASSES.values())
+def _own_class(name: str) -> Any:
+    """The class of that name in this package; None where it has none."""
+    crammed: dict[str, Any] = {each.__name__: each for each in crammed_bert_classes()[1].values()}
+    found = getattr(modeling, name, None) if name.startswith("Spec") else crammed.get(name)
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
 
 
 def unknown_architecture_way_out() -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..compat import attention_implementation
 from .attentions import Architecture, Attention, find_attentions, to_dtype
 from .heads import AttentionHead
 
@@ -156,7 +157,7 @@ def eager_attention(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         yield
         return
-    before = model.config._attn_implementation
+    before = attention_implementation(model.config)
     model.set_attn_implementation("eager")
     try:
         yield

@@ -1,0 +1,139 @@
+"""Every name of transformers that is not a public interface: what it is for, and what happens where a release lacks it.
+
+This file travels with checkpoints as remote code, so it imports transformers and torch alone (what concerns PEFT, datasets
+and accelerate is in `compat_extras`). Each name is looked up when it is needed: a renamed one costs what is said beside it,
+and never the import of the package.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+class UnsupportedTransformersError(RuntimeError):
+    """This release of transformers lacks something without which a result would be wrong."""
+
+
+def _private(module: str, name: str, consequence: str) -> Any:
+    """The attribute `name` of a module of transformers.
+
+    Raises:
+        UnsupportedTransformersError: saying what cannot be done without it.
+    """
+    try:
+        return getattr(importlib.import_module(f"transformers.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedTransformersError(
+            f"transformers {transformers.__version__} has no transformers.{module}.{name}, without which {consequence}. "
+            "Install a release that this package names (pip install hf_specattn), and report this one."
+        ) from error
+
+
+def dynamic_module_name() -> str:
+    """The package that transformers imports a checkpoint's own code into; its name so far where it is not told."""
+    return getattr(transformers.utils, "TRANSFORMERS_DYNAMIC_MODULE_NAME", "transformers_modules")
+
+
+try:
+    from transformers.pytorch_utils import Conv1D
+except (
+    ImportError
+):  # nothing is an instance of this one: GPT-2's projections are unknown then, and `condition` says so
+
+    class Conv1D(nn.Module):  # type: ignore[no-redef]
+        """Stands for transformers' class of the same name."""
+
+
+def share_key_conversions(stock_name: str, conditioned_name: str) -> None:
+    """Rename the keys of a conditioned class's checkpoints as those of the stock class or model type.
+
+    transformers looks renamings up by class name and model type; without them a ViT's checkpoint loads at random.
+
+    Raises:
+        UnsupportedTransformersError: if they cannot be looked up.
+    """
+    consequence = f"the checkpoint keys of {stock_name} cannot be told from those of other releases"
+    conversions = _private("conversion_mapping", "get_checkpoint_conversion_mapping", consequence)(stock_name)
+    if conversions is not None:
+        register = _private("conversion_mapping", "register_checkpoint_conversion_mapping", consequence)
+        register(conditioned_name, conversions, overwrite=True)
+
+
+def record_outputs_as(conditioned: type, stock: type) -> None:
+    """Let `output_attentions` and `output_hidden_states` record the same of both classes.
+
+    What may be recorded is looked up by class, and entered when a model is constructed: one that takes its class later
+    (`condition`) would find nothing. Without the registry such a model returns neither, with transformers' own warning.
+    """
+    try:
+        registry = importlib.import_module("transformers.utils.output_capturing")._CAN_RECORD_REGISTRY
+    except (ImportError, AttributeError):
+        logger.warning_once(
+            f"transformers {transformers.__version__} keeps no registry of outputs: output_attentions and "
+            "output_hidden_states of a model conditioned in memory may be missing; save it and load it again."
+        )
+        return
+    dict.__setitem__(registry, str(conditioned), getattr(stock, "_can_record_outputs", None))
+
+
+def was_loaded(tensor: Tensor) -> bool:
+    """Whether `from_pretrained` filled a tensor, by the mark that transformers puts on it.
+
+    A release with another mark makes corrections look unfilled; loading a conditioned checkpoint then is an error
+    (`modeling.SpectralModelMixin.from_pretrained` compares with the keys that transformers reports as missing).
+    """
+    return bool(getattr(tensor, "_is_hf_initialized", False))
+
+
+def expect_missing(model: Any, pattern: str) -> None:
+    """Let keys that match `pattern` be missing from a checkpoint without a warning; without it there is one."""
+    ignored = getattr(model, "_keys_to_ignore_on_load_missing", None)
+    if isinstance(ignored, set):
+        ignored.add(pattern)
+
+
+def not_saved(model: Any) -> set[str]:
+    """Names of the tensors that `save_pretrained` leaves out; none where a release does not say."""
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+
+
+def attention_implementation(config: Any) -> Any:
+    """The attention implementation in use, such as "sdpa": a public setter exists, but no public getter."""
+    return getattr(config, "_attn_implementation", None)
+
+
+def saved_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as `save_pretrained` writes it: tied weights once, and keys as the source's release named them.
+
+    Raises:
+        UnsupportedTransformersError: if that cannot be known: the file would load at random.
+    """
+    consequence = "a checkpoint cannot be written with the keys that it was read with"
+    untie = _private("modeling_utils", "remove_tied_weights_from_state_dict", consequence)
+    revert = _private("core_model_loading", "revert_weight_conversion", consequence)
+    return revert(model, untie(state, model))
+
+
+def relative_imports(file: Path) -> list[Path]:
+    """The files that travel with a module as remote code: those that it imports from its own folder, and so on.
+
+    Raises:
+        UnsupportedTransformersError: if transformers does not say which it copies.
+    """
+    find = _private("dynamic_module_utils", "get_relative_import_files", "remote code cannot be collected")
+    return sorted({Path(found) for found in find(file)})
+
+
+def tasks_of_pipelines() -> Mapping[str, Mapping[str, str]]:
+    """Task of the Hub -> stock classes for it; empty where a release has no such table, so that a card names no task."""
+    try:
+        return importlib.import_module("transformers.modelcard").TASK_MAPPING
+    except (ImportError, AttributeError):
+        return {}
