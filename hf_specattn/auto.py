@@ -24,6 +24,7 @@ from .conditioning import conditioned_counterpart
 from .layers import spectral_layers
 from .modeling import (
     CRAMMED_BERT,
+    FLAG,
     MODEL_TYPE_PREFIX,
     OUTSIDE,
     SPECTRAL_FIELDS,
@@ -32,12 +33,11 @@ from .modeling import (
     conditioned_config_class,
     crammed_bert_classes,
     is_constructing,
+    refuse_stored_fields,
     stock_config_class,
 )
 
 logger = logging.get_logger(__name__)
-
-FLAG = "spectral_conditioning"
 
 # Stock configuration class -> its conditioned class.
 CONDITIONED_CONFIGS: dict[type[PretrainedConfig], Any] = {}
@@ -165,7 +165,7 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     counterpart = CONDITIONED_CONFIGS.get(cls)
     if counterpart is not None and config_dict.get("model_type") == counterpart.model_type:
         return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
-    _refuse_stored_fields(cls, config_dict)
+    refuse_stored_fields(config_dict, SPECTRAL_FIELDS if counterpart else (FLAG,))
     if _flag(cls, kwargs):
         return counterpart.from_dict(config_dict, **kwargs)
     kwargs.pop(FLAG, None)
@@ -257,24 +257,6 @@ def _knows_settings(cls: Any) -> bool:
     """Whether `lambda_` and the like can only mean conditioning: other people's classes may have a field of that name."""
     config_class = cls if issubclass(cls, PretrainedConfig) else cls.config_class
     return config_class in CONDITIONED_CONFIGS
-
-
-def _refuse_stored_fields(cls: Any, config_dict: Mapping[str, Any]) -> None:
-    """A config.json of a stock type with spectral fields: its weights may be W or W + C, and the file cannot say which."""
-    stored = config_dict.get(FLAG)
-    fields = [name for name in SPECTRAL_FIELDS if name in config_dict and name != FLAG and cls in CONDITIONED_CONFIGS]
-    if stored is False and not fields:
-        return
-    if stored is None and not fields:
-        return
-    raise ValueError(
-        f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
-        f"{', '.join(f'{name}={config_dict[name]!r}' for name in (FLAG, *fields) if name in config_dict)}, which says the "
-        "contrary: a stock class has written it, or somebody has edited it. If the weights are those of a stock model, take "
-        "these fields out of config.json, and pass spectral_conditioning=True to from_pretrained to condition them. If they "
-        "were trained with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without C: "
-        "go back to the conditioned checkpoint, or to hf_specattn.fold(model) of it."
-    )
 
 
 def _counterpart(cls: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -46,8 +46,9 @@ from .refreshing import recompute, steps_since_refresh
 logger = logging.get_logger(__name__)
 
 MODEL_TYPE_PREFIX = "specattn_"
+FLAG = "spectral_conditioning"
 SPECTRAL_FIELDS = (
-    "spectral_conditioning",
+    FLAG,
     "lambda_",
     "spectral_method",
     "spectral_targets",
@@ -151,8 +152,13 @@ class SpectralConfigMixin:
             config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
             _refuse_other_settings(config_dict, given)
-        elif config_dict.get("architectures"):  # an Auto class with several classes for one type chooses by them
-            config_dict = {**config_dict, "architectures": [f"Spec{name}" for name in config_dict["architectures"]]}
+        else:
+            if config_dict.get("model_type") == cls.stock_config_class.model_type:
+                refuse_stored_fields(config_dict)
+            if names := config_dict.get(
+                "architectures"
+            ):  # an Auto class with several classes for one type chooses by them
+                config_dict = {**config_dict, "architectures": [f"Spec{name}" for name in names]}
         return super().from_dict({**config_dict, **given, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
 
     @classmethod
@@ -197,6 +203,29 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
                 "was trained. To change it: load it as it is, hf_specattn.fold(model), then hf_specattn.condition(model, "
                 "SpectralConfig(...)) anew."
             )
+
+
+def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = SPECTRAL_FIELDS) -> None:
+    """Refuse spectral fields in the configuration of a stock type: its weights may be W or W + C, which no file says.
+
+    Args:
+        config_dict: the fields of a config.json.
+        names: those that can only mean conditioning: other people's classes may have a `lambda_`.
+
+    Raises:
+        ValueError: unless they are absent, or the flag alone says no.
+    """
+    stored = {name: config_dict[name] for name in names if name in config_dict}
+    if not stored or stored == {FLAG: False}:
+        return
+    raise ValueError(
+        f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
+        f"{', '.join(f'{name}={value!r}' for name, value in stored.items())}: a stock class has written it, or somebody has "
+        "edited it. If the weights are those of a stock model, take these fields out of config.json, and pass "
+        "spectral_conditioning=True to from_pretrained to condition them. If they were trained with corrections (a stock "
+        "class opened a conditioned checkpoint and saved it), they are W without C: go back to the conditioned checkpoint, "
+        "or to hf_specattn.fold(model) of it."
+    )
 
 
 def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
