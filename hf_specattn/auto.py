@@ -23,6 +23,7 @@ from .architectures import ARCHITECTURES, AttentionSpec
 from .conditioning import conditioned_counterpart
 from .layers import spectral_layers
 from .modeling import (
+    CONDITIONED_CONFIGS,
     CRAMMED_BERT,
     FLAG,
     MODEL_TYPE_PREFIX,
@@ -34,13 +35,9 @@ from .modeling import (
     crammed_bert_classes,
     is_constructing,
     refuse_stored_fields,
-    stock_config_class,
 )
 
 logger = logging.get_logger(__name__)
-
-# Stock configuration class -> its conditioned class.
-CONDITIONED_CONFIGS: dict[type[PretrainedConfig], Any] = {}
 
 
 def register() -> None:
@@ -134,7 +131,6 @@ def _register_crammed_bert() -> None:
 
 def _register_type(model_type: str) -> None:
     conditioned = conditioned_config_class(model_type)
-    CONDITIONED_CONFIGS[stock_config_class(model_type)] = conditioned
     AutoConfig.register(conditioned.model_type, conditioned, exist_ok=True)
 
 

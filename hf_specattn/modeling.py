@@ -10,7 +10,6 @@ configuration, or when one of them is asked for by name: they are attributes of 
 
 import contextlib
 import copy
-import functools
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,6 +79,10 @@ CRAMMED_BERT = "crammed_bert"
 
 # Model types that `register_architecture` added -> their configuration class, and Auto class -> model class.
 OUTSIDE: dict[str, tuple[type[PretrainedConfig], dict[str, type[PreTrainedModel]]]] = {}
+
+# What was made so far: stock configuration class -> its conditioned class, and model type -> what `conditioned_models` says.
+CONDITIONED_CONFIGS: dict[type[PretrainedConfig], Any] = {}
+CONDITIONED_MODELS: dict[str, dict[str, Any]] = {}
 
 
 class SpectralConfigMixin:
@@ -525,10 +528,11 @@ def _stock_heads(model_type: str) -> dict[str, Any]:
     return {name: mapping[config_class] for name, mapping in mappings.items() if config_class in mapping}
 
 
-@functools.cache
 def conditioned_config_class(model_type: str) -> Any:
     """`Spec<StockConfig>` of a model type of the table."""
     stock = stock_config_class(model_type)
+    if stock in CONDITIONED_CONFIGS:
+        return CONDITIONED_CONFIGS[stock]
     namespace = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` of a spectrally conditioned model; adds the fields of [`SpectralConfigMixin`].",
@@ -536,7 +540,7 @@ def conditioned_config_class(model_type: str) -> Any:
         "stock_config_class": stock,
     }
     config_class = type(f"Spec{stock.__name__}", (SpectralConfigMixin, stock), namespace)
-    globals()[config_class.__name__] = config_class
+    globals()[config_class.__name__] = CONDITIONED_CONFIGS[stock] = config_class
     return config_class
 
 
@@ -553,15 +557,16 @@ def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[Pr
     return conditioned
 
 
-@functools.cache
 def conditioned_models(model_type: str) -> dict[str, Any]:
     """Auto class -> conditioned model class of a model type of the table, or a tuple of them.
 
     The first call makes the classes as this module's attributes, and registers them with the Auto classes.
     """
+    if model_type in CONDITIONED_MODELS:
+        return CONDITIONED_MODELS[model_type]
     config_class = conditioned_config_class(model_type)
     share_key_conversions(config_class.stock_config_class.model_type, config_class.model_type)
-    by_auto_class = {}
+    by_auto_class: dict[str, Any] = {}
     for auto_name, stock in _stock_heads(model_type).items():
         several = isinstance(stock, tuple)
         classes = tuple(_define_model_class(each, config_class) for each in (stock if several else (stock,)))
@@ -575,6 +580,7 @@ def conditioned_models(model_type: str) -> dict[str, Any]:
         for auto_name, classes in by_auto_class.items():
             getattr(transformers, auto_name).register(config_class, classes, exist_ok=True)
         _share_preprocessors(config_class.stock_config_class, config_class)
+    CONDITIONED_MODELS[model_type] = by_auto_class
     return by_auto_class
 
 
