@@ -15,6 +15,8 @@ from transformers import AutoModel, BertModel
 from hf_specattn import SpectralConfig, compat, condition, modeling
 from hf_specattn.compat import UnsupportedTransformersError
 
+pytestmark = pytest.mark.integration
+
 BERT = ARCHITECTURES["bert"]
 # Names without which something would be wrong -> a call that needs them.
 NEEDED = {

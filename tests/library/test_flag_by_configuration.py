@@ -14,6 +14,8 @@ import hf_specattn
 from hf_specattn import SpectralConfig, condition, fold
 from hf_specattn.layers import spectral_layers
 
+pytestmark = pytest.mark.integration
+
 FLAGS = {"spectral_conditioning": True, "lambda_": 0.5}
 BERT = ARCHITECTURES["bert"]
 

@@ -18,6 +18,8 @@ from hf_specattn.conditioning import CONDITIONED_CLASSES
 from hf_specattn.layers import spectral_layers
 from hf_specattn.modeling import OUTSIDE, conditioned_models
 
+pytestmark = pytest.mark.integration
+
 WIDTH, HEADS = 12, 3
 
 
