@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from ..diagnostics.spectra import spectra
 from ..files import megabytes, write_bytes
-from ..modeling import SpectralModelMixin
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
 from .evaluations import EVALUATION_FILES
@@ -197,11 +196,6 @@ def push_model(
             commit_description=commit_description,
             token=token,
         )
-
-
-def register() -> None:
-    """Give conditioned models their `push_to_hub`. As remote code, where this module is missing, they have the stock one."""
-    SpectralModelMixin.publisher = staticmethod(push_model)
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -1,14 +1,29 @@
 """Seeing whether attention is well conditioned, saturated or fine."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .advice import Advice, advise
 from .capture import CapturedAttention, capture
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
-from .monitor import SpectralMonitor
-from .report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
 from .saturation import GradientNorms, Saturation, attention_entropy, gradient_norms, saturation
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
+
+if TYPE_CHECKING:
+    from .monitor import SpectralMonitor
+    from .report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
+
+# Public name -> its module, imported when the name is first used: the monitor brings the Trainer's callbacks, and PEFT.
+_HOMES = {
+    "Diagnosis": "report",
+    "JacobianRow": "report",
+    "SpectralMonitor": "monitor",
+    "diagnose": "report",
+    "write_report": "report",
+    "write_training_report": "report",
+}
 
 __all__ = [
     "Advice",
@@ -38,3 +53,15 @@ __all__ = [
     "write_report",
     "write_training_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,6 @@ import typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..balance import probe_batch
-from .report import write_report
 
 # What a text model is looked at on where no data are given.
 DEFAULT_TEXT = (
@@ -36,6 +35,8 @@ def report(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Show how well conditioned the attention of a model is: one HTML page with figures, as PNG and SVG, too."""
+    from .report import write_report  # brings the Trainer's callbacks, for which the other commands should not wait
+
     try:
         loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
         batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)

@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,6 +53,23 @@ def test_the_console_script_is_this_command():
     target = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]["specattn"]
     module, _, function = target.partition(":")
     assert getattr(importlib.import_module(module), function) is cli.main
+
+
+LOADED = """
+import json, sys
+from transformers import PreTrainedModel, AutoModel
+before = set(sys.modules)
+import hf_specattn.cli, hf_specattn.diagnostics.command
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_the_command_loads_what_it_needs_when_it_needs_it():
+    done = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True, timeout=120)
+    loaded = json.loads(done.stdout.splitlines()[-1])
+    assert {"hf_specattn.checkpoints.cards", "hf_specattn.diagnostics.command"} <= set(loaded)
+    heavy = r"(matplotlib|scipy|jinja2|peft|datasets|pandas|sklearn|PIL)$|transformers\.(trainer|training_args)"
+    assert [name for name in loaded if re.match(heavy, name)] == []
 
 
 def test_convert_inspect_fold(specattn, source, tmp_path):

@@ -24,6 +24,7 @@ CRAMMED_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "n
 CODE = {
     "adapted.py",
     "architectures.py",
+    "compat.py",
     "conditioning.py",
     "config.py",
     "corrections.py",
