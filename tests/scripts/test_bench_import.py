@@ -75,6 +75,7 @@ def test_what_cannot_be_measured_is_refused(bench, flags, message, capsys, monke
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow  # starts processes
 def test_a_package_from_elsewhere_is_an_error(bench, tmp_path):
     with pytest.raises(RuntimeError, match="imported None and not"):
         bench.measure("pass", tmp_path)
