@@ -2,6 +2,7 @@
 
 import ast
 import json
+import pkgutil
 import random
 import re
 
@@ -50,6 +51,25 @@ def test_every_python_block_is_python(page):
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
         ast.parse(block)
+
+
+# What a checkout holds; the changelog tells of what is gone.
+PAGES = [page for page in sorted(REPOSITORY.glob("*.md")) if page.name != "CHANGELOG.md"]
+PAGES += [
+    page for folder in ("docs", "model_cards", "benchmarks") for page in sorted((REPOSITORY / folder).rglob("*.md"))
+]
+PATH = re.compile(r"(?<![\w/.-])((?:tests|scripts|hf_specattn|benchmarks|docs|model_cards)/[\w/.-]*\w)")
+NAME = re.compile(r"\b((?:hf_specattn|recipes)(?:\.[A-Za-z_]\w*)+)")
+LINK = re.compile(r"\]\((?!https?:|#|\{)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
+def test_every_file_and_name_that_a_page_mentions_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    assert [path for path in PATH.findall(text) if not (REPOSITORY / path).exists()] == []
+    assert [path for path in LINK.findall(text) if not (page.parent / path).exists()] == []
+    for name in set(NAME.findall(text)):
+        pkgutil.resolve_name(name)
 
 
 def test_data_prepared_beforehand_is_what_the_run_finds(corpus, tmp_path, capsys):
