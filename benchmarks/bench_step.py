@@ -351,9 +351,9 @@ class WrittenElements(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket not in flop_registry and not func.__name__.startswith("empty"):
-            read = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            read = {x.untyped_storage() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             for x in tree_leaves(result):
-                if isinstance(x, Tensor) and (func._schema.is_mutable or x.untyped_storage()._cdata not in read):
+                if isinstance(x, Tensor) and (func._schema.is_mutable or x.untyped_storage() not in read):
                     self.count += x.numel()
         return result
 

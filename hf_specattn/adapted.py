@@ -1,4 +1,4 @@
-"""What conditioning asks about adapters of PEFT that are on a model already (how they are put on: `adapters`).
+"""What conditioning asks about adapters of PEFT that are on a model already (how they are put on: `peft`).
 
 This file travels with checkpoints as remote code. transformers demands every package that such a file imports, so PEFT is
 taken from the modules that are loaded: where it is not among them, nobody can have put an adapter on.
@@ -13,7 +13,7 @@ from torch import nn
 
 def adapted_layers(model: nn.Module) -> set[nn.Module]:
     """The modules of `model` that lie under an adapter of PEFT."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:  # absent, or its import is blocked
         return set()
     tuner_layer: Any = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
     return {module.get_base_layer() for module in model.modules() if isinstance(module, tuner_layer)}
@@ -25,7 +25,7 @@ def refuse_adapters(model: nn.Module) -> None:
     Raises:
         ValueError: if PEFT has put anything on `model`.
     """
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return
     wrappers: tuple[Any, ...] = (
         importlib.import_module("peft").PeftModel,

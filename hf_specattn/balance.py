@@ -599,9 +599,8 @@ def _check_settings(model: nn.Module, probe: Any, tolerance: Any) -> None:
 def _check_attentions(model: nn.Module, attentions: Sequence[_Attention]) -> None:
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
+        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users.setdefault(id(parameter), []).append(name)
     seen: dict[nn.Module, str] = {}
     for attention in attentions:
         for item in attention.everything:
@@ -808,10 +807,14 @@ def float64_outputs(model: nn.Module, probe: Mapping[str, Any]) -> Tensors:
 
 
 def _own_float_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for tensors in (module._parameters, module._buffers):
-        for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_floating_point():
-                yield name, tensor
+    for name, tensor in _own_tensors(module).items():
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+def _own_tensors(module: nn.Module) -> Tensors:
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(recurse=False, remove_duplicate=False))}
 
 
 @contextlib.contextmanager
@@ -822,24 +825,20 @@ def _substituted(
 
     With `input_dtype`, floating-point tensors among its arguments are cast to it.
     """
-    originals: dict[nn.Module, tuple[dict[str, Any], dict[str, Any]]] = {}
+    originals: dict[nn.Module, Tensors] = {}
     handles = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
         tensors = sources[module]()
-        originals[module] = (dict(module._parameters), dict(module._buffers))
+        originals[module] = _own_tensors(module)
         for name, tensor in tensors.items():
-            if name in module._buffers:
-                module._buffers[name] = tensor
-            else:
-                module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+            is_parameter = isinstance(originals[module][name], nn.Parameter)
+            setattr(module, name, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         return (_cast(args, input_dtype), _cast(kwargs, input_dtype)) if input_dtype else None
 
     def leave(module: nn.Module, *_: Any) -> None:
-        if module in originals:
-            parameters, buffers = originals.pop(module)
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for name, tensor in originals.pop(module, {}).items():
+            setattr(module, name, tensor)
 
     try:
         for module in sources:

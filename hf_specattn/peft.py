@@ -21,23 +21,17 @@ Four things make PEFT work on a conditioned model as on a stock one:
   weight that holds a merged update, or the remainder of PiSSA, they would change the function.
 """
 
-import dataclasses
 import functools
-import importlib
-import importlib.abc
-import importlib.machinery
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from . import compat_extras
 from .architectures import ARCHITECTURES
 from .config import PROJECTIONS
-from .crammed_bert import CrammedBertConfig, CrammedBertForSequenceClassification
 from .layers import spectral_layers
 
 logger = logging.get_logger(__name__)
@@ -79,6 +73,7 @@ ADDITIVE_LORA_VARIANTS = (
     "velora_config",
 )
 PEFT_ALL_LINEAR = "all-linear"
+CRAMMED_BERT = "crammed_bert"  # the model type; its module is a heavy import
 
 
 # --- registration ----------------------------------------------------------------------------------------------------
@@ -89,59 +84,17 @@ def register() -> None:
 
     Idempotent. `import hf_specattn` calls it; it never imports PEFT, which takes long and may not be installed.
     """
-    if "peft" in sys.modules:
-        _prepare_peft()
-    elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _PeftFinder())
-
-
-class _PeftFinder(importlib.abc.MetaPathFinder):
-    """Finds `peft` as the other finders do, and prepares it once it has run."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != "peft":
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:  # asking whether PEFT is installed ends here, too
-            vars(spec.loader)["exec_module"] = self._then_prepare(spec.loader.exec_module)
-        return spec
-
-    def _then_prepare(self, execute: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            _prepare_peft()
-
-        return exec_module
+    compat_extras.when_imported("peft", _prepare_peft)
 
 
 @functools.cache
 def _prepare_peft() -> None:
-    try:
-        _extend_peft()
-    except (ImportError, AttributeError, KeyError) as error:
-        # Whoever has PEFT has it imported by transformers: a release built otherwise must not take this package down.
-        logger.warning(
-            f"PEFT {getattr(sys.modules['peft'], '__version__', '')} is not built as this package expects it ({error!r}). "
-            "Adapters on conditioned projections may be wrong without an error; install hf_specattn[peft] for a release that "
-            "goes with it, or fold the model before you put an adapter on."
-        )
-
-
-def _extend_peft() -> None:
-    import peft.auto
-    from peft.tuners.tuners_utils import BaseTuner
-
     # Every way to put an adapter on ends here: get_peft_model, PeftModel.from_pretrained, add_adapter of PEFT and of
     # transformers.
-    BaseTuner.inject_adapter = _checked(BaseTuner.inject_adapter)  # type: ignore[method-assign]
+    compat_extras.wrap(compat_extras.INJECT_ADAPTER, _checked)
     _enter_target_modules()
     # An adapter without a task type is rebuilt on the class that it was trained on, such as SpecBertModel.
-    peft.auto.get_default_import_allowlist = _with_this_package(peft.auto.get_default_import_allowlist)
+    compat_extras.wrap(compat_extras.IMPORT_ALLOWLIST, _with_this_package)
 
 
 def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[str]]:
@@ -156,16 +109,12 @@ def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[
 
 
 def _enter_target_modules() -> None:
-    from peft.tuners.adaption_prompt import config as adaption_prompt
-    from peft.utils import constants
-
-    for name, mapping in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(mapping, dict):
-            for model_type, targets in _missing_targets(mapping):
-                mapping[model_type] = targets
+    for table in compat_extras.target_module_tables():
+        table.update(_missing_targets(table))
     # GPT-2's adaption prompt asks for the model type by name in its code as well, so an entry here would not be enough.
-    settings = adaption_prompt.TRANSFORMERS_MODEL_CONFIG
-    settings.setdefault(_conditioned_type("llama"), settings["llama"])
+    settings = compat_extras.adaption_prompt_settings()
+    if "llama" in settings:
+        settings.setdefault(_conditioned_type("llama"), settings["llama"])
 
 
 def _missing_targets(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -176,7 +125,7 @@ def _missing_targets(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
         if targets is None:
             targets = _translated(mapping.get("bert"), stock_type)
         own_types = [_conditioned_type(stock_type)]
-        if stock_type == CrammedBertConfig.model_type:
+        if stock_type == CRAMMED_BERT:  # a type of this package, which PEFT does not know either
             own_types.append(stock_type)
         entries += [(own, targets) for own in own_types if targets is not None and own not in mapping]
     return entries
@@ -213,7 +162,11 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
 def _save_whole_head(config: Any, model: nn.Module) -> None:
     # PEFT trains and saves heads called `classifier` or `score`; the one of Crammed BERT has a layer before it, which would
     # stay random and be drawn anew when the adapter is loaded.
-    if isinstance(model, CrammedBertForSequenceClassification) and config.task_type == "SEQ_CLS":
+    if config.task_type != "SEQ_CLS":
+        return
+    from .crammed_bert import CrammedBertForSequenceClassification
+
+    if isinstance(model, CrammedBertForSequenceClassification):
         saved = config.modules_to_save or []
         if "dense" not in saved:
             config.modules_to_save = [*saved, "dense"]
@@ -242,17 +195,16 @@ def _weight_reader(config: Any) -> tuple[str, str] | None:
         return f"PEFT's {method}", f"Use a method with an additive update ({', '.join(ADDITIVE_METHODS)})"
     if method == "MISS" and config.init_weights == "bat":
         return "init_weights='bat'", "Set init_weights=True"
-    for field in dataclasses.fields(config):
-        value, is_variant = getattr(config, field.name), field.metadata.get("is_lora_variant")
-        if is_variant and value and field.name not in ADDITIVE_LORA_VARIANTS:
+    for field in compat_extras.lora_variants(config):
+        value = getattr(config, field.name)
+        if value and field.name not in ADDITIVE_LORA_VARIANTS:
             return f"{field.name}={value!r}", f"Set {field.name}={field.default!r}"
     return None
 
 
 def _targeted(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None) -> Iterator[str]:
     """The conditioned projections that `inject_adapter` would put the adapter on."""
-    # As PEFT does next, and does again: the first call fills in the default target modules.
-    config = tuner._prepare_adapter_config(config, tuner.get_model_config(model))
+    is_target = compat_extras.target_matcher(tuner, config, model)
     for name, _ in spectral_layers(model):
         name = name.removesuffix(".base_layer")  # below an adapter that is on already
         if state_dict is not None:
@@ -260,7 +212,7 @@ def _targeted(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str
         elif config.target_modules == PEFT_ALL_LINEAR:
             targeted = True
         else:
-            targeted = bool(tuner._check_target_module_exists(config, name))
+            targeted = is_target(name)
         if targeted:
             yield name
 

@@ -7,13 +7,13 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ..files import write_json
@@ -24,6 +24,9 @@ from .indicator import jacobian_indicator
 from .jacobian import jacobian_spectrum
 from .saturation import Saturation, gradient_norms
 from .spectra import ProjectionSpectra, spectra
+
+if TYPE_CHECKING:
+    from transformers import Trainer  # whose module imports datasets
 
 MONITOR_FILE = "spectral_monitor.json"
 PREFIX = "spectral/"
@@ -160,7 +163,7 @@ class SpectralMonitor(TrainerCallback):
 
     # --- under the Trainer ---
 
-    def attach(self, trainer: Trainer) -> "SpectralMonitor":
+    def attach(self, trainer: "Trainer") -> "SpectralMonitor":
         """Become a callback of the Trainer and log through it."""
         trainer.add_callback(self)
         self._log = trainer.log

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from hf_specattn import compat_extras
+
 from ..run.randomness import Purpose, random_words
 from .tasks import DEFAULT_DATASET, HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueSplit, GlueTask
 
@@ -296,7 +298,7 @@ def _load_dataset(dataset_name: str, task: GlueTask, split: GlueSplit, origin: s
         ) from error
     try:
         return datasets.load_dataset(dataset_name, task.name, split=split.name)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except compat_extras.dataset_errors() as error:
         raise GlueDataError(
             f"{origin} cannot be loaded: {error}. Check --dataset_name and the network, or give the official files with "
             "--data_dir."

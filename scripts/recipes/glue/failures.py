@@ -6,10 +6,12 @@ from collections.abc import Iterator
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from accelerate.utils.memory import should_reduce_batch_size
 
 from ..run.metrics import NonFiniteLossError
 from .metrics import UndefinedScoreError
+
+# In the texts of the plain RuntimeErrors by which CPUs and some other devices say so.
+OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 
 DIVERGED, OUT_OF_MEMORY, UNDEFINED, ERROR = "diverged", "out of memory", "undefined score", "error"
 
@@ -37,8 +39,8 @@ def kind_of(error: BaseException) -> str:
         return UNDEFINED
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return OUT_OF_MEMORY
-    # CPUs and other devices raise plain errors with a telling text.
-    return OUT_OF_MEMORY if isinstance(error, Exception) and should_reduce_batch_size(error) else ERROR
+    plain = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    return OUT_OF_MEMORY if plain else ERROR
 
 
 class SharedFailure:

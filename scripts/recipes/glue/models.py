@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, logging
 
 from ..compare.comparison import spectral_label
 from ..run.arguments import SpectralArguments
@@ -240,8 +241,14 @@ def model_fingerprint(path: str, config: PreTrainedConfig, spectral_init: str | 
         files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
         state["weights"] = [file_digest(file) for file in files if not file.name.startswith(OTHER_WEIGHTS)]
     else:
-        state["commit"] = [path, getattr(config, "_commit_hash", None)]
+        state["commit"] = [path, _cached_commit(path)]
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _cached_commit(path: str) -> str | None:
+    """The commit of a checkpoint of the Hub whose configuration has been read: the name of its folder in the cache."""
+    cached = try_to_load_from_cache(path, CONFIG_NAME)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def load_model(

@@ -20,6 +20,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from hf_specattn import compat_extras
+
 from ..run.randomness import Purpose, random_words
 
 logger = logging.get_logger(__name__)
@@ -396,7 +398,7 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         ) from error
     try:
         loaded = datasets.load_dataset(str(name), settings.dataset_config_name, revision=settings.dataset_revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except compat_extras.dataset_errors() as error:
         raise ImageDataError(
             f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {error}. Check "
             "--dataset_name, --dataset_config_name, the network and your access to it."
@@ -420,7 +422,9 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         images = rows.cast_column(settings.image_column, datasets.Image(decode=False))
         images = images.select_columns([settings.image_column])
         splits.append(
-            ImageSplit(HubImages(images, settings.image_column, f"{name}, {split}"), labels, rows._fingerprint)
+            ImageSplit(
+                HubImages(images, settings.image_column, f"{name}, {split}"), labels, compat_extras.fingerprint(rows)
+            )
         )
     assert classes is not None
     train, validation = splits

@@ -11,9 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .training_state import random_state, restore_random_state
 
-# By the address of torch's storage object, which, unlike that of the data, tensors on the meta device have, too. The
-# storages are kept alive, so that no address is used again meanwhile.
-Storages = dict[int, torch.UntypedStorage]
+# A storage has one object for all tensors on it, while somebody holds that object; unlike an address of the data, tensors
+# on the meta device have it, too.
+Storages = set[torch.UntypedStorage]
 
 ADAMW_MOMENTS = 2  # of the gradient and of its square, each in the parameter's dtype
 ADAMW_STEP_COUNT = 4  # bytes of a float32 scalar for each parameter
@@ -55,13 +55,12 @@ class MemoryEstimate:
 
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
     """Return the distinct storages of tensors: views of one tensor and tied parameters have theirs in common."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in storages}
+    return {tensor.untyped_storage() for tensor in tensors}
 
 
 def total_bytes(storages: Storages) -> int:
     """Return the size of all storages together."""
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for storage in storages)
 
 
 @contextmanager
@@ -70,10 +69,10 @@ def saved_for_backward() -> Iterator[Storages]:
 
     What a region under `torch.utils.checkpoint` saves, and drops again, is not among them, but its inputs are.
     """
-    storages: Storages = {}
+    storages: Storages = set()
 
     def collect(tensor: Tensor) -> Tensor:
-        storages.update(storages_of([tensor]))
+        storages.add(tensor.untyped_storage())
         # Detached: an operation's own output, saved with its history, would keep itself alive for ever.
         return tensor.detach()
 
@@ -150,8 +149,7 @@ def _kept_for_backward(
     """Bytes that the forward pass of a batch saves beside parameters and buffers, which are there anyway."""
     with torch.enable_grad(), autocast(), saved_for_backward() as saved:
         run_batch(sequences)
-    own = storages_of([*model.parameters(), *model.buffers()])
-    return total_bytes({address: storage for address, storage in saved.items() if address not in own})
+    return total_bytes(saved - storages_of([*model.parameters(), *model.buffers()]))
 
 
 @contextmanager

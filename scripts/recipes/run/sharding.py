@@ -1,12 +1,13 @@
 """FSDP2 through accelerate: what its preparation needs to know about our models."""
 
 import os
-from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from hf_specattn import compat_extras
 
 logger = logging.get_logger(__name__)
 
@@ -34,14 +35,13 @@ def configure_sharding(accelerator: Accelerator, model: PreTrainedModel) -> bool
 
     Raises:
         ValueError: for FSDP of version 1, which shards flattened weights and so cannot condition them.
+        MissingNameError: if this release of accelerate keeps FSDP's settings elsewhere.
     """
     if accelerator.distributed_type == DistributedType.MULTI_CPU and _is_asked_for():
-        state: Any = accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = DistributedType.FSDP
+        compat_extras.shard_on_cpu(accelerator)
     if accelerator.distributed_type != DistributedType.FSDP:
         return False
-    plugin = accelerator.state.fsdp_plugin
+    plugin = compat_extras.fsdp_plugin(accelerator)
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"FSDP of version {plugin.fsdp_version} flattens the weights, which spectral conditioning needs as matrices. "
@@ -55,7 +55,7 @@ def configure_sharding(accelerator: Accelerator, model: PreTrainedModel) -> bool
 
 def layer_classes(model: PreTrainedModel) -> list[str]:
     """Return the names of the classes that are not to be split and do not hold the input embeddings."""
-    wanted = set(model._no_split_modules or ())
+    wanted = compat_extras.layer_class_names(model)
     embeddings = model.get_input_embeddings()
     modules = [module for module in model.modules() if type(module).__name__ in wanted]
     holding = {type(module).__name__ for module in modules if embeddings in module.modules()}

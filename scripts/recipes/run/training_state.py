@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -25,9 +25,6 @@ from hf_specattn.layers import STEPS_SINCE_REFRESH, spectral_layers
 from hf_specattn.refreshing import steps_since_refresh
 
 logger = logging.get_logger(__name__)
-
-# What activation checkpointing puts into the names of parameters, and state dicts leave out.
-WRAPPER_PREFIX = "_checkpoint_wrapped_module."
 
 Tensors = dict[str, Tensor]
 
@@ -217,7 +214,8 @@ def tied_groups(model: PreTrainedModel) -> Iterator[tuple[list[str], Tensor]]:
 
 def parameter_names(model: PreTrainedModel) -> dict[Tensor, str]:
     """Return the name of each parameter, in `state_dict`'s spelling; the first name of tied ones."""
-    return {parameter: name.replace(WRAPPER_PREFIX, "") for name, parameter in model.named_parameters()}
+    # Names of `named_parameters` have a prefix in them under activation checkpointing.
+    return {tensor: names[0] for names, tensor in tied_groups(model) if isinstance(tensor, nn.Parameter)}
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_specattn import compat_extras
+
 LENGTH, IMAGE_SIZE, VOCABULARY = 12, 32, 64
 
 # Sizes that most configurations share, by the names they give them. Widths of 32 hold 4 heads of 8.
@@ -103,7 +105,9 @@ def tiny_model(model_class: type[PreTrainedModel], config: PretrainedConfig, see
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # Grouped kernels of mixtures of experts do not take float64.
-        model = model_class._from_config(config, dtype=torch.float64, experts_implementation="eager")
+        model = compat_extras.model_from_config(
+            model_class, config, dtype=torch.float64, experts_implementation="eager"
+        )
         randomize(model)
     return model.eval()
 

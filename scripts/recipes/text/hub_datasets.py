@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hf_specattn import compat_extras
+
 from .documents import CorpusError, Document
 from .streams import CorpusStream, estimated_characters, file_digest, limit_documents
 
@@ -87,7 +89,7 @@ def _builder(dataset_name: str, config_name: str | None, revision: str | None) -
     datasets = _datasets()
     try:
         return datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except compat_extras.dataset_errors() as error:
         raise CorpusError(
             f"The dataset {dataset_name!r} (configuration {config_name!r}) cannot be loaded: {error}. Check "
             "--dataset_name, --dataset_config_name and the network, or give files with --train_file."
@@ -148,7 +150,7 @@ def _reading_errors(dataset_name: str) -> Iterator[None]:
         yield
     except CorpusError:
         raise
-    except (OSError, ValueError, RuntimeError, _datasets().exceptions.DatasetsError) as error:
+    except compat_extras.dataset_errors() as error:
         raise CorpusError(
             f"The dataset {dataset_name!r} cannot be read: {error}. Check the network, the disk of the cache of "
             "`datasets`, or the files."
