@@ -149,10 +149,10 @@ def _wrap(owner: type, name: str, replacement: Callable[..., Any]) -> None:
         return replacement(original, *args, **kwargs)
 
     wrapped.spectral = True  # type: ignore[attr-defined]
-    kind = (
-        classmethod if isinstance(found, classmethod) else staticmethod if name == "__new__" else lambda method: method
-    )
-    setattr(owner, name, kind(wrapped))
+    if isinstance(found, classmethod):
+        setattr(owner, name, classmethod(wrapped))
+    else:
+        setattr(owner, name, staticmethod(wrapped) if name == "__new__" else wrapped)
 
 
 def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -163,7 +163,7 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
         return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
     refuse_stored_fields(config_dict, SPECTRAL_FIELDS if counterpart else (FLAG,))
     if _flag(cls, kwargs):
-        return counterpart.from_dict(config_dict, **kwargs)
+        return CONDITIONED_CONFIGS[cls].from_dict(config_dict, **kwargs)
     kwargs.pop(FLAG, None)
     return original(cls, config_dict, **kwargs)
 

@@ -265,7 +265,7 @@ class SpectralModelMixin:
         """As the stock class; a stock configuration takes the spectral settings in `kwargs`."""
         config, kwargs = self._settle(config, kwargs)
         with _within(is_constructing):
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     def post_init(self) -> None:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
