@@ -592,11 +592,14 @@ def _define_model_class(stock: type[PreTrainedModel], config_class: type[Pretrai
 
 
 def _share_preprocessors(stock: type[PretrainedConfig], conditioned: type[PretrainedConfig]) -> None:
-    tokenizers, image_processors = transformers.TOKENIZER_MAPPING, transformers.IMAGE_PROCESSOR_MAPPING
+    # At the top level of transformers this one is a placeholder where no image library is installed.
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    tokenizers = transformers.TOKENIZER_MAPPING
     if stock in tokenizers:
         transformers.AutoTokenizer.register(conditioned, tokenizer_class=tokenizers[stock], exist_ok=True)
-    if stock in image_processors:
-        image_processors.register(conditioned, image_processors[stock], exist_ok=True)
+    if stock in IMAGE_PROCESSOR_MAPPING:
+        IMAGE_PROCESSOR_MAPPING.register(conditioned, IMAGE_PROCESSOR_MAPPING[stock], exist_ok=True)
 
 
 def conditioned_class(classes: Any, architectures: Sequence[str] = ()) -> Any:

@@ -19,8 +19,11 @@ TEMPLATES = ("balanced.md", "conditioned.md", "folded.md")
 # Whatever the tests' environment installs or has on its path does not help.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
+# Installed for the tests, and no dependency of the library: as good as absent.
 USE_IT = """
 import importlib.resources, json, sys
+for name in "datasets evaluate matplotlib pandas peft PIL scipy sklearn tensorboard timm torchvision".split():
+    sys.modules[name] = None
 import torch
 from transformers import AutoModel, BertConfig, BertModel
 import hf_specattn
