@@ -374,7 +374,7 @@ def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
 
 
 def set_origin(model: nn.Module, path: str) -> None:
-    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `adapters`)."""
+    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `peft`)."""
     for submodel in _submodels(model):
         submodel.name_or_path = path
 

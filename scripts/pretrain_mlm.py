@@ -94,7 +94,7 @@ from recipes.text.plan import describe_plan, training_tokens
 from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 
 logger = logging.getLogger("pretrain_mlm")
-LOGGERS = ("pretrain_mlm", "recipes", "hf_specattn")  # of the package: what it prepares, and skips
+LOGGERS = ("pretrain_mlm", "recipes", "hf_specattn")  # the others say what is prepared, and skipped
 
 # What decides a run beside its data and model: a resumed run must have the same. How the global batch is cut among processes
 # and forward passes may change (unless it grows by them), and so may everything about reporting and saving.

@@ -4,7 +4,7 @@
 
 Every model type in transformers' masked-LM, image-classification and causal-LM mappings, and a list of timm's families,
 some ten minutes on two CPU cores. Where the queries, keys and values come from is found by watching the stock model run
-(`hf_specattn.diagnostics.trace_attention`), without the table of the package. One of four things is said of each:
+(`recipes.survey.tracing`), without the table of the package. One of four things is said of each:
 
 - exact: the weights, outputs and gradients of the conditioned model, and the outputs of the folded one, are those of a
   stock model whose traced weights became W + C with NumPy, for both methods; every attention that ran is among them
