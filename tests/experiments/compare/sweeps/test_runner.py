@@ -1,5 +1,6 @@
 """Runs in processes of their own: what is finished stays, what failed is returned, an interruption leaves nothing running."""
 
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -15,11 +16,19 @@ from recipes.compare.sweeps.design import PlannedRun, SweepError
 from recipes.compare.sweeps.runner import LOG_FILE, Machine, failure, finished, run_all
 
 ONE = Machine(parallel=1, threads=1)
+PRELOADED = tuple(runner.PRELOADED)
 
 
 @pytest.fixture(autouse=True)
 def nothing_preloaded(monkeypatch):
     monkeypatch.setattr(runner, "PRELOADED", [])
+
+
+@pytest.mark.parametrize("name", PRELOADED)
+def test_what_is_preloaded_is_there(name):
+    """The fork server passes over what it does not find, and `recipes` it may not find."""
+    assert importlib.util.find_spec(name) is not None
+    assert not name.startswith("recipes")
 
 
 def planned(name: str, seed: int = 0) -> PlannedRun:
