@@ -9,10 +9,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
-from transformers.modelcard import TASK_MAPPING
 
+from ..architectures import ARCHITECTURES
+from ..compat import tasks_of_pipelines
 from ..figures import markdown_table
-from ..modeling import AUTO_CLASSES, CONDITIONED_MODELS, MODEL_TYPE_PREFIX, conditioned_class
+from ..modeling import AUTO_CLASSES, MODEL_TYPE_PREFIX, conditioned_class, conditioned_models
 from .evaluations import read_evaluations
 from .pictures import PICTURE, kappa_picture
 from .records import Record
@@ -99,8 +100,7 @@ def _model_name(record: Record) -> str:
 
 def _task(config: Mapping[str, Any]) -> str | None:
     name = _stock_class_name(config)
-    mappings: Mapping[str, Any] = TASK_MAPPING
-    tasks = [task for task, classes in mappings.items() if name in classes.values()]
+    tasks = [task for task, classes in tasks_of_pipelines().items() if name in classes.values()]
     return tasks[0] if tasks else "feature-extraction" if _auto_class(config) == "AutoModel" else None
 
 
@@ -112,7 +112,7 @@ def _stock_class_name(config: Mapping[str, Any]) -> str:
 def _auto_class(config: Mapping[str, Any]) -> str:
     """The Auto class that loads the checkpoint's own head; AutoModel where several or none do."""
     stock_type = str(config["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
-    classes = CONDITIONED_MODELS.get(stock_type, {})
+    classes = conditioned_models(stock_type) if stock_type in ARCHITECTURES else {}
     wanted = _stock_class_name(config)
     # The pretraining class is another name of one of the others.
     names = [name for name in AUTO_CLASSES if name != "AutoModelForPreTraining"] + ["AutoModelForPreTraining"]
