@@ -17,12 +17,22 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_step import STOCK, BenchArguments, TrainingStep, between, describe_machine, median_interval, time_rounds
+from bench_step import (
+    STOCK,
+    BenchArguments,
+    TrainingStep,
+    between,
+    build_model,
+    condition_model,
+    describe_machine,
+    median_interval,
+    time_rounds,
+)
 from torch import Tensor
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from hf_specattn import SpectralConfig, condition, refresh
+from hf_specattn import SpectralConfig, refresh
 from hf_specattn.corrections import svd_correction
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
@@ -183,10 +193,8 @@ def measure_model(name: str, arguments: PolarBenchArguments) -> dict[str, Any]:
         TrainingStep(name, STOCK, arguments.precision, arguments.mode, arguments.of_step(sequences))
         for sequences in arguments.sequences
     )
-    dynamic = TrainingStep(name, STOCK, arguments.precision, "eager", arguments.of_step(1)).model
-    dynamic.cpu()
-    condition(dynamic, SpectralConfig("svd", refresh_every=1))
-    dynamic.to(arguments.device)
+    dynamic = build_model(name, arguments.of_step(1)).to(arguments.device)
+    condition_model(dynamic, SpectralConfig("svd", refresh_every=1))
     steps = {
         "small step": small,
         "large step": large,

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from math import comb
 from pathlib import Path
@@ -36,9 +37,12 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, ViTConfig, ViTForImageClassification
 from transformers.utils import logging
 
-from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
+from hf_specattn import AttentionSpec, SpectralConfig, fold, refresh
+from hf_specattn.conditioning import find_projections
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
+from hf_specattn.layers import make_spectral
+from hf_specattn.refreshing import recompute, recompute_by_products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
 from recipes.run.memory import saved_for_backward, storages_of, total_bytes
@@ -47,12 +51,36 @@ from recipes.run.metrics import package_versions
 STOCK, CONTROL = "stock", "stock again (A/A control)"
 NOTHING = "–"
 WARMUP_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What distinguishes a step from stock's.
+
+    Args:
+        prepare: changes a stock model, in place on its device.
+        after_step: called with the model after each of the optimizer's steps; its time counts.
+    """
+
+    prepare: Callable[[nn.Module], None]
+    after_step: Callable[[nn.Module], None] | None = None
+
+
+def conditioned(*args: Any, after_step: Callable[[nn.Module], None] | None = None, **kwargs: Any) -> Variant:
+    """A variant by the arguments of [`SpectralConfig`]."""
+    config = SpectralConfig(*args, **kwargs)
+    return Variant(lambda model: condition_model(model, config), after_step)
+
+
 # Another row here is another variant to choose.
 VARIANTS = {
-    "identity": SpectralConfig("identity"),
-    "identity_head": SpectralConfig("identity", granularity="head"),
-    "svd": SpectralConfig("svd"),
-    "svd_head": SpectralConfig("svd", granularity="head"),
+    "identity": conditioned("identity"),
+    "identity_head": conditioned("identity", granularity="head"),
+    "svd": conditioned("svd"),
+    "svd_head": conditioned("svd", granularity="head"),
+    # Refreshed in every step. Beside svd, `--refresh_every` has the shares of a refresh timed by itself.
+    "svd_products": conditioned("svd", refresh_every=1, after_step=partial(refresh, exact=False)),
+    "svd_exact": conditioned("svd", refresh_every=1, after_step=partial(refresh, exact=True)),
 }
 # timm's names of the paper's families, by scale; ViT-B itself is "vit".
 TIMM = {
@@ -160,11 +188,6 @@ class TimmClassifier(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
 
-def condition_model(model: nn.Module, config: SpectralConfig) -> None:
-    """Condition in place, timm's models by their own description."""
-    condition(model, config, architecture=TIMM_ATTENTION if isinstance(model, TimmClassifier) else None)
-
-
 def build_model(name: str, arguments: BenchArguments) -> Any:
     """A stock model with the weights of the seed, on the CPU."""
     torch.manual_seed(arguments.seed)
@@ -194,6 +217,22 @@ def build_batch(model: Any, arguments: BenchArguments) -> dict[str, Tensor]:
     return {key: value.to(arguments.device) for key, value in batch.items()}
 
 
+def condition_model(model: nn.Module, config: SpectralConfig) -> None:
+    """Condition in place on the model's device, timm's models by their own description.
+
+    As `condition` does, but for the reports: their SVDs in float64 on a CPU would take longer than what a GPU measures.
+    """
+    architecture = TIMM_ATTENTION if isinstance(model, TimmClassifier) else None
+    layers = [make_spectral(item.module, item.layout, config) for item in find_projections(model, architecture)]
+    if config.method == "identity":
+        return
+    if layers[0].weight.device.type == "cuda":
+        recompute_by_products(layers)
+    else:
+        for layer in layers:
+            recompute(layer)
+
+
 class TrainingStep:
     """One variant: its model, optimizer and batch.
 
@@ -209,12 +248,14 @@ class TrainingStep:
         self.model = build_model(model, arguments)
         self.batch = build_batch(self.model, arguments)
         self.device, self.autocast = self.batch["labels"].device, AUTOCAST[dtype]
-        if variant in VARIANTS:
-            condition_model(self.model, VARIANTS[variant])
         self.model.to(self.device)
+        self.after_step = None
+        if variant in VARIANTS:
+            VARIANTS[variant].prepare(self.model)
+            self.after_step = VARIANTS[variant].after_step
         self.forward: Callable[..., Any] = torch.compile(self.model) if mode == "compile" else self.model
         # A rate so small that the model stays what it is over any number of rounds.
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-7)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-7, fused=self.device.type == "cuda")
 
     def loss(self, compiled: bool = True) -> Tensor:
         """The forward pass; without `compiled` in eager mode whatever the mode is."""
@@ -229,6 +270,8 @@ class TrainingStep:
         self.optimizer.zero_grad()
         self.loss().backward()
         self.optimizer.step()
+        if self.after_step is not None:
+            self.after_step(self.model)
         self.synchronize()
         return time.perf_counter() - started
 
@@ -308,9 +351,8 @@ def refreshing(steps: Mapping[str, TrainingStep], arguments: BenchArguments) -> 
     The refresh is timed by itself and its n-th part added to the svd step of the same round: every step counts, and no
     round has to wait for the hundredth.
     """
-    dynamic = build_model(steps["svd"].name, arguments)
+    dynamic = build_model(steps["svd"].name, arguments).to(arguments.device)
     condition_model(dynamic, SpectralConfig("svd", refresh_every=1))
-    dynamic.to(arguments.device)
 
     def timed(exact: bool) -> Callable[[], float]:
         def run() -> float:
