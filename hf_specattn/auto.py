@@ -161,7 +161,8 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     counterpart = CONDITIONED_CONFIGS.get(cls)
     if counterpart is not None and config_dict.get("model_type") == counterpart.model_type:
         return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
-    refuse_stored_fields(config_dict, SPECTRAL_FIELDS if counterpart else (FLAG,))
+    if cls is not PretrainedConfig:
+        refuse_stored_fields(config_dict, SPECTRAL_FIELDS if counterpart else (FLAG,))
     if _flag(cls, kwargs):
         return CONDITIONED_CONFIGS[cls].from_dict(config_dict, **kwargs)
     kwargs.pop(FLAG, None)
@@ -170,7 +171,8 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
 
 def _new_config(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     # The fields need no handling here: construction goes on with __init__ of the class that comes out, with the same ones.
-    if not _is_conditioned(cls) and _flag(cls, kwargs):
+    # The base class holds any config.json, to look into it; the Trainer does so on resuming.
+    if cls is not PretrainedConfig and not _is_conditioned(cls) and _flag(cls, kwargs):
         return CONDITIONED_CONFIGS[cls].__new__(CONDITIONED_CONFIGS[cls])
     return original(cls)
 

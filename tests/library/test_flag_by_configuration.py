@@ -320,6 +320,18 @@ def test_conditioned_configurations_pickle_and_copy():
     assert_bit_equal(pickle.loads(pickle.dumps(model)).state_dict(), model.state_dict())
 
 
+def test_the_base_class_holds_any_config_json(tmp_path):
+    """transformers looks into files with it: the Trainer on resuming."""
+    BERT.config(**FLAGS).save_pretrained(tmp_path)
+    base = transformers.PreTrainedConfig
+    for read in (lambda: base.from_json_file(tmp_path / "config.json"), lambda: base.from_pretrained(tmp_path)):
+        assert type(config := read()) is base
+        assert config.spectral_conditioning is True
+        assert config.lambda_ == FLAGS["lambda_"]
+    with pytest.raises(ValueError, match=r"PreTrainedConfig .* has no conditioned class"):
+        base.from_pretrained(tmp_path, spectral_conditioning=True)
+
+
 def test_registering_again_changes_nothing():
     before = [vars(transformers.PreTrainedConfig)["from_dict"], vars(transformers.PreTrainedModel)["post_init"]]
     hf_specattn.auto.register()
