@@ -190,14 +190,7 @@ def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
             f"{path} is conditioned already ({config.spectral_config.describe()}) and is fine-tuned as it is; leave out "
             "--spectral_conditioning, or name stock checkpoints."
         )
-    config = _read_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
-    if not hasattr(config, "spectral_config"):
-        raise ModelError(
-            f"--spectral_conditioning cannot condition {path} while loading: its model type {config.model_type!r} is not "
-            "among those with the flag. Condition it with hf_specattn.condition(model, ..., architecture=...), and fold it "
-            "to save it."
-        )
-    return config
+    return _read_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
 
 
 def _read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
