@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CrammedBertForTokenClassification,
         CrammedBertModel,
     )
+    from .preconditioning import PreconditionerConfig, PreconditionReport, format_preconditioning, precondition
 
 # Public name -> the module that has it.
 _HOMES = {
@@ -37,12 +38,16 @@ _HOMES = {
     "CrammedBertModel": "crammed_bert",
     "OutputChangedError": "balance",
     "ProjectionReport": "conditioning",
+    "PreconditionReport": "preconditioning",
+    "PreconditionerConfig": "preconditioning",
     "SpectralCallback": "callback",
     "SpectralConfig": "config",
     "condition": "conditioning",
     "fold": "conditioning",
     "format_balance": "balance",
+    "format_preconditioning": "preconditioning",
     "format_reports": "conditioning",
+    "precondition": "preconditioning",
     "refresh": "conditioning",
     "register_architecture": "auto",
 }
@@ -60,6 +65,8 @@ __all__ = [
     "CrammedBertForTokenClassification",
     "CrammedBertModel",
     "OutputChangedError",
+    "PreconditionReport",
+    "PreconditionerConfig",
     "ProjectionReport",
     "SpectralCallback",
     "SpectralConfig",
@@ -68,7 +75,9 @@ __all__ = [
     "condition",
     "fold",
     "format_balance",
+    "format_preconditioning",
     "format_reports",
+    "precondition",
     "refresh",
     "register_architecture",
 ]

@@ -4,7 +4,7 @@ Class names and child names are looked up in the live model, so a row holds for 
 attention (a BERT inside a VisionEncoderDecoder, a ViT inside a plain `nn.Module`), whatever the model's type or release.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,13 @@ class AttentionSpec:
         query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
             on its `config`, then on the model's. Of several names the first that is there counts.
         key_value_heads: the same for key and value; None where they have as many heads as the query.
-        output: where the output projection W_O is, for [`balance`] and the diagnostics: a dotted path from the attention
-            module, each leading `..` a step up to the module that holds it (`"o_proj"`, `"..output.dense"`). Its inputs
-            are the heads of the query, in order, each as long as a head of the value.
+        output: where the output projection W_O is, for [`balance`], [`precondition`] and the diagnostics: a dotted path
+            from the attention module, each leading `..` a step up to the module that holds it (`"o_proj"`,
+            `"..output.dense"`). Its inputs are the heads of the query, in order, each as long as a head of the value.
         query_key_barrier: what stands between `X W_Q` and `X W_K` and their product, and so forbids the gauge
             `W_Q M, W_K M^-T`; None says nothing does.
         value_output_barrier: what stands between `X W_V` and `W_O` beside the attention weights of each head, and so
-            forbids the gauge `W_V G, G^-1 W_O`; None says nothing does.
+            forbids the gauge `W_V G, G^-1 W_O`; None says nothing does. [`precondition`] refuses what a row names here.
     """
 
     attention: str | tuple[str, ...]
@@ -46,7 +46,7 @@ class AttentionSpec:
     key_value_heads: str | int | tuple[str, ...] | None = None
     defined_in: tuple[str, ...] = ()
     output: str | None = None
-    # Only `balance` reads these; a row that does not say is taken to forbid both gauges.
+    # `balance` takes a row that does not say to forbid both gauges.
     query_key_barrier: str | None = UNSTATED
     value_output_barrier: str | None = UNSTATED
 
@@ -143,6 +143,9 @@ NO_BARRIER: dict[str, Any] = {"query_key_barrier": None, "value_output_barrier":
 # RoPE leaves of M only scaled rotations of pairs of channels, too few to balance anything.
 ROTARY: dict[str, Any] = {"query_key_barrier": "rotary position embeddings", "value_output_barrier": None}
 
+# Attention between channels: its weights act on the channels of a head and not on positions.
+CHANNELS = "attention between channels, which mixes the channels of each head"
+
 # Model types that the Auto classes condition by a flag -> how their attention classes keep their projections. Where a
 # class appears twice, the first row whose children all exist is taken: names differ between releases, and between self-
 # and cross-attention.
@@ -206,19 +209,19 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "modernbert": (AttentionSpec("ModernBertAttention", {"Wqkv": PROJECTIONS}, output="Wo", **ROTARY),),
     # `balance` leaves the following alone: relative position biases, convolutions, norms or learned scales stand in the
     # attention module, and no test says that they let the gauges through.
-    "albert": (AttentionSpec("AlbertAttention", QUERY_KEY_VALUE),),
+    "albert": (AttentionSpec("AlbertAttention", QUERY_KEY_VALUE, output="dense"),),
     "beit": (
-        AttentionSpec("BeitAttention", Q_K_V_PROJ),
+        AttentionSpec("BeitAttention", Q_K_V_PROJ, output="o_proj"),
         AttentionSpec(("BeitSelfAttention", "BeitSdpaSelfAttention"), QUERY_KEY_VALUE),
     ),
-    "nystromformer": (AttentionSpec("NystromformerSelfAttention", QUERY_KEY_VALUE),),
+    "nystromformer": (AttentionSpec("NystromformerSelfAttention", QUERY_KEY_VALUE, output="..output.dense"),),
     "swin": (
-        AttentionSpec("SwinAttention", Q_K_V_PROJ),
+        AttentionSpec("SwinAttention", Q_K_V_PROJ, output="o_proj"),
         AttentionSpec("SwinSelfAttention", QUERY_KEY_VALUE),
     ),
     "swinv2": (
         AttentionSpec("Swinv2Attention", Q_K_V_PROJ),
-        AttentionSpec("Swinv2SelfAttention", QUERY_KEY_VALUE),
+        AttentionSpec("Swinv2SelfAttention", QUERY_KEY_VALUE, output="..output.dense"),
     ),
 }
 
@@ -340,12 +343,15 @@ QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads")
 
 # What `condition` knows beside those: families that the Auto classes load as stock models only.
 MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
-    "gpt_neox": (AttentionSpec("GPTNeoXAttention", {"query_key_value": PROJECTIONS}, interleaved=True),),
+    "gpt_neox": (
+        AttentionSpec("GPTNeoXAttention", {"query_key_value": PROJECTIONS}, interleaved=True, output="dense"),
+    ),
     "qwen": (
         AttentionSpec(
             ("Qwen2Attention", "Qwen3Attention", "Qwen2MoeAttention", "Qwen3MoeAttention"),
             Q_K_V_PROJ,
             key_value_heads="num_key_value_heads",
+            output="o_proj",
         ),
     ),
     "usual names": (
@@ -421,12 +427,18 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         ),
     ),
     # Self- and cross-attention are one class.
-    "t5": (AttentionSpec(("T5Attention", "MT5Attention", "UMT5Attention"), Q_K_V, query_heads="n_heads"),),
-    "bart": (AttentionSpec("BartAttention", Q_K_V_PROJ, query_heads="num_heads"),),
-    "clip": (AttentionSpec("CLIPAttention", Q_K_V_PROJ, query_heads="num_heads"),),
+    "t5": (AttentionSpec(("T5Attention", "MT5Attention", "UMT5Attention"), Q_K_V, query_heads="n_heads", output="o"),),
+    "bart": (AttentionSpec("BartAttention", Q_K_V_PROJ, query_heads="num_heads", output="out_proj"),),
+    "clip": (AttentionSpec("CLIPAttention", Q_K_V_PROJ, query_heads="num_heads", output="out_proj"),),
     "florence2": (
-        AttentionSpec("Florence2VisionWindowAttention", FUSED_QKV, query_heads="num_heads"),
-        AttentionSpec("Florence2VisionChannelAttention", FUSED_QKV, query_heads="groups"),
+        AttentionSpec("Florence2VisionWindowAttention", FUSED_QKV, query_heads="num_heads", output="proj"),
+        AttentionSpec(
+            "Florence2VisionChannelAttention",
+            FUSED_QKV,
+            query_heads="groups",
+            output="proj",
+            value_output_barrier=CHANNELS,
+        ),
     ),
     # ViT, DeiT and most plain vision transformers of timm; its SwinV2, BEiT and EVA classes bear similar names, but hand
     # their weight to a functional call, past any module.
@@ -436,20 +448,39 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             FUSED_QKV,
             query_heads="num_heads",
             defined_in=("timm.layers.attention", "timm.models.vision_transformer"),
+            output="proj",
         ),
     ),
     "timm_swin": (
         AttentionSpec(
-            "WindowAttention", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.swin_transformer",)
+            "WindowAttention",
+            FUSED_QKV,
+            query_heads="num_heads",
+            defined_in=("timm.models.swin_transformer",),
+            output="proj",
         ),
     ),
     # Cross-covariance attention, and the class attention that XCiT took from CaiT.
     "timm_xcit": (
-        AttentionSpec("XCA", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.xcit",)),
-        AttentionSpec("ClassAttn", Q_K_V, query_heads="num_heads", defined_in=("timm.models.cait",)),
+        AttentionSpec(
+            "XCA",
+            FUSED_QKV,
+            query_heads="num_heads",
+            defined_in=("timm.models.xcit",),
+            output="proj",
+            value_output_barrier=CHANNELS,
+        ),
+        AttentionSpec("ClassAttn", Q_K_V, query_heads="num_heads", defined_in=("timm.models.cait",), output="proj"),
     ),
     "timm_cait": (
-        AttentionSpec("TalkingHeadAttn", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.cait",)),
+        AttentionSpec(
+            "TalkingHeadAttn",
+            FUSED_QKV,
+            query_heads="num_heads",
+            defined_in=("timm.models.cait",),
+            output="proj",
+            value_output_barrier="talking heads, whose attention weights mix the heads after the softmax",
+        ),
     ),
     "timm_crossvit": (
         AttentionSpec(
@@ -457,20 +488,70 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             {"wq": "query", "wk": "key", "wv": "value"},
             query_heads="num_heads",
             defined_in=("timm.models.crossvit",),
+            output="proj",
         ),
     ),
     # The names of timm's code: its ChannelAttention takes the softmax of the products of what it calls k and v, and
     # applies it to what it calls q (ChannelAttentionV2 has the usual order). All three are conditioned alike by default.
     "timm_davit": (
         AttentionSpec(
-            ("WindowAttention", "ChannelAttention"),
+            "WindowAttention", FUSED_QKV, query_heads="num_heads", defined_in=("timm.models.davit",), output="proj"
+        ),
+        AttentionSpec(
+            "ChannelAttention",
             FUSED_QKV,
             query_heads="num_heads",
             defined_in=("timm.models.davit",),
+            output="proj",
+            value_output_barrier=CHANNELS,
         ),
-        AttentionSpec("ChannelAttentionV2", FUSED_QKV, query_heads="groups", defined_in=("timm.models.davit",)),
+        AttentionSpec(
+            "ChannelAttentionV2",
+            FUSED_QKV,
+            query_heads="groups",
+            defined_in=("timm.models.davit",),
+            output="proj",
+            value_output_barrier=CHANNELS,
+        ),
     ),
 }
+
+
+def output_module(model: nn.Module, attention: str, spec: AttentionSpec) -> tuple[str, nn.Module] | None:
+    """Full name and module of the output projection of an attention with that full name, as `spec` says.
+
+    Returns:
+        None where `spec` does not say, or points outside of `model`.
+
+    Raises:
+        ValueError: if there is none where it points.
+    """
+    full_name = spec.output_name(attention)
+    if full_name is None:
+        return None
+    try:
+        return full_name, model.get_submodule(full_name)
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(model.get_submodule(attention)).__name__} should have its output projection at {spec.output!r}, but "
+            f"there is no {full_name}; pass architecture=AttentionSpec(..., output=...) with the right path."
+        ) from error
+
+
+def unknown_parts(attention: nn.Module, spec: AttentionSpec, ignored: Collection[str] = ()) -> str | None:
+    """That an attention has parameters of its own that its row of the table does not know; None where it has none.
+
+    A row speaks for a class of that name, of which a variant may have a norm or a gate between the projections.
+
+    Args:
+        attention: the module that `spec` matched.
+        spec: the row.
+        ignored: names of children and parameters that are in the way of nothing.
+    """
+    known = {*spec.projections_of, (spec.output or "").partition(".")[0], *ignored}
+    parts = [name for name, child in attention.named_children() if name not in known and list(child.parameters())]
+    parts += [name for name, _ in attention.named_parameters(recurse=False) if name not in known]
+    return f"{', '.join(parts)}, which {type(attention).__name__} does not have in the table" if parts else None
 
 
 def attention_specs(architecture: AttentionSpec | Sequence[AttentionSpec] | None) -> tuple[AttentionSpec, ...]:

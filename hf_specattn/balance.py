@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import AttentionSpec, attention_specs
+from .architectures import AttentionSpec, attention_specs, output_module, unknown_parts
 from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
+from .preconditioning import PreconditionedLayer
 from .reports import Spectrum
 
 # A float64 model has no more exact one to be measured against. Roundoff of the gauge itself is far below this.
 FLOAT64_TOLERANCE = 1e-10
 # The balanced weights are rounded to the stored dtype once more, and the outputs compared are each off by its error.
 ERRORS_ALLOWED = 4.0
+PRECONDITIONER = "the preconditioner of attention, whose norms no gauge but an orthogonal one keeps"
 
 Tensors = dict[str, Tensor]
 
@@ -120,9 +122,9 @@ def balance(
     Each head's `W_V` gets condition number 1, what it had moves into `W_O`; `W_Q` and `W_K` share theirs equally (see the
     module's docstring). Stock modules stay stock modules, with the same parameter objects, so that checkpoints need no code
     of this package. A gauge that would change the function is left alone (Q/K behind rotary position embeddings or q/k
-    norms; V/O where channels are mixed or normalized in between), as are numerically rank-deficient heads, for which
-    `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds less than `head_dim`. The reports
-    name them.
+    norms; V/O where channels are mixed or normalized in between, or attention is preconditioned), as are numerically
+    rank-deficient heads, for which `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds less
+    than `head_dim`. The reports name them.
 
     Computed in float64 and rounded to the weights' dtype once. Before any weight is changed, the outputs on `probe` are
     compared: with the balanced weights, substituted for one layer at a time, and without. Beyond the model, memory is
@@ -508,8 +510,8 @@ def _find_attentions(
         module = model.get_submodule(name)
         spec = next(spec for spec in specs if spec.matches(module))
         # A row of the table speaks for a class of that name; a variant of it may have a part that the row does not know.
-        unknown = None if architecture is not None else _unknown_parts(module, spec)
-        attentions.append(_attention(model, name, module, items, spec, unknown))
+        unknown = None if architecture is not None else unknown_parts(module, spec)
+        attentions.append(_attention(model, name, items, spec, unknown))
     if all(item.query_key_barrier and item.value_output_barrier for item in attentions):
         first = attentions[0]
         raise ValueError(
@@ -521,14 +523,16 @@ def _find_attentions(
 
 
 def _attention(
-    model: nn.Module, name: str, module: nn.Module, items: list[Projection], spec: AttentionSpec, unknown: str | None
+    model: nn.Module, name: str, items: list[Projection], spec: AttentionSpec, unknown: str | None
 ) -> _Attention:
     heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
     head_dims = {part: dim for item in items for part, dim in zip(item.layout.projections, item.layout.head_dims)}
-    output = _find_output(model, name, module, spec)
+    output, preconditioned = _find_output(model, name, spec)
     query_key = unknown or spec.query_key_barrier or _missing(heads, ("query", "key"))
     value_output = unknown or spec.value_output_barrier or _missing(heads, ("query", "value"))
-    if output is None:
+    if preconditioned:
+        value_output = value_output or PRECONDITIONER
+    elif output is None:
         why = "given" if spec.output is None else f"in the part of the model that was given ({spec.output})"
         value_output = value_output or f"an output projection that is not {why}"
     elif "query" in heads and "value" in head_dims:
@@ -541,30 +545,18 @@ def _missing(heads: Mapping[str, int], needed: Sequence[str]) -> str | None:
     return f"a missing {' and '.join(missing)} in the AttentionSpec" if missing else None
 
 
-def _unknown_parts(attention: nn.Module, spec: AttentionSpec) -> str | None:
-    known = {*spec.projections_of, (spec.output or "").partition(".")[0]}
-    parts = [name for name, child in attention.named_children() if name not in known and list(child.parameters())]
-    parts += [name for name, _ in attention.named_parameters(recurse=False)]
-    return f"{', '.join(parts)}, which {type(attention).__name__} does not have in the table" if parts else None
-
-
-def _find_output(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> _Output | None:
-    full_name = spec.output_name(name)
-    if full_name is None:
-        return None
-    try:
-        module = model.get_submodule(full_name)
-    except AttributeError as error:
-        raise ValueError(
-            f"{type(attention).__name__} should have its output projection at {spec.output!r}, but there is no {full_name}; "
-            "pass architecture=AttentionSpec(..., output=...) with the right path."
-        ) from error
+def _find_output(model: nn.Module, name: str, spec: AttentionSpec) -> tuple[_Output | None, bool]:
+    """The output projection, if it is known and a gauge may change it; and whether its input is preconditioned."""
+    found = output_module(model, name, spec)
+    if found is None or isinstance(found[1], PreconditionedLayer):
+        return None, found is not None
+    full_name, module = found
     if type(module) not in SPECTRAL_CLASSES:
         raise ValueError(
             f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
             "transformers Conv1D modules can be balanced. Balance before quantizing, and before wrapping with PEFT."
         )
-    return _Output(full_name, module)
+    return _Output(full_name, module), False
 
 
 def _check_output_shape(output: _Output, heads: int, head_dim: int) -> None:

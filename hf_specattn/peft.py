@@ -1,7 +1,7 @@
 """Adapters of PEFT on conditioned models. PEFT itself is imported by whoever uses it, never by this module's import.
 
 An adapter leaves the base model frozen and adds an update `D` to a projection, which then computes with `W + C + D`.
-Four things make PEFT work on a conditioned model as on a stock one:
+Five things make PEFT work on a conditioned model as on a stock one:
 
 - **Default target modules**: PEFT looks them up by model type, and the conditioned types and Crammed BERT are entered.
 - **Methods.** PEFT knows the base layer's `weight`, which is `W`. That is all a method needs whose update does not
@@ -17,12 +17,13 @@ Four things make PEFT work on a conditioned model as on a stock one:
   is lost then: `PeftModel.from_pretrained(base, adapter)` still loads it. Recording the flags instead would recompute
   the corrections from weights that may have changed since, and would rebuild the plain model wherever this package is
   not imported.
+- **Preconditioned output projections** take no adapter: PEFT would give it the input as it stands before the layer.
 - **Refreshing.** Dynamic corrections of adapted projections stay what they are: their `W` is frozen. Recomputed from a
   weight that holds a merged update, or the remainder of PiSSA, they would change the function.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,8 @@ from transformers.utils import logging
 from . import compat_extras
 from .architectures import ARCHITECTURES
 from .config import PROJECTIONS
-from .layers import spectral_layers
+from .layers import hold_projections, spectral_layers
+from .preconditioning import preconditioned_layers
 
 logger = logging.get_logger(__name__)
 
@@ -151,10 +153,12 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
     def inject_adapter(tuner: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = tuner.peft_config[adapter_name]
         _save_whole_head(config, model)
+        _refuse_preconditioned(tuner, model, config, kwargs.get("state_dict"))
         if next(spectral_layers(model), None) is not None:
             _refuse_weight_readers(tuner, model, config, kwargs.get("state_dict"))
             _warn_without_base(model, config)
         inject(tuner, model, adapter_name, *args, **kwargs)
+        hold_projections(model)  # below the adapters, too
 
     return inject_adapter
 
@@ -176,7 +180,7 @@ def _refuse_weight_readers(tuner: Any, model: nn.Module, config: Any, state_dict
     problem = _weight_reader(config)
     if problem is None:
         return
-    touched = next(_targeted(tuner, model, config, state_dict), None)
+    touched = next(_targeted(tuner, model, config, state_dict, [name for name, _ in spectral_layers(model)]), None)
     if touched is None:
         return
     setting, way_out = problem
@@ -202,10 +206,23 @@ def _weight_reader(config: Any) -> tuple[str, str] | None:
     return None
 
 
-def _targeted(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None) -> Iterator[str]:
-    """The conditioned projections that `inject_adapter` would put the adapter on."""
+def _refuse_preconditioned(tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None) -> None:
+    names = [name for name, _ in preconditioned_layers(model)]
+    touched = next(_targeted(tuner, model, config, state_dict, names), None) if names else None
+    if touched is not None:
+        raise ValueError(
+            f"No adapter is possible on the output projection {touched}, whose input is preconditioned: PEFT would hand the "
+            "adapter the input as it is, and a merged one would see it preconditioned. Leave output projections out of "
+            f"target_modules (such as {touched.rpartition('.')[2]!r}), which may name all others."
+        )
+
+
+def _targeted(
+    tuner: Any, model: nn.Module, config: Any, state_dict: Mapping[str, Any] | None, names: Sequence[str]
+) -> Iterator[str]:
+    """Of modules with these names, those that `inject_adapter` would put the adapter on."""
     is_target = compat_extras.target_matcher(tuner, config, model)
-    for name, _ in spectral_layers(model):
+    for name in names:
         name = name.removesuffix(".base_layer")  # below an adapter that is on already
         if state_dict is not None:
             targeted = any(key.startswith(f"{name}.") for key in state_dict)

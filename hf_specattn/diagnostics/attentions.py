@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..architectures import AttentionSpec, attention_specs
 from ..conditioning import Projection, find_projections
 from ..layers import SPECTRAL_CLASSES, SpectralLayer
+from ..preconditioning import stock_class_of
 
 Architecture = AttentionSpec | Sequence[AttentionSpec] | None
 
@@ -70,7 +71,7 @@ class Attention:
                 f"{type(self.root).__name__} should have an output projection at {self.output_name}, but has none there; "
                 "pass architecture=AttentionSpec(..., output=...) with the right path."
             ) from error
-        if type(module) not in SPECTRAL_CLASSES:
+        if stock_class_of(module) not in SPECTRAL_CLASSES:
             raise ValueError(
                 f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is read "
                 "from exact torch.nn.Linear and transformers Conv1D modules only. Look at the model before quantizing it or "
@@ -85,7 +86,7 @@ class Attention:
         if module is None:
             return None
         weight: Any = module.weight
-        return SPECTRAL_CLASSES[type(module)].orient(weight.detach())
+        return SPECTRAL_CLASSES[stock_class_of(module)].orient(weight.detach())
 
 
 def find_attentions(

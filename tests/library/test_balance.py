@@ -224,7 +224,7 @@ def test_a_row_of_the_table_says_all_that_balance_needs_or_nothing(model_type):
     for spec in TABLE[model_type]:
         unstated = [barrier == UNSTATED for barrier in (spec.query_key_barrier, spec.value_output_barrier)]
         assert unstated in ([False, False], [True, True])
-        assert (spec.output is None) == unstated[0]
+        assert unstated[0] or spec.output is not None
         if model_type in ("bert", "roberta", "vit", "crammed_bert", "gpt2", "llama"):
             assert spec.output is not None
 
