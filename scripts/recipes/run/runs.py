@@ -17,7 +17,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_specattn.checkpoints.evaluations import write_evaluations
+from hf_specattn.checkpoints.evaluations import EVALUATIONS, write_evaluations
 
 from .arguments import SpectralArguments
 from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
@@ -220,7 +220,8 @@ def begin(arguments: RunArguments, accelerator: Accelerator, checkpoints: Checkp
     """Start at step 0, or restore the newest good checkpoint and start where it ends."""
     if not arguments.resume_from_checkpoint:
         if accelerator.is_main_process:  # it would say that the new run is finished
-            (Path(arguments.output_dir) / METRICS_FILE).unlink(missing_ok=True)
+            for name in (METRICS_FILE, EVALUATIONS):
+                (Path(arguments.output_dir) / name).unlink(missing_ok=True)
         checkpoints.start_over()
         return Progress()
     begun = checkpoints.resume()
