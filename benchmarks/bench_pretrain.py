@@ -10,6 +10,7 @@ of the loss. Both are stepped in turns. The parts come from other steps, in whic
 Writes `bench_pretrain_<device>.json` and `.md`.
 """
 
+import copy
 import dataclasses
 import logging
 import sys
@@ -35,6 +36,11 @@ from hf_specattn.files import write_bytes, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import pretrain_mlm as script
+
+from recipes.run import runs
+from recipes.run.loop import train_step
+from recipes.text.evaluation import accepts_masked_positions
+from recipes.text.task import MlmTask
 
 SCRIPT, BARE = "script", "bare step"
 SVD = ["--spectral_conditioning", "--spectral_method", "svd", "--spectral_refresh_every", "1"]
@@ -107,26 +113,35 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_forward(model: torch.nn.Module, clock: Clock) -> list[Any]:
+    """Count the forward passes of a model; returns the hooks, to be removed."""
+    running: list[Any] = []
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        running.append(clock.part("forward"))
+        running[-1].__enter__()
+
+    def after(module: torch.nn.Module, args: Any, output: Any) -> None:
+        running.pop().__exit__(None, None, None)
+
+    return [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+
+
 class PretrainRun:
     """What the script would train, made by its own functions, and its steps one by one.
 
     Args:
         flags: of the script.
         accelerator: of all runs.
-        data: what `load_data` gave; None prepares it.
     """
 
-    def __init__(self, flags: Sequence[str], accelerator: Accelerator, data: Any = None) -> None:
+    def __init__(self, flags: Sequence[str], accelerator: Accelerator) -> None:
         self.arguments, spectral = script.parse_arguments(list(flags), str(script.__doc__).splitlines()[0])
         self.accelerator = accelerator
-        self.rows = script.global_batch(self.arguments, accelerator)
-        self.data = script.load_data(self.arguments, accelerator, self.rows) if data is None else data
-        tokenizer = self.data.tokenizer
-        rule = script.MaskingRule(tokenizer.mask_token_id, len(tokenizer), self.arguments.mlm_probability)
-        order = script.BatchOrder(len(self.data.train), self.arguments.seed)
-        self.task = script.MlmTask(self.data, order, rule)
-        model = script.build_model(self.arguments, spectral, len(tokenizer))
-        self.training = script.prepare_training(self.arguments, spectral, accelerator, model, self.data, {})
+        self.task = MlmTask(self.arguments, accelerator)
+        self.rows = self.task.amounts.batch
+        model = script.build_model(self.arguments, spectral, self.task.vocab_size)
+        self.training = runs.prepare(self.task, model, self.arguments, spectral, accelerator)
         self.training.wrapped.train()
         self.every = refresh_interval(model)
         # A rate so small that the model stays what it is over any number of steps.
@@ -138,20 +153,23 @@ class PretrainRun:
     def take(self, clock: Clock | None = None) -> None:
         """One step of the script: its batch, `train_step`, refresh; with a clock the parts are timed."""
         accelerator, task, training, correct = self.accelerator, self.task, self.training, refresh
+        hooks: list[Any] = []
         if clock is not None:
-            data = dataclasses.replace(task.data, train=Timed(task.data.train, clock, "data"))
-            rule = _WithTimedInputs(task.rule, clock)
-            order = Timed(task.order, clock, "data", "batch")
-            task = dataclasses.replace(task, data=data, rule=rule, order=order)
+            task = copy.copy(task)
+            task.data = dataclasses.replace(task.data, train=Timed(task.data.train, clock, "data"))  # type: ignore[arg-type]
+            task.rule = _WithTimedInputs(task.rule, clock)  # type: ignore[assignment]
+            task.order = Timed(task.order, clock, "data", "batch")  # type: ignore[assignment]
             optimizer: Any = _TimedOptimizer(training.optimizer, clock)
-            wrapped: Any = Timed(training.wrapped, clock, "forward")
-            training = dataclasses.replace(training, wrapped=wrapped, optimizer=optimizer)
+            training = dataclasses.replace(training, optimizer=optimizer)
+            hooks = time_forward(training.wrapped, clock)
             accelerator = _TimedAccelerator(accelerator, clock)  # type: ignore[assignment]
             correct = Timed(refresh, clock, "correction")  # type: ignore[assignment]
-        batch = task.order.batch(self.position, self.rows)
         self.step += 1
-        micro_steps = self.arguments.gradient_accumulation_steps
-        script.train_step(self.arguments, accelerator, task, training, batch, micro_steps, self.step)
+        micro_steps, norm = self.task.amounts.accumulation, self.arguments.max_grad_norm
+        batches = task.micro_batches(self.position, micro_steps, self.step)
+        train_step(task, training, accelerator, batches, micro_steps, self.step, norm)
+        for hook in hooks:
+            hook.remove()
         if self.every is not None and self.step % self.every == 0:
             correct(training.model, exact=training.exact_refresh)
         self.position += self.rows
@@ -180,10 +198,10 @@ class PretrainRun:
         rows = self.task.order.batch(0, self.rows).share(
             0, self.arguments.gradient_accumulation_steps, 0, self.accelerator.num_processes
         )
-        masked = self.task.rule.apply(
-            self.data.train[rows.indices], rows.indices, seed=self.arguments.seed, epoch=rows.epochs
-        )
-        return masked.model_inputs(self.accelerator.device, self.training.sparse)
+        sequences = self.task.data.train[rows.indices]
+        masked = self.task.rule.apply(sequences, rows.indices, seed=self.arguments.seed, epoch=rows.epochs)
+        sparse = accepts_masked_positions(self.training.model)
+        return masked.model_inputs(self.accelerator.device, sparse)
 
 
 class _WithTimedInputs(Timed):
@@ -299,11 +317,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    results, data = {}, None
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         where = ["--output_dir", folder, "--disable_tqdm"]
         first, _ = script.parse_arguments([*flags, *where], "")
-        accelerator = script.build_accelerator(first, script.LOGGERS)
+        accelerator = runs.build_accelerator(first, script.LOGGERS)
         # Of the package: that bare steps refresh nothing, which is as it should be.
         for logger, level in (
             ("pretrain_mlm", logging.WARNING),
@@ -313,8 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             logging.getLogger(logger).setLevel(level)
         for name in arguments.variants:
             torch.compiler.reset()
-            run = PretrainRun([*flags, *where, *VARIANTS[name]], accelerator, data)
-            data = run.data
+            run = PretrainRun([*flags, *where, *VARIANTS[name]], accelerator)
             results[name] = measure(run, arguments.rounds)
             accelerator.free_memory()
             print(f"{name}: done", file=sys.stderr)

@@ -16,6 +16,8 @@ from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, pipeline
 
 from hf_specattn.checkpoints.evaluations import read_evaluations
+from recipes.run import loop, runs
+from recipes.run.batching import BatchOrder
 from recipes.text.evaluation import evaluate_mlm
 from recipes.text.masking import MaskingRule
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
@@ -149,17 +151,17 @@ def test_training_lowers_the_loss(pretrain):
     assert sum(losses[-10:]) / 10 < losses[0] - 1
 
 
-def test_the_saved_config_has_the_dropout_of_fine_tuning_and_training_had_none(pretrain, script, monkeypatch):
+def test_the_saved_config_has_the_dropout_of_fine_tuning_and_training_had_none(pretrain, monkeypatch):
     seen = []
-    original = script.train
+    original = runs.train
 
-    def spy(arguments, accelerator, task, training, *rest):
+    def spy(task, training, *rest):
         config = training.model.config
         seen.append((config.hidden_dropout_prob, config.attention_probs_dropout_prob))
         seen.append({module.p for module in training.model.modules() if isinstance(module, torch.nn.Dropout)})
-        return original(arguments, accelerator, task, training, *rest)
+        return original(task, training, *rest)
 
-    monkeypatch.setattr(script, "train", spy)
+    monkeypatch.setattr(runs, "train", spy)
     folder = pretrain()
     assert seen == [(0.0, 0.0), {0.0}]
     config = json.loads((folder / "config.json").read_text())
@@ -283,16 +285,16 @@ def test_bf16_trains_and_the_saved_float32_model_has_the_logged_loss(pretrain):
 
 
 @pytest.fixture
-def ten_seconds_a_step(script, monkeypatch):
+def ten_seconds_a_step(monkeypatch):
     """Each step takes ten seconds by the clock of the training, in a resumed run, too."""
     clock = {}
 
-    def common_seconds(arguments, accelerator, started):
+    def common_seconds(accelerator, budget, started):
         clock.setdefault(started, round(time.perf_counter() - started, -1))
         clock[started] += 10.0
         return clock[started]
 
-    monkeypatch.setattr(script, "common_seconds", common_seconds)
+    monkeypatch.setattr(loop, "common_seconds", common_seconds)
 
 
 RAMPED = ["--gradient_accumulation_steps", "4", "--batch_size_ramp", "0.6", "--per_device_train_batch_size", "2"]
@@ -324,18 +326,24 @@ def test_a_budget_of_time_decides_schedule_batch_and_end(pretrain, script, ten_s
     assert "hours are" in caplog.text  # the estimate of all tokens
 
 
-def test_a_ramp_over_steps_reads_each_sequence_once_in_order(pretrain, script, monkeypatch):
-    read, step = [], script.train_step
+def test_a_ramp_over_steps_reads_each_sequence_once_in_order(pretrain, monkeypatch):
+    read, taken, apply, step = [], [], MaskingRule.apply, loop.train_step
 
-    def spy(arguments, accelerator, task, training, batch, micro_steps, number):
-        read.append((batch.indices.tolist(), micro_steps))
-        return step(arguments, accelerator, task, training, batch, micro_steps, number)
+    def spy_on_rows(self, sequences, indices, *, seed, epoch):
+        if seed == 0:  # validation has a seed of its own
+            read.extend(indices.tolist())
+        return apply(self, sequences, indices, seed=seed, epoch=epoch)
 
-    monkeypatch.setattr(script, "train_step", spy)
+    def spy_on_steps(task, training, accelerator, batches, micro_steps, *rest):
+        taken.append(micro_steps)
+        return step(task, training, accelerator, batches, micro_steps, *rest)
+
+    monkeypatch.setattr(MaskingRule, "apply", spy_on_rows)
+    monkeypatch.setattr(loop, "train_step", spy_on_steps)
     folder = pretrain("--max_steps", "10", *RAMPED)
-    order = script.BatchOrder(metrics_of(folder)["facts"]["train_sequences"], seed=0)
-    assert [micro_steps for _, micro_steps in read] == [1, 1, 2, 3, 3, 4, 4, 4, 4, 4]
-    assert [index for indices, _ in read for index in indices] == order.batch(0, 2 * 30).indices.tolist()
+    order = BatchOrder(metrics_of(folder)["facts"]["train_sequences"], seed=0)
+    assert taken == [1, 1, 2, 3, 3, 4, 4, 4, 4, 4]
+    assert read == order.batch(0, 2 * 30).indices.tolist()
     assert metrics_of(folder)["facts"]["planned_tokens"] == 2 * 30 * 16
 
 
@@ -373,12 +381,12 @@ def test_several_files_and_a_dataset_folder_give_the_same_run(pretrain, corpus, 
     assert metrics_of(whole)["facts"]["corpus"].endswith("its first 9 documents held out")
 
 
-def test_the_published_order_and_cleaning(pretrain, script, tmp_path, monkeypatch):
+def test_the_published_order_and_cleaning(pretrain, tmp_path, monkeypatch):
     texts = ["Caf\u00e9 " + "word " * (5 + index % 7) + ". " * (index % 5) for index in range(60)]
     path = tmp_path / "periods.txt"
     path.write_text("\n\n\n".join(texts))
-    tasks, train = [], script.train
-    monkeypatch.setattr(script, "train", lambda *rest: (tasks.append(rest[2]), train(*rest))[1])
+    tasks, train = [], runs.train
+    monkeypatch.setattr(runs, "train", lambda task, *rest: (tasks.append(task), train(task, *rest))[1])
     flags = ["--normalize_text", "--max_tokens_per_character", "2", "--sequence_order", "published"]
     folder = pretrain("--train_file", str(path), *flags)
     tokenizer, packed = tasks[0].data.tokenizer, tasks[0].data.train
@@ -391,7 +399,7 @@ def test_the_published_order_and_cleaning(pretrain, script, tmp_path, monkeypatc
 
 
 def test_the_plan_is_said_before_anything_is_read_or_written(pretrain, caplog, monkeypatch, script):
-    monkeypatch.setattr(script, "prepare_mlm_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("recipes.text.task.prepare_mlm_data", lambda *_, **__: pytest.fail("data were read"))
     folder = pretrain("--show_plan", *SVD, *RAMPED)
     assert not folder.exists()
     assert (
@@ -496,7 +504,7 @@ def test_a_non_finite_gradient_stops_the_run_before_the_weights_take_it(pretrain
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(script, tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(script, "build_accelerator", lambda *_: pytest.fail("work started"))
+    monkeypatch.setattr(script, "started", lambda *_: pytest.fail("work started"))
     with pytest.raises((SystemExit, ValueError)) as error:
         script.main(["--output_dir", str(tmp_path / "run"), *flags])
     assert message in capsys.readouterr().err + str(error.value)

@@ -33,7 +33,7 @@ from test_pretrain_mlm import (  # noqa: F401  fixtures among them
     script,
 )
 
-from recipes.run import checkpointing
+from recipes.run import checkpointing, loop, runs
 from recipes.run.checkpointing import list_checkpoints
 
 # ruff: noqa: F811  the fixtures' names again, as parameters
@@ -242,19 +242,19 @@ def test_sigterm_saves_and_exits_0(server, uninterrupted, tmp_path):
 
 
 @pytest.fixture
-def stopped(script, pretrain, monkeypatch):
+def stopped(pretrain, monkeypatch):
     """A function: as `pretrain`, but a signal comes while the run takes a step."""
 
     def run(*flags: str, step: int, **settings) -> pathlib.Path:
-        take = script.train_step
+        take = loop.train_step
 
         def interrupted(*arguments):
-            if arguments[-1] == step:
+            if arguments[-2] == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return take(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(script, "train_step", interrupted)
+            patch.setattr(loop, "train_step", interrupted)
             return pretrain(*flags, **settings)
 
     return run
@@ -332,10 +332,10 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_says_so_and_stays_as_it_is(pretrain, script, monkeypatch, caplog):
+def test_a_finished_run_says_so_and_stays_as_it_is(pretrain, monkeypatch, caplog):
     folder = pretrain("--report_to", "tensorboard") if has_tensorboard() else pretrain()
     before = contents(folder)
-    monkeypatch.setattr(script, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(runs, "train", lambda *_: pytest.fail("trained"))
     pretrain(RESUME)
     assert f"The run in {folder} is finished" in caplog.text
     with pytest.raises(SystemExit, match="seed: 0 -> 1"):
@@ -388,10 +388,10 @@ def test_overwriting_leaves_nothing_that_could_be_taken_for_the_new_run(pretrain
 
 
 @pytest.mark.parametrize(("flags", "named"), [(["--save_steps", "1"], "checkpoint-000003"), ([], None)])
-def test_a_non_finite_loss_names_the_last_checkpoint(script, pretrain, monkeypatch, flags, named):
-    check = script.require_finite_loss
+def test_a_non_finite_loss_names_the_last_checkpoint(pretrain, monkeypatch, flags, named):
+    check = loop.require_finite_loss
     monkeypatch.setattr(
-        script,
+        loop,
         "require_finite_loss",
         lambda loss, step, *kind: check(float("nan") if step == 4 else loss, step, *kind),
     )

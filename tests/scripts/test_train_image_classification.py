@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from hf_specattn import AttentionSpec, architectures
 from hf_specattn.checkpoints.evaluations import read_evaluations
 from recipes.compare import comparison
+from recipes.run import loop
 from recipes.run.checkpointing import list_checkpoints
 
 SCRIPT = REPOSITORY / "scripts" / "train_image_classification.py"
@@ -184,17 +185,17 @@ def test_accumulation_changes_nothing(train):
 
 
 @pytest.mark.parametrize("flags", [[], [*IDENTITY, *CHANCE], DYNAMIC], ids=["stock", "identity-chance", "dynamic"])
-def test_a_stopped_run_goes_on_to_the_same_result(train, script, monkeypatch, flags):
+def test_a_stopped_run_goes_on_to_the_same_result(train, monkeypatch, flags):
     whole = train(*flags, name="whole")
-    step_of = script.train_step
+    step_of = loop.train_step
 
     def stop_in_between(*arguments):
         loss = step_of(*arguments)
-        if arguments[-1] == 3:  # the resumed run begins behind it
+        if arguments[-2] == 3:  # the resumed run begins behind it
             os.kill(os.getpid(), signal.SIGTERM)
         return loss
 
-    monkeypatch.setattr(script, "train_step", stop_in_between)
+    monkeypatch.setattr(loop, "train_step", stop_in_between)
     resumed = train(*flags, name="resumed")
     assert not (resumed / "metrics.json").exists()
     assert [path.name for path in list_checkpoints(resumed)][-1] == "checkpoint-000003"

@@ -1,21 +1,33 @@
-"""What every training script does around its own loop: processes and logging, beginning and resuming, small questions."""
+"""A run from its beginning to its end, around the loop: processes and logging, resuming, saving, the record."""
 
+import contextlib
+import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, set_seed
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from hf_specattn.checkpoints.evaluations import EVALUATIONS
+from hf_specattn.checkpoints.evaluations import EVALUATIONS, write_evaluations
 
-from .checkpointing import Checkpoints, Progress, list_checkpoints
+from .arguments import SpectralArguments
+from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
 from .distributed import run_on_main_process
-from .metrics import METRICS_FILE
+from .loop import Task, Training, report_evaluation, train
+from .metrics import LOSS_CURVE_FILE, METRICS_FILE, NonFiniteLossError, RunMetrics
+from .run_description import model_description
+from .schedules import BudgetSchedule
+from .sharding import configure_sharding
+from .training_state import TrainingParts
 
 logger = logging.getLogger(__name__)
 
@@ -24,31 +36,96 @@ class RunArguments(Protocol):
     """The arguments that every training script has."""
 
     output_dir: str
+    overwrite_output_dir: bool
     resume_from_checkpoint: bool
     eval_only: bool
+    seed: int
+    max_grad_norm: float
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
     disable_tqdm: bool
     mixed_precision: str | None
     torch_compile: bool
     report_to: list[str] | None
 
 
+def run(
+    task: Task,
+    model: PreTrainedModel,
+    arguments: Any,
+    spectral: SpectralArguments,
+    accelerator: Accelerator,
+    monitored: dict[str, Any] | None = None,
+) -> None:
+    """Train `model` on `task`, from the newest checkpoint where the run is resumed; save it, and measure what was saved.
+
+    Args:
+        arguments: A dataclass with those of `RunArguments` among its fields.
+        monitored: The batch on which the monitor looks at attention, every `arguments.spectral_monitor_every` steps.
+    """
+    configure_sharding(accelerator, model)
+    metrics = RunMetrics(arguments=asdict(arguments) | asdict(spectral))
+    metrics.facts = task.facts(model) | common_facts(task, model, accelerator)
+    for line in task.describe(metrics.facts):
+        logger.info(line)
+    finished = is_finished(arguments, accelerator)
+    if not finished:
+        accelerator.init_trackers(task.name, config=tracker_config(metrics.arguments))
+    training = prepare(task, model, arguments, spectral, accelerator, monitored)
+    # Last before the loop: it restores the random number generators.
+    begun = begin(arguments, accelerator, training.checkpoints)
+    if finished:
+        logger.info(f"The run in {arguments.output_dir} is finished; there is nothing to continue.")
+    else:
+        done = train(task, training, arguments, accelerator, metrics, begun, show_progress(arguments, accelerator))
+        if task.amounts.budget.share(done.step, done.seconds) < 1:
+            report_stop(task, arguments, done)
+        else:
+            finish(task, training, arguments, accelerator, metrics, done)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+@contextlib.contextmanager
+def started(arguments: RunArguments, loggers: Sequence[str], *errors: type[Exception]) -> Iterator[Accelerator]:
+    """The accelerator of a run; what a user can change ends the program with a message, anything else with a traceback.
+
+    Args:
+        loggers: Those that speak on the main process.
+        errors: The experiment's own errors whose message says what to do.
+    """
+    known: tuple[type[Exception], ...] = (CheckpointError, *errors)
+    try:
+        accelerator = build_accelerator(arguments, loggers)
+        with logging_redirect_tqdm():
+            yield accelerator
+    except NonFiniteLossError as error:
+        raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
+    except known as error:
+        raise SystemExit(f"error: {error}") from error
+
+
 def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accelerator:
     """Make the accelerator of a run, and let `loggers` speak on its main process.
 
     Raises:
-        ValueError: for what this machine cannot do.
+        SystemExit: for what this machine cannot do.
     """
     report_to: Any = arguments.report_to
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        log_with=report_to,
-        project_dir=arguments.output_dir,
-        dynamo_backend="inductor" if arguments.torch_compile else None,
-        # One process may prepare something while the others wait.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=report_to,
+            project_dir=arguments.output_dir,
+            dynamo_backend="inductor" if arguments.torch_compile else None,
+            # One process may prepare something while the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+        )
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     for name in loggers:
         logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
@@ -57,14 +134,80 @@ def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accele
     return accelerator
 
 
-def show_progress(arguments: RunArguments, accelerator: Accelerator) -> bool:
+def show_progress(arguments: Any, accelerator: Accelerator) -> bool:
     """Whether progress bars are drawn: on the main process, on a terminal, unless the user does not want any."""
     return accelerator.is_main_process and sys.stderr.isatty() and not arguments.disable_tqdm
 
 
-def is_due(step: int, every: int) -> bool:
-    """Whether something happens after this step that happens every so many; 0 is never."""
-    return every > 0 and step % every == 0
+def common_facts(task: Task, model: PreTrainedModel, accelerator: Accelerator) -> dict[str, Any]:
+    """What every run records of its model and machine."""
+    on_gpu = accelerator.device.type == "cuda"
+    return {
+        "model_type": model.config.model_type,
+        "parameters": model.num_parameters(),
+        "global_batch_size": task.amounts.batch,
+        f"{task.unit}_per_step": task.amounts.batch * task.units,
+        "device": accelerator.device.type,
+        "device_name": torch.cuda.get_device_name(accelerator.device) if on_gpu else None,
+        "processes": accelerator.num_processes,
+        "distributed_type": accelerator.distributed_type.value,
+        "threads": torch.get_num_threads(),
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+def prepare(
+    task: Task,
+    model: PreTrainedModel,
+    arguments: Any,
+    spectral: SpectralArguments,
+    accelerator: Accelerator,
+    monitored: dict[str, Any] | None = None,
+) -> Training:
+    """Optimizer, schedule, processes and checkpoints; the arguments are those of `run`."""
+    optimizer = task.optimizer(model)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    schedule = BudgetSchedule(prepared, task.learning_rate_factor())
+    averaged = task.averaged(model)
+    parts = TrainingParts(model, prepared, scaler=accelerator.scaler, processor=task.processor, averaged=averaged)
+    description = settings_to_keep(task, model, spectral, accelerator)
+    limit = arguments.save_total_limit
+    checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
+    monitor = None
+    if monitored is not None and accelerator.is_main_process:
+        from hf_specattn.diagnostics.monitor import (
+            MONITOR_FILE,
+            SpectralMonitor,
+        )  # with the Trainer's callbacks: seconds
+
+        file = Path(arguments.output_dir) / MONITOR_FILE
+        monitor = SpectralMonitor(arguments.spectral_monitor_every, batch=monitored, file=file)
+    # Dropout and stochastic depth differ between processes.
+    set_seed(arguments.seed, device_specific=True)
+    exact = spectral.spectral_exact_refresh
+    return Training(model, wrapped, prepared, schedule, checkpoints, averaged, exact, monitor)
+
+
+def settings_to_keep(
+    task: Task, model: PreTrainedModel, spectral: SpectralArguments, accelerator: Accelerator
+) -> dict[str, Any]:
+    """What must be the same when the run is resumed, by the names of flags and of the model's configuration.
+
+    How the global batch is cut among processes and forward passes may change, and so may everything about reading,
+    reporting and saving. A resumed run prepares its data again, which gives the same: the fingerprints tell if not.
+    """
+    exact = spectral.spectral_exact_refresh
+    return {
+        **model_description(model.config),
+        "max_steps": task.amounts.budget.steps,
+        "global_batch_size": task.amounts.batch,
+        "mixed_precision": accelerator.mixed_precision,
+        "spectral_init": spectral.init,
+        # Only where it was chosen: runs from before this flag can be resumed.
+        **({} if exact is None else {"spectral_exact_refresh": exact}),
+        "validation_fingerprint": task.validation_fingerprint,
+        **task.must_match(),
+    }
 
 
 def is_finished(arguments: RunArguments, accelerator: Accelerator) -> bool:
@@ -94,9 +237,62 @@ def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in arguments.items()}
 
 
-def last_checkpoint(arguments: RunArguments, advice: str = "") -> str:
+def report_stop(task: Task, arguments: RunArguments, done: Progress) -> None:
+    """Say how a run that a signal stopped goes on."""
+    instead = " in place of --overwrite_output_dir" if arguments.overwrite_output_dir else ""
+    of = task.amounts.budget.steps or f"those that {task.amounts.describe()} give"
+    logger.info(
+        f"Stopped after step {done.step} of {of}, with a checkpoint in {arguments.output_dir}. The same command with "
+        f"--resume_from_checkpoint{instead} continues."
+    )
+
+
+def finish(
+    task: Task,
+    training: Training,
+    arguments: RunArguments,
+    accelerator: Accelerator,
+    metrics: RunMetrics,
+    done: Progress,
+) -> None:
+    """Save the model, measure what was saved, and write the record."""
+    path = arguments.output_dir
+    loadable = task.save(training.result, accelerator, path)
+    if not accelerator.is_main_process:
+        return
+    found = task.evaluate_saved(path, accelerator.device) if loadable else task.evaluate(training.result, None)
+    metrics.validation.append(report_evaluation(task, accelerator, found, done.step))
+    seen = done.record["position"] * task.units
+    metrics.final = {**metrics.validation[-1], f"train_{task.unit}_seen": seen, "seconds": done.seconds}
+    if accelerator.device.type == "cuda":
+        metrics.facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(accelerator.device)
+    results = metrics.evaluations(task.hub_task, task.dataset, task.measured)
+    write_evaluations(path, Path(path).resolve().name, results)
+    metrics.write(path, task.loss_name)
+    logger.info(
+        f"Trained for {done.seconds:.1f} s on {seen:,} {task.unit}. Model, {task.processor_name}, {METRICS_FILE} and "
+        f"{LOSS_CURVE_FILE} are in {path}."
+    )
+
+
+def evaluate_only(task: Task, path: str | None, accelerator: Accelerator) -> None:
+    """Measure a saved model on the validation data of its run, or on that of the flags given, and print it as JSON."""
+    assert path is not None  # the arguments were checked
+    if accelerator.is_main_process:
+        recorded = Path(path) / METRICS_FILE
+        if recorded.is_file():
+            facts = json.loads(recorded.read_text(encoding="utf-8")).get("facts", {})
+            if facts.get("validation_fingerprint") != task.validation_fingerprint:
+                logger.warning(
+                    f"This is not the validation data that {path} was trained with: the values do not compare."
+                )
+        print(json.dumps(task.evaluate_saved(path, accelerator.device)))
+    accelerator.wait_for_everyone()
+
+
+def last_checkpoint(arguments: RunArguments) -> str:
     """Say where the newest checkpoint of a run that failed is, and what can be done with it; an evaluation has none."""
     saved = list_checkpoints(arguments.output_dir)
     if not saved or arguments.eval_only:
         return "There is no checkpoint of it."
-    return f"The last checkpoint before is {saved[-1]}{advice}."
+    return f"The last checkpoint before is {saved[-1]}; another run can start from it by --model_name_or_path."

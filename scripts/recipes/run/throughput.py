@@ -7,18 +7,18 @@ from typing import Any
 
 
 class LossWindow:
-    """Collect the losses of steps since the last entry, their tokens, and the time they took."""
+    """Collect the losses of steps since the last entry, what they read (tokens, images), and the time they took."""
 
     def __init__(self) -> None:
         self._restart()
 
-    def add(self, loss: float, tokens: int) -> None:
-        """Count one optimizer step with its loss, and the tokens that it read over all processes."""
+    def add(self, loss: float, units: int) -> None:
+        """Count one optimizer step with its loss, and the tokens or images that it read over all processes."""
         self._losses.append(loss)
-        self._tokens += tokens
+        self._units += units
 
     def take(self) -> tuple[float, float]:
-        """Return the mean loss and the tokens per second of the steps since the last call, and start anew.
+        """Return the mean loss and the units per second of the steps since the last call, and begin again.
 
         Raises:
             ValueError: if no step was added.
@@ -28,7 +28,7 @@ class LossWindow:
         # A clock may stand still between two fast steps.
         seconds = max(time.perf_counter() - self._started, 1e-9)
         loss = sum(self._losses) / len(self._losses)
-        speed = self._tokens / seconds
+        speed = self._units / seconds
         self._restart()
         return loss, speed
 
@@ -43,17 +43,17 @@ class LossWindow:
 
     def state(self) -> dict[str, Any]:
         """Return what was collected since the last entry, in values that JSON holds, for `restore`."""
-        return {"losses": list(self._losses), "tokens": self._tokens, "seconds": time.perf_counter() - self._started}
+        return {"losses": list(self._losses), "units": self._units, "seconds": time.perf_counter() - self._started}
 
     def restore(self, state: dict[str, Any] | None) -> None:
         """Go on from what `state` returned, in this process or an earlier one; None starts anew."""
         self._restart()
         if state is not None:
             self._losses.extend(state["losses"])
-            self._tokens = state["tokens"]
+            self._units = state["units"] if "units" in state else state["tokens"]  # of an earlier version
             self._started -= state["seconds"]
 
     def _restart(self) -> None:
         self._losses: list[float] = []
-        self._tokens = 0
+        self._units = 0
         self._started = time.perf_counter()

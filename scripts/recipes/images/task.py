@@ -1,0 +1,230 @@
+"""Image classification as a task of the loop: which images a step reads, in which size and colours, and the loss."""
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+
+from ..run.arguments import SpectralArguments
+from ..run.distributed import run_on_main_process
+from ..run.loop import Amounts, Task
+from ..run.runs import show_progress
+from ..run.schedules import Budget, cosine_factor
+from .arguments import ImageArguments
+from .augmentation import evaluation_transform, normalization, training_transform
+from .batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
+from .evaluation import evaluate_images
+from .models import ImageModelError, image_processor, model_input, save_classifier
+from .optimization import AveragedWeights, build_adamw
+from .sources import load_image_data
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_IMAGE_SIZE = 224
+
+# What decides a run beside its data and model: a resumed run must have the same.
+RUN_SETTINGS = (
+    "seed",
+    "learning_rate",
+    "warmup_learning_rate",
+    "min_learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "model_ema_decay",
+    "crop_share",
+    "random_resized_crop",
+    "random_shift",
+    "horizontal_flip",
+    "rand_augment",
+    "random_erasing",
+    "repeated_augmentation",
+    "mixup",
+    "cutmix",
+    "label_smoothing",
+    "model_name_or_path",
+    "config_name",
+    "timm_model",
+    "projection_init",
+    "initialization_scale",
+    "match_norm_of",
+    "no_layer_norm",
+)
+
+
+class ImageTask(Task):
+    """Say which class an image is of.
+
+    Every process finds the images; the main one looks whether they can be read.
+
+    Args:
+        arguments: Of the run.
+        spectral: How the model is conditioned, which not every model's configuration says.
+        accelerator: The processes that share it.
+    """
+
+    name = "train_image_classification"
+    unit = "images"
+    loss_name = "cross-entropy (nats per image)"
+    processor_name = "image processor"
+    hub_task = "image-classification"
+    measured: ClassVar = {
+        "validation_accuracy": ("accuracy", "Accuracy (top 1)"),
+        "validation_loss": ("loss", "Loss (nats per image)"),
+    }
+
+    def __init__(self, arguments: ImageArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
+        self.arguments, self.spectral, self.accelerator = arguments, spectral, accelerator
+        own_size, own_channels = model_input(arguments.model_settings())
+        self.data = data = load_image_data(
+            arguments.data_settings(),
+            show_progress=show_progress(arguments, accelerator),
+            once=lambda work: run_on_main_process(accelerator, work),
+        )
+        train, validation = len(data.train), len(data.validation)
+        logger.info(f"Images: {data.origin}; {train:,} to train on, {validation:,} to validate on.")
+        self.size = arguments.image_size or own_size or (max(data.size) if data.size else DEFAULT_IMAGE_SIZE)
+        self.channels = own_channels if arguments.timm_model is None and own_channels else data.channels
+        self.mode = "L" if self.channels == 1 else "RGB"  # PIL's name of the colours
+        self.order = ImageOrder(train, arguments.seed, arguments.repeated_augmentation)
+        self.amounts = self._amounts()
+        self.dataset = data.origin
+        self.validation_fingerprint = data.validation.fingerprint
+        colours = normalization(self.channels)
+        self.processor = image_processor(self.size, *colours, arguments.crop_share)
+        transform = evaluation_transform(self.size, *colours, arguments.crop_share)
+        self.validation = ValidationImages(data.validation, self.mode, transform)
+        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
+
+    def _amounts(self) -> Amounts:
+        arguments, images = self.arguments, len(self.data.train)
+        micro_batch = arguments.per_device_train_batch_size * self.accelerator.num_processes
+        batch = micro_batch * arguments.gradient_accumulation_steps
+        one_pass = max(1, round(images / batch))
+        eval_steps = one_pass if arguments.eval_steps is None else arguments.eval_steps
+        budget = Budget(steps=arguments.steps_of(images, batch))
+        return Amounts(budget, micro_batch, arguments.gradient_accumulation_steps, eval_steps)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        assert self.amounts.budget.steps is not None
+        return self.amounts.budget.steps
+
+    @property
+    def warmup(self) -> float:
+        """Steps of warmup."""
+        return self.arguments.warmup_of(len(self.data.train), self.amounts.batch)
+
+    def facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        data, planned = self.data, self.amounts.batch * self.steps
+        return {
+            "images": data.origin,
+            "classes": len(data.class_names),
+            "image_size": self.size,
+            "channels": self.channels,
+            "train_images": len(data.train),
+            "validation_images": len(data.validation),
+            "skipped_images": list(data.skipped),
+            "train_fingerprint": data.train.fingerprint,
+            "validation_fingerprint": data.validation.fingerprint,
+            "planned_images": planned,
+            "epochs": round(self.epochs(planned), 3),
+        }
+
+    def describe(self, facts: dict[str, Any]) -> Iterator[str]:
+        yield (
+            f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['classes']} classes, images of {self.size} x "
+            f"{self.size} with {self.channels} channel(s)."
+        )
+        yield (
+            f"{self.steps:,} steps of {self.amounts.batch:,} images are {facts['epochs']} passes over the training images, "
+            f"on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed precision "
+            f"{facts['mixed_precision']}."
+        )
+
+    def must_match(self) -> dict[str, Any]:
+        config = self.spectral.to_config()
+        return {
+            **{name: getattr(self.arguments, name) for name in RUN_SETTINGS},
+            "warmup_steps": self.warmup,
+            "spectral_settings": None if config is None else config.describe(),
+            "image_size": self.size,
+            "channels": self.channels,
+            "train_fingerprint": self.data.train.fingerprint,
+        }
+
+    def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        return build_adamw(model, self.arguments.learning_rate, self.arguments.weight_decay)
+
+    def averaged(self, model: PreTrainedModel) -> AveragedWeights | None:
+        decay = self.arguments.model_ema_decay
+        return None if decay is None else AveragedWeights(model, decay)
+
+    def learning_rate_factor(self) -> Callable[[float], float]:
+        arguments, warmup, steps = self.arguments, self.warmup, self.steps
+        start, floor = (
+            rate / arguments.learning_rate for rate in (arguments.warmup_learning_rate, arguments.min_learning_rate)
+        )
+        return lambda used: cosine_factor(used, warmup, steps, start=start, floor=floor)
+
+    def epochs(self, position: int) -> float:
+        return self.order.epochs(position)
+
+    def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        if self._batches is None:  # one loader, which reads ahead, from the first step on
+            self._batches = self._load(step - 1)
+        return islice(self._batches, micro_steps)
+
+    def _load(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's augmented and mixed images, with their targets, of each forward pass to the last step."""
+        arguments, colours = self.arguments, normalization(self.channels)
+        augmentation = arguments.augmentation()
+        transform = training_transform(augmentation, self.size, *colours, arguments.crop_share)
+        classes, is_random = len(self.data.class_names), augmentation.is_random
+        images = TrainingImages(
+            self.data.train, self.order, self.mode, transform, is_random, arguments.mixing(), classes
+        )
+        keys = Batches(
+            first_step,
+            self.steps,
+            self.amounts.accumulation,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            arguments.per_device_train_batch_size,
+        )
+        on_gpu = self.accelerator.device.type == "cuda"
+        return iter(load_batches(images, keys, arguments.dataloader_num_workers, pin_memory=on_gpu))
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, targets = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)
+        return F.cross_entropy(model(pixel_values=images).logits.float(), targets)
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator | None) -> dict[str, float | None]:
+        workers = 0 if accelerator is None else self.arguments.dataloader_num_workers
+        batch_size = self.arguments.per_device_eval_batch_size
+        found = evaluate_images(
+            model, self.validation, batch_size=batch_size, workers=workers, accelerator=accelerator
+        )
+        return {"validation_accuracy": found.accuracy, "validation_loss": found.loss}
+
+    def describe_evaluation(self, values: dict[str, float | None]) -> str:
+        return f"validation accuracy {values['validation_accuracy']:.2%}, loss {values['validation_loss']:.6f}"
+
+    def save(self, model: PreTrainedModel, accelerator: Accelerator, directory: str) -> bool:
+        return accelerator.is_main_process and save_classifier(model, self.processor, directory)
+
+    def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
+        model = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32)
+        classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        if classes != list(self.data.class_names):
+            raise ImageModelError(
+                f"{path} knows {len(classes)} classes ({', '.join(classes[:5])}, ...), and the images are of "
+                f"{len(self.data.class_names)} ({', '.join(self.data.class_names[:5])}, ...); give the images of its classes."
+            )
+        return self.evaluate(model.to(device), None)
