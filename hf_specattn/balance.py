@@ -28,6 +28,7 @@ from transformers.utils import logging
 from .architectures import AttentionSpec, attention_specs, output_module, unknown_parts
 from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
+from .ordinary import module_problem, refuse_unordinary
 from .preconditioning import PreconditionedLayer
 from .reports import Spectrum
 
@@ -552,6 +553,8 @@ def _find_output(model: nn.Module, name: str, spec: AttentionSpec) -> tuple[_Out
         return None, found is not None
     full_name, module = found
     if type(module) not in SPECTRAL_CLASSES:
+        if (problem := module_problem(module, "balance")) is not None:
+            raise ValueError(f"{full_name} {problem}")
         raise ValueError(
             f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
             "transformers Conv1D modules can be balanced. Balance before quantizing, and before wrapping with PEFT."
@@ -589,38 +592,24 @@ def _check_settings(model: nn.Module, probe: Any, tolerance: Any) -> None:
 
 
 def _check_attentions(model: nn.Module, attentions: Sequence[_Attention]) -> None:
-    users: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            users.setdefault(id(parameter), []).append(name)
+    parts = [(item.name, item.module) for attention in attentions for item in attention.everything]
     seen: dict[nn.Module, str] = {}
-    for attention in attentions:
-        for item in attention.everything:
-            if item.module in seen:
+    for name, module in parts:
+        if module in seen:
+            raise ValueError(f"{name} and {seen[module]} are one module; a shared projection has no gauge.")
+        seen[module] = name
+    refuse_unordinary(model, parts, "balance", ("weight", "bias"))
+    for name, module in parts:
+        for part in ("weight", "bias"):
+            tensor = getattr(module, part)
+            if tensor is None:
+                continue
+            if tensor.device.type == "mps":
                 raise ValueError(
-                    f"{item.name} and {seen[item.module]} are one module; a shared projection has no gauge."
+                    f"The {part} of {name} is on a device without float64. Move the model to the CPU first."
                 )
-            seen[item.module] = item.name
-            for part in ("weight", "bias"):
-                tensor = getattr(item.module, part)
-                if tensor is not None and (problem := _tensor_problem(tensor, users)):
-                    raise ValueError(f"The {part} of {item.name} {problem}.")
-
-
-def _tensor_problem(tensor: Any, users: Mapping[int, list[str]]) -> str | None:
-    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.element_size() < 2:
-        return f"is quantized or no floating-point parameter ({tensor.dtype}). Balance the model before quantizing it"
-    if hasattr(tensor, "full_tensor"):
-        return "is sharded (a DTensor). Balance before fully_shard or tensor parallelism"
-    if tensor.is_meta:
-        return "is on the meta device and has no values. Load the weights first"
-    if tensor.device.type == "mps":
-        return "is on a device without float64. Move the model to the CPU first"
-    if not torch.isfinite(tensor).all():
-        return "has nan or inf entries. Check the checkpoint"
-    if len(users[id(tensor)]) > 1:
-        return f"is tied: {users[id(tensor)]} share it. Untie it first"
-    return None
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"The {part} of {name} has nan or inf entries. Check the checkpoint.")
 
 
 def _least_precise(attentions: Sequence[_Attention]) -> torch.dtype:

@@ -1,8 +1,8 @@
 """Every name of transformers that is not a public interface: what it is for, and what happens where a release lacks it.
 
 This file travels with checkpoints as remote code, so it imports transformers and torch alone (what concerns PEFT, datasets
-and accelerate is in `compat_extras`). Each name is looked up when it is needed: a renamed one costs what is said beside it,
-and never the import of the package.
+and accelerate is in `compat_extras`, but for what hooks leave on a module, because files that travel ask for that). Each
+name is looked up when it is needed: a renamed one costs what is said beside it, and never the import of the package.
 """
 
 import importlib
@@ -137,3 +137,35 @@ def tasks_of_pipelines() -> Mapping[str, Mapping[str, str]]:
         return importlib.import_module("transformers.modelcard").TASK_MAPPING
     except (ImportError, AttributeError):
         return {}
+
+
+# --- torch, and what accelerate leaves on modules --------------------------------------------------------------------
+
+
+def submodules(module: nn.Module) -> dict[str, Any]:
+    """The dictionary in which torch keeps the children of a module: every way to replace one ends in an entry here."""
+    return module._modules  # type: ignore[return-value]
+
+
+def set_submodules(module: nn.Module, children: dict[str, Any]) -> None:
+    """Put another dictionary in its place."""
+    vars(module)["_modules"] = children
+
+
+def hooks_of_accelerate(module: nn.Module) -> tuple[Any, ...]:
+    """The hooks of accelerate on a module; none where it has none, or a release keeps them elsewhere.
+
+    Then its forward pass, which is on the instance, is one of unknown origin, and the module is not touched.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))
+
+
+def forward_under_hooks(module: nn.Module) -> Any:
+    """The bound method that accelerate's hooks call; None where there is none."""
+    return getattr(module, "_old_forward", None)
+
+
+def set_forward_under_hooks(module: nn.Module, forward: Any) -> None:
+    """Let them call another one."""
+    module._old_forward = forward

@@ -20,10 +20,14 @@ from .layers import (
     SPECTRAL_CLASSES,
     ProjectionLayout,
     SpectralLayer,
+    hold_projections,
     make_spectral,
     make_stock,
+    refuse_replaced,
+    release_projections,
     spectral_layers,
 )
+from .ordinary import module_problem, refuse_unordinary
 from .refreshing import recompute, refresh, refresh_interval
 from .reports import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
 
@@ -90,7 +94,8 @@ def condition(
     _check_targets(projections, config)
     projections = _holding(config.targets, projections)
     as_the_table_says = architecture is None or _agrees_with_table(model, projections, config)
-    _check_weights(model, projections, config, init)
+    refuse_unordinary(model, [(item.name, item.module) for item in projections], "condition")
+    _check_values(projections, config)
 
     reports = []
     for item in logging.tqdm(projections, desc="Conditioning", disable=_no_progress_bar(len(projections))):
@@ -101,6 +106,7 @@ def condition(
         apply_correction(layer, init)
         after = projection_spectra(layer, effective=True)
         reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
+    hold_projections(model)
     for host in _outermost_pretrained(model):
         _adopt(host, config, as_the_table_says)
     set_origin(model, "")
@@ -116,6 +122,7 @@ def attach(model: nn.Module, config: SpectralConfig) -> None:
     _check_targets(projections, config)
     for item in _holding(config.targets, projections):
         make_spectral(item.module, item.layout, config)
+    hold_projections(model)
 
 
 @torch.no_grad()
@@ -139,31 +146,31 @@ def fold(model: nn.Module) -> nn.Module:
 
     The sum is formed in at least float32 and cast once, as in the forward pass: a float32 or float64 model computes the
     same numbers as before. A half-precision identity model loses most of W's diagonal to the rounding of `W + lambda I`,
-    so for it the measured loss is logged; fold in float32 to keep it.
+    so for it the measured loss is logged; fold in float32 to keep it. Weights that accelerate has offloaded are folded too,
+    one layer at a time, and stay in memory from then on.
 
     Returns:
         `model`, with its stock class and configuration, whose checkpoints need no code of this package.
 
     Raises:
-        ValueError: if nothing in `model` is conditioned.
+        ValueError: if nothing in `model` is conditioned, a projection was replaced, or one carries what a change of its class
+            and weight does not reach (see `ordinary`). Nothing is changed then.
     """
+    refuse_replaced(model)
     layers = list(spectral_layers(model))
     if not layers:
         raise ValueError(
             "fold() found no conditioned projection in this model; condition it first, or leave it as it is."
         )
-    sharded = [name for name, layer in layers if hasattr(layer.weight, "full_tensor")]
-    if sharded:
-        raise ValueError(
-            f"fold() needs whole weights, but {sharded[0]} is sharded; gather or unshard the model first."
-        )
-    if cost := half_precision_cost([layer for _, layer in layers], shift=1):
+    refuse_unordinary(model, layers, "fold", offloaded=True)
+    if cost := half_precision_cost([layer for _, layer in layers if not layer.weight.is_meta], shift=1):
         logger.warning(
             f"{cost}. Fold in float32 (model.float()) and cast afterwards to do it once, or keep the model conditioned, if W "
             "itself matters; the outputs stay within the dtype's own error."
         )
     for _, layer in layers:
         make_stock(layer)
+    release_projections(model)
     _release(model)
     set_origin(model, "")
     return model
@@ -209,6 +216,8 @@ def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_
         elif type(module) in SPECTRAL_CLASSES:
             out_features = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape[0]
             yield Projection(full_name, module, spec.layout(attention, child, out_features, model_config))
+        elif (problem := module_problem(module, "condition")) is not None:
+            raise ValueError(f"{full_name} {problem}")
         else:
             raise ValueError(
                 f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
@@ -255,33 +264,16 @@ def _check_targets(projections: list[Projection], config: SpectralConfig) -> Non
         )
 
 
-def _check_weights(model: nn.Module, projections: list[Projection], config: SpectralConfig, init: str) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for _, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+def _check_values(projections: list[Projection], config: SpectralConfig) -> None:
     for item in projections:
-        problem = _weight_problem(item.module.weight, config)
-        if len(owners[id(item.module.weight)]) > 1:
-            problem = f"is tied: {owners[id(item.module.weight)]} share it. Untie it, or leave the model unconditioned"
-        if problem:
-            raise ValueError(f"The weight of {item.name} {problem}.")
-
-
-def _weight_problem(weight: Any, config: SpectralConfig) -> str | None:
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.element_size() < 2:
-        return (
-            f"is quantized or no floating-point parameter ({weight.dtype}). Condition the model before quantizing it"
-        )
-    if hasattr(weight, "full_tensor"):
-        return "is sharded (a DTensor). Condition before fully_shard or tensor parallelism"
-    if weight.is_meta:
-        return "is on the meta device and has no values. Load or initialize the weights first"
-    if not torch.isfinite(weight).all():
-        return "has nan or inf entries. Check the checkpoint"
-    if config.method == "svd" and not weight.any():
-        return "is zero, and a zero matrix has no spectral correction. Initialize it, or use method='identity'"
-    return None
+        weight = item.module.weight
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"The weight of {item.name} has nan or inf entries. Check the checkpoint.")
+        if config.method == "svd" and not weight.any():
+            raise ValueError(
+                f"The weight of {item.name} is zero, and a zero matrix has no spectral correction. Initialize it, or use "
+                "method='identity'."
+            )
 
 
 def _no_progress_bar(steps: int) -> bool | None:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compat import Conv1D
+from .compat import Conv1D, set_submodules, submodules
 from .config import SpectralConfig
 from .corrections import at_least_float32, identity_correction, svd_correction
+from .ordinary import change_class, forget, is_foreign, read, write
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -186,6 +187,15 @@ class SpectralLayer(nn.Module):
         """`W + C` in the orientation and dtype of `weight`: summed in at least float32, cast once."""
         return (at_least_float32(self.weight) + at_least_float32(self.current_correction())).to(self.weight.dtype)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor) and is_foreign(value):
+            raise ValueError(
+                f"A {type(value.data).__module__}.{type(value.data).__name__} would become the weight of a conditioned "
+                "projection, to which no correction can be added. Call hf_specattn.fold(model) first, which makes W + C the "
+                "plain weight, then quantize."
+            )
+        super().__setattr__(name, value)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self.spectral.dynamic:  # a deepcopy, or unpickled
@@ -247,7 +257,7 @@ STOCK_CLASSES = {spectral: stock for stock, spectral in SPECTRAL_CLASSES.items()
 
 def make_spectral(module: nn.Module, layout: ProjectionLayout, spectral: SpectralConfig) -> SpectralLayer:
     """Turn a stock projection into a conditioned one, in place; an svd correction is left zero, to be computed."""
-    module.__class__ = SPECTRAL_CLASSES[type(module)]
+    change_class(module, SPECTRAL_CLASSES[type(module)])
     assert isinstance(module, SpectralLayer)
     module.layout = layout
     module.spectral = spectral
@@ -261,14 +271,81 @@ def make_spectral(module: nn.Module, layout: ProjectionLayout, spectral: Spectra
 @torch.no_grad()
 def make_stock(layer: SpectralLayer) -> nn.Module:
     """Turn a conditioned projection back into the stock class, in place, with `W + C` as its weight."""
-    layer.weight.copy_(layer.effective_weight())
+    weight = read(layer, "weight")
     if layer.spectral.method == "svd":
-        del layer.correction
+        correction = read(layer, "correction").to(weight.device)
+        forget(layer, "correction")
+    else:
+        correction = layer.orient(layer.correction_of(layer.orient(weight)))
+    write(layer, "weight", at_least_float32(weight) + at_least_float32(correction))
     STEPS_SINCE_REFRESH.pop(layer, None)
     del layer.spectral, layer.layout
     module: nn.Module = layer
-    module.__class__ = STOCK_CLASSES[type(layer)]
+    change_class(module, STOCK_CLASSES[type(layer)])
     return module
+
+
+class HeldModules(dict[str, Any]):
+    """The submodules of an attention, where no conditioned projection can be replaced by something else.
+
+    Quantizers and fp8 converters put modules of their own in the place of everything that is an `nn.Linear`, with its `W`.
+    They all do so by an entry here. Adapters, which keep the projection within what they put in its place, go through.
+
+    Attributes:
+        held: names of the conditioned projections.
+    """
+
+    held: frozenset[str] = frozenset()
+
+    def __setitem__(self, name: str, module: Any) -> None:
+        if name in self.held and module is not None and not is_conditioned(module):
+            raise ValueError(replaced_message(name, module))
+        super().__setitem__(name, module)
+
+
+def is_conditioned(module: nn.Module) -> bool:
+    """Whether a module is a conditioned projection, or has one in it."""
+    return any(isinstance(each, SpectralLayer) for each in module.modules())
+
+
+def replaced_message(name: str, module: nn.Module) -> str:
+    """What is wrong with a module in the place of a conditioned projection."""
+    return (
+        f"A {type(module).__module__}.{type(module).__name__} in the place of the conditioned projection {name} would "
+        "compute with W instead of W + C. Call hf_specattn.fold(model) before quantizing the model or converting it to fp8: "
+        "the folded model has W + C as its plain weights."
+    )
+
+
+def hold_projections(model: nn.Module) -> None:
+    """Let no conditioned projection of `model` be replaced, until it is folded."""
+    for module in model.modules():
+        names = frozenset(name for name, child in module.named_children() if isinstance(child, SpectralLayer))
+        if names:
+            held = HeldModules(submodules(module))
+            held.held = names
+            set_submodules(module, held)
+
+
+def release_projections(model: nn.Module) -> None:
+    """Undo `hold_projections`."""
+    for module in model.modules():
+        if isinstance(submodules(module), HeldModules):
+            set_submodules(module, dict(submodules(module)))
+
+
+def refuse_replaced(model: nn.Module) -> None:
+    """Refuse a model in which a conditioned projection was replaced all the same.
+
+    Raises:
+        ValueError: naming it.
+    """
+    for name, module in model.named_modules():
+        children = submodules(module)
+        for child in sorted(getattr(children, "held", ())):
+            replacement = children.get(child)
+            if replacement is not None and not is_conditioned(replacement):
+                raise ValueError(replaced_message(f"{name}.{child}" if name else child, replacement))
 
 
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:

@@ -39,7 +39,7 @@ from .conditioning import (
     subtract_correction,
 )
 from .config import INITS, PROJECTIONS, SpectralConfig, check_choice
-from .layers import spectral_layers
+from .layers import refuse_replaced, spectral_layers
 from .refreshing import recompute, steps_since_refresh
 
 logger = logging.get_logger(__name__)
@@ -335,7 +335,12 @@ class SpectralModelMixin:
         return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method."""
+        """As the stock method.
+
+        Raises:
+            ValueError: if a conditioned projection was replaced: the checkpoint would be of another function.
+        """
+        refuse_replaced(self)  # type: ignore[arg-type]
         every, steps = self.config.spectral_refresh_every, steps_since_refresh(self)  # type: ignore[arg-type]
         if every is not None and steps > every:
             logger.warning(

@@ -10,7 +10,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .adapted import adapted_layers
-from .layers import STEPS_SINCE_REFRESH, SpectralLayer, spectral_layers
+from .layers import STEPS_SINCE_REFRESH, SpectralLayer, refuse_replaced, spectral_layers
+from .ordinary import refuse_unordinary
 from .polar import polar_correction
 
 logger = logging.get_logger(__name__)
@@ -47,14 +48,18 @@ def refresh(model: nn.Module, exact: bool | None = None) -> None:
             argument and no setting, because the function does not depend on it.
 
     Raises:
-        ValueError: if the model has no dynamic correction: a static one is part of the trained function.
+        ValueError: if the model has no dynamic correction: a static one is part of the trained function; if a projection was
+            replaced, or its weight is computed from other tensors or not there. Nothing is changed then.
     """
-    layers = [layer for _, layer in spectral_layers(model) if layer.spectral.dynamic]
+    refuse_replaced(model)
+    named = [(name, layer) for name, layer in spectral_layers(model) if layer.spectral.dynamic]
+    layers = [layer for _, layer in named]
     if not layers:
         raise ValueError(
             "refresh() found no dynamic correction: corrections stay fixed unless "
             "SpectralConfig(method='svd', refresh_every=n) was given. Leave the call out, or condition with refresh_every."
         )
+    refuse_unordinary(model, named, "refresh", sharded=True, reads_only=True)
     adapted = adapted_layers(model)
     following = [layer for layer in layers if layer not in adapted]
     by_products = [layer for layer in following if not _takes_svd(layer, exact)]
