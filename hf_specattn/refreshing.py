@@ -1,5 +1,7 @@
 """Dynamic corrections: recomputing them, and noticing when nobody does."""
 
+import functools
+import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +18,8 @@ from .polar import polar_correction
 
 logger = logging.get_logger(__name__)
 
-# After this many missed intervals training stops: by then the corrections are those of another model.
-MISSED_INTERVALS = 10
+# After this many intervals without a refresh training stops: the first one was missed, and that is an error in the loop.
+MISSED_INTERVALS = 2
 # Entries of the weights whose corrections are computed together: enough for a GPU (28 matrices of 768 x 768), while the
 # work takes about six times their memory.
 ELEMENTS_AT_ONCE = 2**24
@@ -68,7 +70,7 @@ def refresh(model: nn.Module, exact: bool | None = None) -> None:
             recompute(layer)
     recompute_by_products(by_products)
     for layer in layers:
-        STEPS_SINCE_REFRESH[layer] = 0
+        _restart(layer)
 
 
 def _takes_svd(layer: SpectralLayer, exact: bool | None) -> bool:
@@ -80,7 +82,7 @@ def recompute(layer: SpectralLayer) -> None:
     """Recompute one stored svd correction; FSDP2-sharded weights are gathered first, on every rank alike."""
     layer.correction.copy_(layer.orient(layer.correction_of(layer.orient(_whole_weight(layer)))))
     if layer.spectral.dynamic:
-        STEPS_SINCE_REFRESH[layer] = 0
+        _restart(layer)
 
 
 class _Block(NamedTuple):
@@ -132,29 +134,105 @@ def _whole_weight(layer: SpectralLayer) -> Tensor:
     return whole
 
 
+# --- noticing that nobody refreshes ----------------------------------------------------------------------------------
+
+
+class _Watch:
+    """Whether optimizer steps move one layer's weight.
+
+    An optimizer that holds the weight says so itself. One that holds copies of it (float32 masters of a half-precision
+    model, the flat partitions of DeepSpeed) does not: then a step counts where a gradient of the weight came before it, and
+    all that were counted so are void if the weight has not moved in the end.
+
+    Attributes:
+        is_owned: an optimizer that holds the weight was seen.
+        suspected: steps since the refresh that were counted by gradients.
+    """
+
+    def __init__(self) -> None:
+        self.is_owned = False
+        self.suspected = 0
+        self._has_gradient = False
+        self._before: Tensor | None = None
+        self._parameter: Any = None  # a weak reference
+        self._handle: Any = None
+
+    def own(self) -> None:
+        self.is_owned = True
+        self.suspected = 0
+        if self._handle is not None:
+            self._handle.remove()
+
+    def suspect(self, weight: Tensor) -> bool:
+        """Whether a step of another optimizer counts."""
+        if not (weight.requires_grad and weight.is_leaf):
+            return False
+        if self._parameter is None or self._parameter() is not weight:
+            self._parameter = weakref.ref(weight)
+            self._has_gradient = weight.grad is not None
+            mark = functools.partial(_mark_gradient, weakref.ref(self))
+            self._handle = weight.register_post_accumulate_grad_hook(mark)
+        if not self._has_gradient:
+            return False
+        self._has_gradient = False
+        if self.suspected == 0:
+            self._before = _fingerprint(weight)
+        self.suspected += 1
+        return True
+
+    def has_moved(self, weight: Tensor) -> bool:
+        return self.is_owned or self._before is None or not torch.equal(self._before, _fingerprint(weight))
+
+
+def _mark_gradient(watch: "weakref.ref[_Watch]", parameter: Tensor) -> None:
+    if (found := watch()) is not None:
+        found._has_gradient = True
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """A number that changes with any bit of a weight; not brought to the CPU."""
+    local: Any = weight.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
+    return local.contiguous().view(integers).sum(dtype=torch.int64)
+
+
+_WATCHES: "weakref.WeakKeyDictionary[SpectralLayer, _Watch]" = weakref.WeakKeyDictionary()
+
+
+def _restart(layer: SpectralLayer) -> None:
+    STEPS_SINCE_REFRESH[layer] = 0
+    if layer in _WATCHES:
+        _WATCHES[layer].suspected = 0
+
+
 def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     # torch calls this after every optimizer's step: the forward pass (which torch.compile traces) needs no counter, and
-    # any training loop is covered.
+    # any training loop is covered that steps a torch.optim.Optimizer.
     if not STEPS_SINCE_REFRESH:
         return
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in list(STEPS_SINCE_REFRESH):
-        if id(layer.weight) not in stepped:
+        watch = _WATCHES.setdefault(layer, _Watch())
+        if id(layer.weight) in stepped:
+            if not watch.is_owned:
+                STEPS_SINCE_REFRESH[layer] -= watch.suspected
+                watch.own()
+        elif watch.is_owned or not watch.suspect(layer.weight):
             continue
-        steps = STEPS_SINCE_REFRESH[layer] = STEPS_SINCE_REFRESH[layer] + 1
+        STEPS_SINCE_REFRESH[layer] += 1
         every = layer.spectral.refresh_every
         assert every is not None
-        if steps >= MISSED_INTERVALS * every:
-            raise RuntimeError(
-                f"refresh_every={every} was asked for, but {steps} optimizer steps have passed and nobody has called "
-                "refresh(model). Add SpectralCallback() to the Trainer's callbacks, or call hf_specattn.refresh(model) "
-                f"after the optimizer's step every {every} steps; for corrections that stay fixed use refresh_every=None."
-            )
-        if steps == 2 * every:
-            logger.warning_once(
-                f"refresh_every={every}: {steps} optimizer steps without a call of refresh(model); training stops with an "
-                f"error at {MISSED_INTERVALS * every}."
-            )
+        if (steps := STEPS_SINCE_REFRESH[layer]) < MISSED_INTERVALS * every:
+            continue
+        if not watch.has_moved(layer.weight):  # it has gradients, but nobody trains it
+            _restart(layer)
+            continue
+        raise RuntimeError(
+            f"refresh_every={every} was asked for, but {steps} optimizer steps have passed and nobody has called "
+            "refresh(model). Add SpectralCallback() to the Trainer's callbacks, or call hf_specattn.refresh(model) "
+            f"after the optimizer's step every {every} steps; for corrections that stay fixed use refresh_every=None."
+        )
 
 
 register_optimizer_step_post_hook(_count_step)

@@ -214,7 +214,7 @@ def test_nobody_refreshing_is_an_error():
     optimizer = torch.optim.AdamW(model.parameters())
     take_steps(model, 2 * MISSED_INTERVALS - 1, optimizer)
     assert steps_since_refresh(model) == 2 * MISSED_INTERVALS - 1
-    with pytest.raises(RuntimeError, match=r"refresh_every=2 was asked for, but 20 optimizer steps.*SpectralCallback"):
+    with pytest.raises(RuntimeError, match=r"refresh_every=2 was asked for, but 4 optimizer steps.*SpectralCallback"):
         take_steps(model, 1, optimizer)
 
 
@@ -234,6 +234,125 @@ def test_frozen_weights_need_no_refresh():
     for _ in range(3 * MISSED_INTERVALS):
         optimizer.step()
     assert steps_since_refresh(model) == 0
+
+
+def masters_of(model):
+    return [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
+
+
+def take_steps_by_masters(model, masters, optimizer, count, write=torch.Tensor.copy_, refresh_after=None):
+    for step in range(1, count + 1):
+        model(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+        for master, own in zip(masters, model.parameters()):
+            master.grad = own.grad
+        optimizer.step()
+        with torch.no_grad():
+            for master, own in zip(masters, model.parameters()):
+                write(own, master)
+        model.zero_grad()
+        if refresh_after is not None and step % refresh_after == 0:
+            refresh(model)
+
+
+def through_data(own, master):
+    own.data.copy_(master)  # as DeepSpeed: the parameter's version stays
+
+
+@pytest.mark.parametrize("write", [torch.Tensor.copy_, through_data])
+@pytest.mark.parametrize("every", [1, 3])
+def test_master_copies_are_noticed(every, write):
+    model = dynamic_model(every=every)
+    masters = masters_of(model)
+    optimizer = torch.optim.AdamW(masters, lr=0.01)
+    take_steps_by_masters(model, masters, optimizer, 2 * every - 1, write)
+    with pytest.raises(RuntimeError, match=f"refresh_every={every} was asked for, but {2 * every} optimizer steps"):
+        take_steps_by_masters(model, masters, optimizer, 1, write)
+
+
+def test_master_copies_refreshed_in_time():
+    model = dynamic_model(every=2)
+    masters = masters_of(model)
+    take_steps_by_masters(model, masters, torch.optim.SGD(masters, lr=0.01), 20, refresh_after=2)
+    assert steps_since_refresh(model) == 0
+
+
+def test_flat_partitions_whose_gradients_are_taken_away():
+    model = dynamic_model(every=1)
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).requires_grad_()
+    flat.grad = torch.ones_like(flat)
+    optimizer = torch.optim.SGD([flat], lr=0.1)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+    def step():
+        model(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        parts = flat.detach().split([parameter.numel() for parameter in model.parameters()])
+        for parameter, part in zip(model.parameters(), parts):
+            parameter.data.copy_(part.view_as(parameter))
+
+    step()  # the gradients were gone before anybody asked for them
+    step()
+    with pytest.raises(RuntimeError, match="but 2 optimizer steps"):
+        step()
+
+
+def test_an_optimizer_per_parameter():
+    model = dynamic_model(every=3)
+    optimizers = [torch.optim.SGD([parameter], lr=0.1) for parameter in model.parameters()]
+
+    def step():
+        model(torch.ones(1, 6, dtype=torch.float64)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(5):
+        step()
+    assert steps_since_refresh(model) == 5
+    with pytest.raises(RuntimeError, match="but 6 optimizer steps"):
+        step()
+
+
+@pytest.mark.parametrize("own_first", [True, False])
+def test_another_models_optimizer_counts_nothing(own_first):
+    model, other = dynamic_model(every=1), nn.Linear(6, 6, dtype=torch.float64)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.01), torch.optim.SGD(other.parameters(), lr=0.01)]
+    for _ in range(6):
+        model(other(torch.ones(1, 6, dtype=torch.float64))).sum().backward()
+        for optimizer in optimizers if own_first else optimizers[::-1]:
+            optimizer.step()
+        refresh(model)
+    assert steps_since_refresh(model) == 0
+
+
+def test_gradients_that_nobody_uses_count_nothing():
+    model, head = dynamic_model(every=1), nn.Linear(6, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.01)  # the model is not frozen, and not trained either
+    for _ in range(6):
+        head(model(torch.ones(1, 6, dtype=torch.float64))).sum().backward()
+        optimizer.step()
+
+
+def test_averages_of_weights_count_nothing():
+    model = dynamic_model(every=4)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    for _ in range(6):
+        take_steps(model, 4)
+        refresh(model)
+        averaged.update_parameters(model)
+    assert steps_since_refresh(averaged) == 0
+
+
+def test_watched_models_are_copied_and_pickled():
+    model = dynamic_model(every=3)
+    masters = masters_of(model)
+    optimizer = torch.optim.SGD(masters, lr=0.1)
+    take_steps_by_masters(model, masters, optimizer, 2)
+    assert steps_since_refresh(model) == 2
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert steps_since_refresh(twin) == 0
+        assert torch.equal(twin(torch.ones(1, 6, dtype=torch.float64)), model(torch.ones(1, 6, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
