@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         CrammedBertForTokenClassification,
         CrammedBertModel,
     )
+    from .initialization import initialize
     from .preconditioning import PreconditionerConfig, PreconditionReport, format_preconditioning, precondition
 
 # Public name -> the module that has it.
@@ -47,6 +48,7 @@ _HOMES = {
     "format_balance": "balance",
     "format_preconditioning": "preconditioning",
     "format_reports": "conditioning",
+    "initialize": "initialization",
     "precondition": "preconditioning",
     "refresh": "conditioning",
     "register_architecture": "auto",
@@ -77,6 +79,7 @@ __all__ = [
     "format_balance",
     "format_preconditioning",
     "format_reports",
+    "initialize",
     "precondition",
     "refresh",
     "register_architecture",

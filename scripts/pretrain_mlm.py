@@ -43,6 +43,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from hf_specattn import condition
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from recipes.run.arguments import SpectralArguments
+from recipes.run.initialization import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.sharding import will_shard
 from recipes.text.documents import CorpusError
@@ -71,7 +72,7 @@ def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, acceler
 
 
 def build_model(arguments: PretrainArguments, spectral: SpectralArguments, vocab_size: int) -> PreTrainedModel:
-    """Build or load the model, without dropout, and condition it if asked to.
+    """Build or load the model, without dropout, set how its projections begin, and condition it if asked to.
 
     A stock and a conditioned model of one seed start from the same W.
     """
@@ -79,6 +80,7 @@ def build_model(arguments: PretrainArguments, spectral: SpectralArguments, vocab
     if arguments.model_name_or_path is not None:
         return load_model(arguments.model_name_or_path, spectral, vocab_size)
     model = CrammedBertForMaskedLM(arguments.new_model_config(vocab_size))
+    initialize_projections(model, arguments.initialization())
     if (settings := spectral.to_config()) is not None:
         reports = condition(model, settings, init=spectral.init)
         before, after = (

@@ -240,6 +240,32 @@ def test_refreshing_by_products_trains_as_by_the_svd(pretrain):
         pretrain(*SVD, *moving, *other, name="True")
 
 
+def test_the_projections_begin_as_the_flags_say(pretrain, script, monkeypatch):
+    started = {}
+
+    def spy(model, *rest):
+        initialize(model, *rest)
+        started.update({name: value.clone() for name, value in model.state_dict().items()})
+
+    initialize = script.initialize_projections
+    monkeypatch.setattr(script, "initialize_projections", spy)
+    stock, conditioned = (
+        pretrain(*flags, name=str(len(flags))) for flags in ([], ["--projection_init", "conditioned"])
+    )
+    value = started["crammed_bert.layers.0.attention.value.weight"]
+    assert torch.equal(value, torch.eye(*value.shape))
+    assert losses_of(conditioned) != losses_of(stock)
+    assert metrics_of(conditioned)["arguments"]["projection_init"] == "conditioned"
+    (conditioned / "metrics.json").unlink()  # as if it had been stopped
+    with pytest.raises(SystemExit, match=r'projection_init: "conditioned" -> "\(not recorded\)"'):
+        pretrain("--resume_from_checkpoint", name=conditioned.name)
+    with pytest.raises(SystemExit, match=r"initialization_scale: 1\.0 -> 2\.0"):
+        pretrain(
+            "--projection_init", "conditioned", "--initialization_scale", "2", "--resume_from_checkpoint",
+            name=conditioned.name,
+        )  # fmt: skip
+
+
 def test_a_checkpoint_is_continued(pretrain):
     first = pretrain(*SVD, name="first")
     more = ["--model_name_or_path", str(first), "--learning_rate", "1e-12"]

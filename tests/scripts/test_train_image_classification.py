@@ -231,6 +231,7 @@ def test_the_controls_and_the_ablation_train(train):
         (
             ["--projection_init", "mimetic"],
             ["--projection_init", "orthogonal", "--match_norm_of", "identity=1.0"],
+            ["--projection_init", "conditioned", *IDENTITY],
             ["--no_layer_norm", *IDENTITY],
         )
     ):

@@ -16,7 +16,7 @@ from ..run.arguments import (
     explicitly_given,
     refuse_unknown_trackers,
 )
-from ..run.initialization import PROJECTION_INITS, Initialization, parse_norm_reference
+from ..run.initialization import InitializationArguments, check_initialization
 from ..run.metrics import METRICS_FILE
 from ..text.pretrain_arguments import check_output_dir
 from .augmentation import Augmentation
@@ -63,7 +63,7 @@ SHARES = ("horizontal_flip", "random_erasing", "label_smoothing")
 
 
 @dataclass
-class ImageArguments:
+class ImageArguments(InitializationArguments):
     """Arguments of the run; the defaults are the demonstration on scikit-learn's digits."""
 
     preset: str | None = field(
@@ -156,25 +156,6 @@ class ImageArguments:
     intermediate_size: int = field(default=128, metadata={"help": "Feed-forward width of the small ViT."})
     patch_size: int = field(default=2, metadata={"help": "Height and width of the small ViT's patches."})
 
-    # How the projections begin, and the ablation: for experiments, before the conditioning.
-    initialization_scale: float = field(
-        default=1.0, metadata={"help": "Multiply the query, key and value weights by this before training."}
-    )
-    projection_init: str = field(
-        default="default",
-        metadata={
-            "help": "The query, key and value weights at the start: default (the model's own), orthogonal (of the same "
-            "norm), mimetic (with the output projection).",
-            "choices": list(PROJECTION_INITS),
-        },
-    )
-    match_norm_of: str | None = field(
-        default=None,
-        metadata={
-            "help": "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
-            "identity=LAMBDA. Not with --spectral_conditioning."
-        },
-    )
     no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
 
     # Optimization.
@@ -283,12 +264,6 @@ class ImageArguments:
         """The part that decides mixing and smoothing."""
         return Mixing(self.mixup, self.cutmix, self.label_smoothing)
 
-    def initialization(self) -> Initialization:
-        """The part that decides how the projections begin."""
-        return Initialization(
-            self.projection_init, self.initialization_scale, parse_norm_reference(self.match_norm_of)
-        )
-
     def _check_numbers(self) -> None:
         above_zero = ["learning_rate", "num_train_epochs", "crop_share", "initialization_scale"]
         above_zero += [n for n in ("random_resized_crop", "model_ema_decay") if getattr(self, n) is not None]
@@ -377,10 +352,7 @@ def _refuse_contradictions(
     of_dataset = [name for name in OF_DATASET if name != "dataset_name"]
     if arguments.dataset_name is None and (given := explicitly_given(parser, of_dataset, argv)):
         raise ValueError(f"{_flags(sorted(given))}: of a dataset; give --dataset_name, too.")
-    if arguments.match_norm_of is not None and spectral.spectral_conditioning:
-        raise ValueError(
-            "--match_norm_of makes the control that has the norm of W + C without C; leave out --spectral_conditioning."
-        )
+    check_initialization(arguments, spectral)
     if arguments.eval_only and spectral.spectral_conditioning:
         raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..run.arguments import SpectralArguments
-from ..run.initialization import Initialization
+from ..run.initialization import describe_initialization
 from ..run.memory import estimate_training_memory
 from .arguments import ImageArguments
 from .augmentation import Augmentation
@@ -64,15 +64,9 @@ def describe_plan(
 def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> list[str]:
     """Return in words what a run changes of its model before training; empty where nothing."""
     config = spectral.to_config()
-    initialization = arguments.initialization()
     changes = [] if config is None else [f"spectral conditioning: {config.describe()}, init {spectral.init}"]
-    if initialization != Initialization():
-        parts = [] if initialization.kind == "default" else [initialization.kind]
-        if initialization.norm_reference is not None:
-            parts.append(f"of the norm of W + C under {initialization.norm_reference.describe()}")
-        if initialization.scale != 1:
-            parts.append(f"times {initialization.scale:g}")
-        changes.append(f"query, key and value weights {' '.join(parts)}")
+    if (start := describe_initialization(arguments.initialization())) is not None:
+        changes.append(start)
     return changes + ["no layer norms"] * arguments.no_layer_norm
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..run.arguments import SpectralArguments
 from ..run.distributed import run_on_main_process
+from ..run.initialization import INITIALIZATION_SETTINGS
 from ..run.loop import Amounts, Task
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
@@ -50,9 +51,7 @@ RUN_SETTINGS = (
     "model_name_or_path",
     "config_name",
     "timm_model",
-    "projection_init",
-    "initialization_scale",
-    "match_norm_of",
+    *INITIALIZATION_SETTINGS,
     "no_layer_norm",
 )
 

@@ -13,6 +13,7 @@ from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from hf_specattn.layers import spectral_layers
 
 from ..run.arguments import SpectralArguments
+from ..run.initialization import describe_initialization
 from ..run.memory import MemoryEstimate, estimate_training_memory
 from ..run.schedules import ramped_micro_steps
 from .evaluation import accepts_masked_positions
@@ -65,6 +66,8 @@ def describe_plan(
         changed = deviations(
             vars(arguments), micro_batch * arguments.gradient_accumulation_steps, conditioning(spectral)
         )
+        if (start := describe_initialization(arguments.initialization())) is not None:
+            changed.append(f"{start} (published: as drawn)")
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines
@@ -91,9 +94,10 @@ def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model
     origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
     vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
     unchanged = "as it stands, none added" if arguments.model_name_or_path else "none"
+    start = describe_initialization(arguments.initialization())
     return (
         f"Model: {model.config.model_type}, {origin}, {model.num_parameters():,} parameters, vocabulary of {vocabulary}; "
-        f"spectral conditioning: {conditioning(spectral) or unchanged}."
+        f"{'' if start is None else f'{start}; '}spectral conditioning: {conditioning(spectral) or unchanged}."
     )
 
 

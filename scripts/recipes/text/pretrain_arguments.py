@@ -19,6 +19,7 @@ from ..run.arguments import (
     refuse_unknown_trackers,
 )
 from ..run.checkpointing import list_checkpoints
+from ..run.initialization import INITIALIZATION_SETTINGS, InitializationArguments, check_initialization
 from ..run.metrics import METRICS_FILE
 from ..run.schedules import SCHEDULES, Budget
 from .cleaning import Cleaning
@@ -83,7 +84,7 @@ PRESET_REPLACED = REPLACED | {"train_file": (*REPLACED["train_file"], "max_docum
 
 
 @dataclass
-class PretrainArguments:
+class PretrainArguments(InitializationArguments):
     """Arguments of the run; the defaults are the demonstration."""
 
     preset: str | None = field(
@@ -249,6 +250,7 @@ class PretrainArguments:
             raise ValueError(
                 f"--mlm_probability {self.mlm_probability} of --max_seq_length {self.max_seq_length} predicts no token."
             )
+        self.initialization()  # refuses bad values
         refuse_unknown_trackers(self.report_to)
 
     @property
@@ -382,8 +384,9 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArgu
         arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
         if not (arguments.eval_only or arguments.show_plan):
             check_output_dir(arguments)
+        check_initialization(arguments, spectral)
         if arguments.model_name_or_path is not None:
-            if given := explicitly_given(parser, NEW_MODEL_SETTINGS, argv):
+            if given := explicitly_given(parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS), argv):
                 flags = ", ".join(f"--{name}" for name in sorted(given))
                 raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
             check_checkpoint(arguments, spectral)

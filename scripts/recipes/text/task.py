@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from hf_specattn.crammed_bert import CrammedBertConfig
 
 from ..run.batching import Batch, BatchOrder
+from ..run.initialization import INITIALIZATION_SETTINGS
 from ..run.loop import Amounts, Task
 from ..run.metrics import MLM_LOSS_NAME
 from ..run.optimization import build_adamw
@@ -117,8 +118,10 @@ class MlmTask(Task):
         )
 
     def must_match(self) -> dict[str, Any]:
+        # Only where it was chosen: runs from before these flags can be resumed.
+        start = () if self.arguments.initialization().is_default else INITIALIZATION_SETTINGS
         return {
-            **{name: getattr(self.arguments, name) for name in RUN_SETTINGS},
+            **{name: getattr(self.arguments, name) for name in (*RUN_SETTINGS, *start)},
             "lr_scheduler_type": self.arguments.schedule_kind,
             "warmup_steps": self.arguments.warmup,
             # Under a ramp the batch grows by this.

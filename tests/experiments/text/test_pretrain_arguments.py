@@ -287,6 +287,12 @@ REFUSALS = [
     ("--warmup_steps 5 --lr_scheduler_type triangle", "--warmup_steps: of the linear schedule; leave it out"),
     ("--warmup_steps 301", "--warmup_steps 301 must lie between 0 and --max_steps 300"),
     ("--warmup_steps -1", "--warmup_steps -1 must lie between 0 and --max_steps 300"),
+    # How the projections begin.
+    ("--projection_init random", "invalid choice: 'random'"),
+    ("--initialization_scale 0", "--initialization_scale 0.0 must be a finite number above 0"),
+    ("--match_norm_of identity=0", "--match_norm_of 'identity=0': give svd, or identity with its lambda"),
+    ("--match_norm_of svd --initialization_scale 2", "would change the norm that --match_norm_of sets; give one"),
+    ("--match_norm_of svd --spectral_conditioning", "--match_norm_of makes the control that has the norm of W + C"),
     # Trackers.
     ("--report_to tensorboard nothing other", "--report_to nothing other: unknown or not installed; available here:"),
 ]
@@ -337,7 +343,7 @@ def test_a_checkpoint_is_accepted_with_what_fits_it(parse, checkpoints):
         parse("--model_name_or_path", str(checkpoints / name), *same, *length)
 
 
-@pytest.mark.parametrize("name", NEW_MODEL_SETTINGS)
+@pytest.mark.parametrize("name", [*NEW_MODEL_SETTINGS, "projection_init", "initialization_scale"])
 def test_a_checkpoint_excludes_what_shapes_a_new_model(refused, checkpoints, name):
     default = str(getattr(PretrainArguments, name))  # it counts that the flag is there, not what it says
     message = refused(

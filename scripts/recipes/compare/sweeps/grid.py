@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_specattn.config import GRANULARITIES, METHODS, PROJECTIONS, check_choice
+from hf_specattn.initialization import INITIALIZATIONS
 
-from ...run.initialization import PROJECTION_INITS
 from .design import Flags, Setting, Sweep, SweepError, Variant
 
 STOCK = "stock"
@@ -71,7 +71,7 @@ def _check(values: GridValues) -> None:
         "methods": (STOCK, *METHODS),
         "granularities": GRANULARITIES,
         "layer_norm": LAYER_NORMS,
-        "projection_inits": PROJECTION_INITS,
+        "projection_inits": INITIALIZATIONS,
     }
     for name, given in vars(values).items():
         if not given:

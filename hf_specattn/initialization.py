@@ -1,0 +1,196 @@
+"""How query, key and value begin: initializations to compare conditioning with.
+
+A fixed correction is an initialization with `C` added, and the centre of the weight decay. It also makes the weights larger.
+Whether a gain is the conditioning's or the scale's is told by stock models that differ from the usual one in the scale, or in
+the spectrum, alone; and *conditioned initialization* (arXiv 2609.07086), by the method's own authors, reports what the fixed
+correction does, or better, without anything fixed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .architectures import AttentionSpec, attention_specs, output_module
+from .conditioning import Projection, find_projections
+from .config import SpectralConfig, check_choice
+from .corrections import at_least_float32
+from .layers import SPECTRAL_CLASSES, correction_matrix, spectral_layers
+from .ordinary import refuse_unordinary
+from .preconditioning import stock_class_of
+
+INITIALIZATIONS = ("default", "orthogonal", "mimetic", "conditioned")
+# These have a norm of their own, which is kept unless another is asked for.
+WITH_OWN_NORM = ("mimetic", "conditioned")
+
+# Trockman and Kolter, "Mimetic initialization of self-attention layers" (ICML 2023), section 4: of noise and identity in
+# W_Q W_K^T, and in W_V W_O.
+MIMETIC_QUERY_KEY = (0.7, 0.7)
+MIMETIC_VALUE_OUTPUT = (0.4, -0.4)
+# What an attention module that the table says nothing about calls its output projection.
+OUTPUT_NAMES = ("proj", "o_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """What is done to the query, key and value weights of a stock model, in this order.
+
+    Args:
+        kind: `"default"` keeps them. `"orthogonal"` replaces each of them by a random matrix with equal singular values and
+            the same Frobenius norm. `"mimetic"` draws them so that `W_Q W_K^T` is near a multiple of I and `W_V W_O` near
+            one of -I (Trockman and Kolter, ICML 2023); it sets the output projection too. `"conditioned"` (arXiv
+            2609.07086) makes `W_V` a rectangular identity, ones on its main diagonal, and `W_Q` and `W_K` of each head
+            random matrices with all singular values 1, `U V^T` of a Gaussian one.
+        scale: a factor, above 0. With "conditioned" of query and key alone, whose scale the paper, as far as we could read
+            it, does not state.
+        norm_reference: scale each to the Frobenius norm that `W + C` of the weights as they stood would have.
+
+    Raises:
+        ValueError: for values that cannot be, and for a scale beside a norm.
+    """
+
+    kind: str = "default"
+    scale: float = 1.0
+    norm_reference: SpectralConfig | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, INITIALIZATIONS)
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be a finite number above 0.")
+        if self.norm_reference is not None and self.scale != 1:
+            raise ValueError(
+                f"scale={self.scale} would change the norm that norm_reference sets; give one of the two."
+            )
+
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing is done."""
+        return self == Initialization()
+
+
+@torch.no_grad()
+def initialize(
+    model: nn.Module,
+    kind: str,
+    scale: float = 1.0,
+    norm_reference: SpectralConfig | None = None,
+    architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
+) -> None:
+    """Set the query, key and value weights of a stock model in place; each block of a fused tensor for itself.
+
+    Draws from torch's global generator. Biases stay as they are. It is no part of a checkpoint: what is saved are weights.
+
+    Args:
+        model: not conditioned yet; [`condition`] may follow.
+        kind, scale, norm_reference: as in [`Initialization`]: "default", "orthogonal", "mimetic" or "conditioned".
+        architecture: as in [`condition`].
+
+    Raises:
+        ValueError: for bad settings, a conditioned model, one in which no projections are known or whose weights are tied,
+            quantized or no ordinary ones, and for a mimetic start of one whose output projection is not known.
+    """
+    initialization = Initialization(kind, scale, norm_reference)
+    if initialization.is_default:
+        return
+    if (first := next(spectral_layers(model), None)) is not None:
+        raise ValueError(
+            f"{first[0]} is conditioned already, with corrections for the weights as they stand; initialize the stock model, "
+            "then condition it."
+        )
+    projections = find_projections(model, architecture)
+    refuse_unordinary(model, [(item.name, item.module) for item in projections], "initialize")
+    norms = [_target_norms(item, initialization) for item in projections]
+    if kind == "mimetic":
+        _initialize_mimetic(model, projections, architecture)
+    for item, targets in zip(projections, norms):
+        matrix = item.orient(item.module.weight)
+        parts = item.layout.split(matrix.clone()).items()
+        matrix.copy_(item.layout.join({name: _new_block(item, name, block, targets[name], initialization)
+                                       for name, block in parts}))  # fmt: skip
+
+
+def _target_norms(item: Projection, initialization: Initialization) -> dict[str, Tensor]:
+    """The Frobenius norm that each block is to have before it is scaled."""
+    matrix = item.orient(item.module.weight)
+    if initialization.norm_reference is not None:
+        matrix = matrix + correction_matrix(matrix, item.layout, initialization.norm_reference)
+    return {name: block.norm() for name, block in item.layout.split(matrix).items()}
+
+
+def _new_block(item: Projection, name: str, block: Tensor, target: Tensor, initialization: Initialization) -> Tensor:
+    """The `(heads * head_dim, in_features)` matrix of one projection."""
+    if initialization.kind == "orthogonal":
+        block = nn.init.orthogonal_(torch.empty_like(block))
+    elif initialization.kind == "conditioned":
+        block = _conditioned_block(item, name, block)
+    keeps_norm = initialization.kind in WITH_OWN_NORM and initialization.norm_reference is None
+    factor = 1.0 if keeps_norm else (target / block.norm()).item()
+    is_fixed = initialization.kind == "conditioned" and name == "value"
+    return block * (factor * (1.0 if is_fixed else initialization.scale))
+
+
+def _conditioned_block(item: Projection, name: str, block: Tensor) -> Tensor:
+    if name == "value":
+        return torch.eye(*block.shape, dtype=block.dtype, device=block.device)
+    heads = at_least_float32(item.layout.head_blocks(name, block))  # QR has no half-precision kernel
+    drawn = torch.stack([nn.init.orthogonal_(torch.empty_like(head)) for head in heads])
+    return drawn.flatten(0, 1).to(block.dtype)
+
+
+# --- mimetic ---------------------------------------------------------------------------------------------------------
+
+
+def mimetic_factors(width: int, rank: int, noise: float, identity: float) -> tuple[Tensor, Tensor]:
+    """Return `A` and `B`, each `(width, rank)`, with `A B^T` the best approximation of that rank to `noise Z + identity I`.
+
+    `Z` has independent entries of variance `1 / width`, drawn from torch's global generator.
+    """
+    target = noise * torch.randn(width, width) / math.sqrt(width) + identity * torch.eye(width)
+    left, sigma, right = torch.linalg.svd(target)
+    roots = sigma[:rank].sqrt()
+    return left[:, :rank] * roots, right[:rank].T * roots
+
+
+def _initialize_mimetic(model: nn.Module, projections: list[Projection], architecture: Any) -> None:
+    specs = attention_specs(architecture)
+    for name in dict.fromkeys(item.name.rpartition(".")[0] for item in projections):
+        attention = model.get_submodule(name)
+        spec = next(spec for spec in specs if spec.matches(attention))
+        items = [item for item in projections if item.name.rpartition(".")[0] == name]
+        output = _output_projection(model, name, attention, spec)
+        parts: dict[str, Tensor] = {}
+        heads: dict[str, int] = {}
+        for item in items:
+            parts |= item.layout.split(item.orient(item.module.weight).clone())
+            heads |= dict(zip(item.layout.projections, item.layout.heads))
+        if set(parts) != {"query", "key", "value"} or heads["query"] != heads["key"]:
+            raise ValueError(
+                f"A mimetic start: {name} has not as many query as key heads, all from one input; take another "
+                "start for this model."
+            )
+        width, head_dim = parts["query"].shape[1], len(parts["query"]) // heads["query"]
+        pairs = [mimetic_factors(width, head_dim, *MIMETIC_QUERY_KEY) for _ in range(heads["query"])]
+        parts["query"], parts["key"] = (torch.cat([pair[side].T for pair in pairs]) for side in (0, 1))
+        value, out = mimetic_factors(width, len(parts["value"]), *MIMETIC_VALUE_OUTPUT)
+        parts["value"] = value.T
+        SPECTRAL_CLASSES[stock_class_of(output)].orient(output.weight).copy_(out)
+        for item in items:
+            item.orient(item.module.weight).copy_(item.layout.join(parts))
+
+
+def _output_projection(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> Any:
+    """The module with W_O: where the table has it, else the child with a usual name."""
+    located = output_module(model, name, spec)
+    if located is not None:
+        found: nn.Module | None = located[1]
+    else:
+        found = next((getattr(attention, child) for child in OUTPUT_NAMES if hasattr(attention, child)), None)
+    if found is None or stock_class_of(found) not in SPECTRAL_CLASSES:
+        raise ValueError(
+            f"A mimetic start: the output projection of {name} ({type(attention).__name__}) is not known; pass "
+            "architecture=AttentionSpec(..., output=...), or take another start."
+        )
+    return found
