@@ -1,4 +1,4 @@
-"""What a model says about each example of a set, whatever the number of processes, and files for GLUE's server."""
+"""What a model says about each example of a set, and files for GLUE's server."""
 
 import inspect
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from hf_specattn.files import write_bytes
 
 from ..run.metrics import NonFiniteLossError
-from .failures import SharedFailure
 from .features import Collator, TokenizedExamples
 from .metrics import predictions_from_logits
 from .tasks import GlueSplit, GlueTask
@@ -31,56 +30,39 @@ def predict_logits(
     examples: TokenizedExamples,
     collate: Collator,
     accelerator: Accelerator,
-    failure: SharedFailure,
     *,
     num_outputs: int,
     batch_size: int,
     show_progress: bool = False,
 ) -> NDArray[np.float32]:
-    """Return the logits of every example, `(examples, num_outputs)`, on every process.
-
-    The processes share the examples; each is computed on one of them, exactly once, which is checked. The model's training
-    mode is left as it was.
+    """Return the logits of every example, `(examples, num_outputs)`. The model's training mode is left as it was.
 
     Args:
         model: Not wrapped.
         examples: The set.
         collate: Makes the model's inputs.
-        accelerator: The processes, the device, and the precision.
-        failure: Collects errors of single processes.
+        accelerator: The device, and the precision.
         num_outputs: Logits per example.
-        batch_size: Examples per process and forward pass.
+        batch_size: Examples per forward pass.
         show_progress: Whether to draw a progress bar.
 
     Raises:
-        RunFailedError: for an error on any process, and for logits that are nan or infinite.
+        NonFiniteLossError: for logits that are nan or infinite.
     """
     training = model.training
     model.eval()
     logits = torch.zeros(len(examples), num_outputs, device=accelerator.device)
-    seen = torch.zeros(len(examples), device=accelerator.device)
-    # Sorted by length, to pad little, and dealt out in turns, so that all processes get equally long ones.
-    own = np.argsort(-examples.lengths, kind="stable")[accelerator.process_index :: accelerator.num_processes]
-    batches = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    with failure.collected():
-        for indices in tqdm(batches, desc="Evaluating", unit="batch", disable=not show_progress, leave=False):
-            with accelerator.autocast():
-                output = model(**collate(examples, indices)).logits
-            places = torch.as_tensor(indices, device=accelerator.device)
-            logits[places] = output.float()
-            seen[places] += 1
+    order = np.argsort(-examples.lengths, kind="stable")  # by length, to pad little
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    for indices in tqdm(batches, desc="Evaluating", unit="batch", disable=not show_progress, leave=False):
+        with accelerator.autocast():
+            output = model(**collate(examples, indices)).logits
+        logits[torch.as_tensor(indices, device=accelerator.device)] = output.float()
     model.train(training)
-    failure.raise_together()
-    if accelerator.num_processes > 1:
-        logits, seen = (accelerator.reduce(values, reduction="sum") for values in (logits, seen))
-    with failure.collected():
-        if not bool((seen == 1).all()):
-            raise RuntimeError(f"{int((seen != 1).sum())} of {len(examples)} examples were not computed exactly once.")
-        if not bool(logits.isfinite().all()):
-            raise NonFiniteLossError(
-                f"The logits of {int((~logits.isfinite()).any(dim=1).sum())} of {len(examples)} examples are nan or infinite."
-            )
-    failure.raise_together()
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteLossError(
+            f"The logits of {int((~logits.isfinite()).any(dim=1).sum())} of {len(examples)} examples are nan or infinite."
+        )
     return logits.cpu().numpy()
 
 

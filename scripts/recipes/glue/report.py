@@ -16,7 +16,7 @@ NOTHING = "–"
 CONSTANT = "best constant answer"
 LONGEST_MESSAGE = 200
 # Facts that say on what a run ran, and versions that can change its scores in the last digits.
-ENVIRONMENT = ("device", "processes")
+ENVIRONMENT = ("device",)
 VERSIONS = ("torch", "transformers", "hf_specattn")
 # Differs between models as their names do.
 IDENTITY = "model_fingerprint"

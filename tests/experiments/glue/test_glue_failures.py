@@ -1,8 +1,7 @@
 import pytest
 import torch
-from accelerate import Accelerator
 
-from recipes.glue.failures import RunFailedError, SharedFailure, describe, kind_of
+from recipes.glue.failures import describe_error, kind_of
 from recipes.glue.metrics import UndefinedScoreError
 from recipes.run.metrics import NonFiniteLossError
 
@@ -18,7 +17,6 @@ from recipes.run.metrics import NonFiniteLossError
         ),
         (MemoryError(), "out of memory"),
         (UndefinedScoreError("all 3 predictions are 2.5"), "undefined score"),
-        (RunFailedError("diverged", "as told"), "diverged"),
         (KeyError("x"), "error"),
         (RuntimeError("shapes do not fit"), "error"),
     ],
@@ -35,31 +33,7 @@ def test_an_allocation_that_fails_on_a_cpu_is_out_of_memory():
 
 
 def test_descriptions_are_one_line():
-    assert describe(KeyError("a\nb")) == "KeyError: 'a\\nb'"
-    assert describe(RuntimeError("a\n  b")) == "RuntimeError: a b"
-    assert describe(NonFiniteLossError("the loss is nan")) == "the loss is nan"
-    assert describe(MemoryError()) == "MemoryError: no message"
-
-
-def test_a_failure_is_kept_and_raised_later():
-    failure = SharedFailure(Accelerator(cpu=True))
-    failure.raise_together()
-    reached = []
-    with failure.collected():
-        reached.append(1)
-        raise MemoryError("no room")
-    assert failure.happened
-    with failure.collected():  # the first error is the cause; later ones follow from it
-        raise KeyError("later")
-    with pytest.raises(RunFailedError, match=r"^MemoryError: no room$") as raised:
-        failure.raise_together()
-    assert raised.value.kind == "out of memory"
-    assert isinstance(raised.value.__cause__, MemoryError)
-    assert reached == [1]
-
-
-def test_what_asks_to_stop_is_no_failure():
-    failure = SharedFailure(Accelerator(cpu=True))
-    with pytest.raises(KeyboardInterrupt), failure.collected():
-        raise KeyboardInterrupt
-    assert not failure.happened
+    assert describe_error(KeyError("a\nb")) == "KeyError: 'a\\nb'"
+    assert describe_error(RuntimeError("a\n  b")) == "RuntimeError: a b"
+    assert describe_error(NonFiniteLossError("the loss is nan")) == "the loss is nan"
+    assert describe_error(MemoryError()) == "MemoryError: no message"

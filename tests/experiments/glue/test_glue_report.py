@@ -187,7 +187,7 @@ def test_the_notes_tell_different_machines_and_versions(records):
     records[0].facts["device"] = "cuda"
     records[1].versions["torch"] = "2.11"
     text = " ".join(notes(Summary(records)))
-    assert "The runs differ in device, processes (" in text
+    assert "The runs differ in device (" in text
     assert "The runs differ in torch, transformers, hf_specattn (" in text
 
 
