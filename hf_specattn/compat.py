@@ -6,7 +6,7 @@ name is looked up when it is needed: a renamed one costs what is said beside it,
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,34 @@ def saved_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     untie = _private("modeling_utils", "remove_tied_weights_from_state_dict", consequence)
     revert = _private("core_model_loading", "revert_weight_conversion", consequence)
     return revert(model, untie(state, model))
+
+
+def add_metadata_on_save(add: Callable[[Mapping[str, Any], Mapping[str, str] | None], dict[str, str] | None]) -> None:
+    """Let `add` complete the metadata of every safetensors file that a model's `save_pretrained` writes, from now on.
+
+    `save_pretrained` takes none, and to add it afterwards would be to write each file twice. Where a release writes otherwise
+    there is a warning, and the files have no checksums.
+
+    Args:
+        add: `(tensors, metadata)` -> metadata.
+    """
+    try:
+        module: Any = importlib.import_module("transformers.modeling_utils")
+        write = module.safe_save_file
+    except AttributeError:
+        logger.warning_once(
+            f"transformers {transformers.__version__} does not write safetensors as this package expects: corrections are "
+            "saved without checksums, so that damage of the file may not be noticed."
+        )
+        return
+    if getattr(write, "adds_checksums", False):
+        return
+
+    def write_with_metadata(tensors: Any, filename: Any, metadata: Any = None) -> None:
+        write(tensors, filename, metadata=add(tensors, metadata))
+
+    write_with_metadata.adds_checksums = True  # type: ignore[attr-defined]
+    module.safe_save_file = write_with_metadata
 
 
 def relative_imports(file: Path) -> list[Path]:

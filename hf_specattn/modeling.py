@@ -22,8 +22,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import ARCHITECTURES
+from .checksums import check_shape, verify, weight_files, with_checksums
 from .compat import (
     UnsupportedTransformersError,
+    add_metadata_on_save,
     dynamic_module_name,
     expect_missing,
     record_outputs_as,
@@ -312,7 +314,7 @@ class SpectralModelMixin:
                 changes; `"preserve"` keeps the function. Never written to config.json.
 
         Raises:
-            ValueError: for settings that contradict a conditioned checkpoint, a lost or misshapen `correction`,
+            ValueError: for settings that contradict a conditioned checkpoint, a lost, misshapen or damaged `correction`,
                 quantization or tensor parallelism.
         """
         config, kwargs = cls._settle(config, kwargs)
@@ -329,6 +331,8 @@ class SpectralModelMixin:
             _refuse_other_settings(stored, {name: getattr(model.config, name) for name in SPECTRAL_FIELDS})
         if conditioned:
             _check_corrections_loaded(pretrained_model_name_or_path, model, info)
+            if model.config.spectral_method == "svd":
+                _verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
             set_origin(model, model.config.name_or_path)
         else:
             _enter_stock_weights(model, spectral_init or "additive")
@@ -341,6 +345,7 @@ class SpectralModelMixin:
             ValueError: if a conditioned projection was replaced: the checkpoint would be of another function.
         """
         refuse_replaced(self)  # type: ignore[arg-type]
+        add_metadata_on_save(with_checksums)
         every, steps = self.config.spectral_refresh_every, steps_since_refresh(self)  # type: ignore[arg-type]
         if every is not None and steps > every:
             logger.warning(
@@ -459,6 +464,16 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
             f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so that the "
             f"corrections of {path} would be recomputed. Install a release that this package names."
         )
+
+
+def _verify_corrections(path: Any, model: Any, stored: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> None:
+    path = "the given state dict" if path is None else path
+    verified = verify(weight_files(path, model.config, kwargs))
+    if verified.checked and not verified.unproved:
+        return
+    every = (stored or {}).get("spectral_refresh_every")
+    check_shape(path, spectral_layers(model), verified.coarsest, by_products=every is not None)
+    logger.warning(f"The corrections of {path}: {verified.describe()}. save_pretrained adds checksums.")
 
 
 def _enter_stock_weights(model: Any, spectral_init: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..checksums import CORRECTION, with_checksums
 from ..compat import not_saved, saved_state
 from ..files import (
     TEMPORARY_NAME,
@@ -27,7 +28,7 @@ from .sources import SAFETENSORS, SAFETENSORS_INDEX, Source
 
 logger = logging.get_logger(__name__)
 
-CORRECTION, WEIGHT = ".correction", ".weight"
+WEIGHT = ".weight"
 
 # What `replace_folder` calls an existing folder while it puts another in its place.
 REPLACED = "-replaced"
@@ -177,7 +178,8 @@ def save_model(model: PreTrainedModel, folder: Path, source: Source, without: Co
     state = saved_state(model, state)
     files = _divide(state, source)
     for file, names in logging.tqdm(files.items(), desc="Writing", disable=True if len(files) < 4 else None):
-        save_file({name: state[name].contiguous() for name in names}, folder / file, metadata={"format": "pt"})
+        tensors = {name: state[name].contiguous() for name in names}
+        save_file(tensors, folder / file, metadata=with_checksums(tensors, {"format": "pt"}))
     if len(files) > 1 or SAFETENSORS not in files:
         _write_index(folder, files, state)
     return list(files)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES
+from ..checksums import verify
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
 from ..modeling import MODEL_TYPE_PREFIX
@@ -57,6 +58,9 @@ def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: b
         spectral = model.config.spectral_config
         stored = "one correction stored per weight" if spectral.method == "svd" else "a number, no tensor"
         facts["conditioned"] = f"{spectral.describe()} on {', '.join(spectral.targets)}; {stored}"
+        if spectral.method == "svd":
+            files = [] if found.is_pickle else [found.folder / file for file in found.shards]
+            facts["corrections"] = verify(files).describe()
     else:
         facts["conditioned"] = "no"
     if (record := read_record(found.folder)) is not None:
