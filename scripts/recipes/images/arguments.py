@@ -3,22 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..run.arguments import (
-    SpectralArguments,
-    check_bounds,
-    check_heads,
-    check_run_mode,
-    explicitly_given,
-    refuse_unknown_trackers,
-)
-from ..run.initialization import InitializationArguments, check_initialization
-from ..run.metrics import METRICS_FILE
-from ..text.pretrain_arguments import check_output_dir
+from ..run.arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
+from ..run.initialization import check_initialization
+from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from .augmentation import Augmentation
 from .batches import Mixing
 from .models import ImageModelSettings
@@ -49,21 +39,13 @@ MODEL_SOURCES = ("model_name_or_path", "config_name", "timm_model")
 NEW_VIT_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
 # What decides the validation images of a run: --eval_only takes these from the run's metrics.json.
 DATA_SETTINGS = (*(item.name for item in fields(ImageDataSettings)), "image_size", "crop_share")
-AT_LEAST_ONE = (
-    *NEW_VIT_SETTINGS,
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "repeated_augmentation",
-    "logging_steps",
-    "save_total_limit",
-)
-OPTIONAL_COUNTS = ("max_steps", "max_train_samples", "max_validation_samples", "image_size")
+AT_LEAST_ONE = (*NEW_VIT_SETTINGS, "repeated_augmentation")
+OPTIONAL_COUNTS = ("max_train_samples", "max_validation_samples", "image_size")
 SHARES = ("horizontal_flip", "random_erasing", "label_smoothing")
 
 
 @dataclass
-class ImageArguments(InitializationArguments):
+class ImageArguments(RunArguments):
     """Arguments of the run; the defaults are the demonstration on scikit-learn's digits."""
 
     preset: str | None = field(
@@ -74,7 +56,6 @@ class ImageArguments(InitializationArguments):
             "choices": list(PRESETS),
         },
     )
-    show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
 
     # Data.
     idx_dir: str | None = field(
@@ -160,73 +141,39 @@ class ImageArguments(InitializationArguments):
 
     # Optimization.
     num_train_epochs: float = field(default=40.0, metadata={"help": "Passes over the training images."})
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps, instead of passes."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per process and forward pass."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "The same, for validation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate, of a cosine."})
+    max_steps: int | None = default_of("max_steps", None, "Optimizer steps, instead of passes.")
+    per_device_train_batch_size: int = default_of(
+        "per_device_train_batch_size", 32, "Images per process and forward pass."
+    )
+    per_device_eval_batch_size: int = default_of("per_device_eval_batch_size", 128)
+    learning_rate: float = default_of("learning_rate", 1e-3, "Peak learning rate, of a cosine.")
     warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of the warmup."})
     min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
     warmup_epochs: float = field(default=5.0, metadata={"help": "Passes of linear warmup."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Decoupled decay; vectors and tables are exempt."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm here; 0: never."})
+    weight_decay: float = default_of("weight_decay", 0.05, "Decoupled decay; vectors and tables are exempt.")
     model_ema_decay: float | None = field(
         default=None, metadata={"help": "Validate and save the moving average of the weights with this decay."}
     )
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.",
-            "choices": ["no", "fp16", "bf16"],
-        },
-    )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile (inductor)."})
-    seed: int = field(default=0, metadata={"help": "Decides initialization, order, augmentation and mixing."})
+    seed: int = default_of("seed", 0, "Decides initialization, order, augmentation and mixing.")
 
     # Reporting and saving.
-    output_dir: str = field(
-        default="runs/train_image_classification", metadata={"help": "Where everything is written."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
-    )
-    resume_from_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
-        },
-    )
-    save_steps: int = field(
-        default=500,
-        metadata={
-            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
-        },
-    )
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
+    output_dir: str = default_of("output_dir", "runs/train_image_classification")
+    save_steps: int = default_of("save_steps", 500)
     eval_steps: int | None = field(
         default=None, metadata={"help": "Steps between validations; 0: only at the end. None: one after each pass."}
     )
-    logging_steps: int = field(default=50, metadata={"help": "Steps between records of the training loss."})
-    report_to: list[str] | None = field(
-        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
-    eval_only: bool = field(
-        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation images; write nothing."}
-    )
+    logging_steps: int = default_of("logging_steps", 50)
 
     def __post_init__(self) -> None:
+        self.check_run()
         self._check_numbers()
         self._check_sources()
         self._check_model()
-        self.initialization()  # refuses bad values
-        check_run_mode(self)
         if (self.mixup or self.cutmix) and self.per_device_train_batch_size % 2:
             raise ValueError(
                 f"--per_device_train_batch_size {self.per_device_train_batch_size} must be even under --mixup and --cutmix, "
                 "which mix pairs of images."
             )
-        refuse_unknown_trackers(self.report_to)
 
     def steps_of(self, images: int, global_batch_size: int) -> int:
         """Return the optimizer steps of a run over so many training images."""
@@ -265,7 +212,7 @@ class ImageArguments(InitializationArguments):
         return Mixing(self.mixup, self.cutmix, self.label_smoothing)
 
     def _check_numbers(self) -> None:
-        above_zero = ["learning_rate", "num_train_epochs", "crop_share", "initialization_scale"]
+        above_zero = ["num_train_epochs", "crop_share"]
         above_zero += [n for n in ("random_resized_crop", "model_ema_decay") if getattr(self, n) is not None]
         upper = {"crop_share": 1.0, "random_resized_crop": 1.0, "model_ema_decay": 1 - 1e-9}
         for name in above_zero:
@@ -275,10 +222,9 @@ class ImageArguments(InitializationArguments):
         bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
         bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
         bounds += [(name, 0, 1) for name in SHARES]
-        bounds += [(name, 0, 1e9) for name in ("weight_decay", "max_grad_norm", "mixup", "cutmix", "warmup_epochs")]
+        bounds += [(name, 0, 1e9) for name in ("mixup", "cutmix", "warmup_epochs")]
         bounds += [(name, 0, self.learning_rate) for name in ("warmup_learning_rate", "min_learning_rate")]
-        bounds += [(name, 0, 2**31) for name in ("save_steps", "random_shift")]
-        bounds += [("dataloader_num_workers", 0, 4096), ("seed", 0, 2**32 - 1)]
+        bounds += [("random_shift", 0, 2**31), ("dataloader_num_workers", 0, 4096)]
         bounds += [("eval_steps", 0, 2**31)] if self.eval_steps is not None else []
         bounds += [("drop_path_rate", 0, 0.99)] if self.drop_path_rate is not None else []
         check_bounds(self, bounds)
@@ -310,34 +256,16 @@ class ImageArguments(InitializationArguments):
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts.
-
-    Args:
-        argv: Without the program's name.
-        description: Of the program, for its help.
-    """
-    dataclasses: Any = (ImageArguments, SpectralArguments)
-    parser = HfArgumentParser(dataclasses, description=description)
-    argv = list(argv)
-    try:
-        if "preset" in explicitly_given(parser, ["preset"], argv):
-            _set_defaults(parser, PRESETS[parser.parse_known_args(argv)[0].preset], argv)
-        named = parser.parse_known_args(argv)[0]
-        if named.eval_only and named.model_name_or_path is not None:
-            _set_defaults(parser, recorded_data_settings(named.model_name_or_path), argv)
-        arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        _refuse_contradictions(parser, arguments, spectral, argv)
-        if not (arguments.eval_only or arguments.show_plan):
-            check_output_dir(arguments)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return arguments, spectral
-
-
-def _set_defaults(parser: HfArgumentParser, values: dict[str, Any], argv: list[str]) -> None:
-    """Make these values the defaults, but for those that a flag on the command line replaces."""
-    gone = {name for flag in explicitly_given(parser, REPLACED, argv) for name in REPLACED[flag]}
-    parser.set_defaults(**{name: value for name, value in values.items() if name not in gone})
+    """Parse and check the command line; anything wrong ends the program before work starts."""
+    return parse_run_arguments(
+        ImageArguments,
+        argv,
+        description,
+        presets=PRESETS,
+        replaced=REPLACED,
+        data_settings=DATA_SETTINGS,
+        refuse=_refuse_contradictions,
+    )
 
 
 def _refuse_contradictions(
@@ -353,23 +281,6 @@ def _refuse_contradictions(
     if arguments.dataset_name is None and (given := explicitly_given(parser, of_dataset, argv)):
         raise ValueError(f"{_flags(sorted(given))}: of a dataset; give --dataset_name, too.")
     check_initialization(arguments, spectral)
-    if arguments.eval_only and spectral.spectral_conditioning:
-        raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
-
-
-def recorded_data_settings(model_path: str) -> dict[str, Any]:
-    """Read which images a saved model was validated on; empty for a model that no run of this script wrote."""
-    file = Path(model_path) / METRICS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        recorded = dict(json.loads(file.read_text(encoding="utf-8"))["arguments"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
-            "images to validate on follow from the flags."
-        ) from error
-    return {name: recorded[name] for name in DATA_SETTINGS if name in recorded}
 
 
 def _flags(names: Sequence[str]) -> str:

@@ -133,14 +133,6 @@ def check_bounds(arguments: Any, bounds: Iterable[tuple[str, float, float]]) -> 
             raise ValueError(f"--{name} {getattr(arguments, name)} must be at least {low} and at most {high:.10g}.")
 
 
-def check_run_mode(arguments: Any) -> None:
-    """Raise ValueError for `--eval_only` without a model, and for continuing a run and replacing it at once."""
-    if arguments.eval_only and arguments.model_name_or_path is None:
-        raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
-    if arguments.resume_from_checkpoint and arguments.overwrite_output_dir:
-        raise ValueError("--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one.")
-
-
 def check_heads(arguments: Any) -> None:
     """Raise ValueError for a new model's width that its attention heads do not divide."""
     if arguments.hidden_size % arguments.num_attention_heads:

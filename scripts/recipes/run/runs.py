@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,30 +24,13 @@ from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoi
 from .distributed import run_on_main_process
 from .loop import Task, Training, report_evaluation, train
 from .metrics import LOSS_CURVE_FILE, METRICS_FILE, NonFiniteLossError, RunMetrics
+from .run_arguments import RunArguments
 from .run_description import model_description
 from .schedules import BudgetSchedule
 from .sharding import configure_sharding
 from .training_state import TrainingParts
 
 logger = logging.getLogger(__name__)
-
-
-class RunArguments(Protocol):
-    """The arguments that every training script has."""
-
-    output_dir: str
-    overwrite_output_dir: bool
-    resume_from_checkpoint: bool
-    eval_only: bool
-    seed: int
-    max_grad_norm: float
-    logging_steps: int
-    save_steps: int
-    save_total_limit: int
-    disable_tqdm: bool
-    mixed_precision: str | None
-    torch_compile: bool
-    report_to: list[str] | None
 
 
 def run(

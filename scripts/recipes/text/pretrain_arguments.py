@@ -1,26 +1,15 @@
 """The command line of `pretrain_mlm.py`: flags, presets, and everything that is refused before work starts."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_specattn.crammed_bert import CrammedBertConfig
 
-from ..run.arguments import (
-    SpectralArguments,
-    check_bounds,
-    check_heads,
-    check_run_mode,
-    explicitly_given,
-    refuse_unknown_trackers,
-)
-from ..run.checkpointing import list_checkpoints
-from ..run.initialization import INITIALIZATION_SETTINGS, InitializationArguments, check_initialization
-from ..run.metrics import METRICS_FILE
+from ..run.arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
+from ..run.initialization import INITIALIZATION_SETTINGS, check_initialization
+from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.schedules import SCHEDULES, Budget
 from .cleaning import Cleaning
 from .mlm_data import MlmDataSettings
@@ -50,17 +39,9 @@ DATA_SETTINGS = (
 )
 # Flags that shape a new model or tokenizer, and say nothing about a checkpoint.
 NEW_MODEL_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-AT_LEAST_ONE = (
-    *NEW_MODEL_SETTINGS,
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "max_seq_length",
-    "save_total_limit",
-)
+AT_LEAST_ONE = (*NEW_MODEL_SETTINGS, "max_seq_length")
 # At least 1 where they are given at all.
-OPTIONAL_COUNTS = ("max_steps", "max_documents", "validation_documents")
+OPTIONAL_COUNTS = ("max_documents", "validation_documents")
 # One corpus, one kind of validation data and one kind of budget: naming another by a flag replaces a preset's or a
 # recorded run's.
 REPLACED = {
@@ -84,7 +65,7 @@ PRESET_REPLACED = REPLACED | {"train_file": (*REPLACED["train_file"], "max_docum
 
 
 @dataclass
-class PretrainArguments(InitializationArguments):
+class PretrainArguments(RunArguments):
     """Arguments of the run; the defaults are the demonstration."""
 
     preset: str | None = field(
@@ -95,7 +76,6 @@ class PretrainArguments(InitializationArguments):
             "choices": list(PRESETS),
         },
     )
-    show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
 
     # Data.
     train_file: list[str] | None = field(
@@ -159,9 +139,8 @@ class PretrainArguments(InitializationArguments):
     )
 
     # Optimization: cramming's values (see recipes.run.optimization) at a batch that a CPU can do.
-    max_steps: int | None = field(
-        default=None,
-        metadata={"help": f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours has."},
+    max_steps: int | None = default_of(
+        "max_steps", None, f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours has."
     )
     max_train_hours: float | None = field(
         default=None, metadata={"help": "Train for so many hours instead; the schedule follows the clock."}
@@ -174,74 +153,39 @@ class PretrainArguments(InitializationArguments):
             "choices": list(SCHEDULES),
         },
     )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences per process and forward pass."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same, for validation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
+    per_device_train_batch_size: int = default_of(
+        "per_device_train_batch_size", 32, "Sequences per process and forward pass."
+    )
     batch_size_ramp: float = field(
         default=0.0,
         metadata={
             "help": "Share of the run over which accumulation grows from 1 forward pass to all (published: 0.6)."
         },
     )
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
     warmup_steps: int | None = field(
         default=None, metadata={"help": "Steps of linear warmup. None: a tenth (of the time under --max_train_hours)."}
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled decay; biases and norms are exempt."})
-    max_grad_norm: float = field(default=0.5, metadata={"help": "Clip the gradient's norm here; 0: never."})
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.",
-            "choices": ["no", "fp16", "bf16"],
-        },
-    )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile (inductor)."})
+    max_grad_norm: float = default_of("max_grad_norm", 0.5)
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
     )
-    seed: int = field(default=0, metadata={"help": "Decides initialization, batch order and masking."})
+    seed: int = default_of("seed", 0, "Decides initialization, batch order and masking.")
 
     # Reporting and saving.
-    output_dir: str = field(default="runs/pretrain_mlm", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
-    )
-    resume_from_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
-        },
-    )
-    # A checkpoint of the demonstration has 46 MB: weights, and twice as much of the optimizer's.
-    save_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
-        },
-    )
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
+    output_dir: str = default_of("output_dir", "runs/pretrain_mlm")
     eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
     spectral_monitor_every: int = field(
         default=0,
         metadata={
             "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
         },
     )
-    report_to: list[str] | None = field(
-        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
-    eval_only: bool = field(
-        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation data; write nothing."}
-    )
 
     def __post_init__(self) -> None:
+        self.check_run()
         self._check_numbers()
         self._check_data()
         self._check_budget()
-        check_run_mode(self)
         check_heads(self)
         for name in ("hidden_size", "intermediate_size"):
             if getattr(self, name) % 2:
@@ -250,8 +194,6 @@ class PretrainArguments(InitializationArguments):
             raise ValueError(
                 f"--mlm_probability {self.mlm_probability} of --max_seq_length {self.max_seq_length} predicts no token."
             )
-        self.initialization()  # refuses bad values
-        refuse_unknown_trackers(self.report_to)
 
     @property
     def budget(self) -> Budget:
@@ -300,16 +242,10 @@ class PretrainArguments(InitializationArguments):
         bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
         bounds += [
             ("eval_steps", 0, 2**31),
-            ("save_steps", 0, 2**31),
             ("spectral_monitor_every", 0, 2**31),
-            ("seed", 0, 2**32 - 1),
-            ("weight_decay", 0, 1e9),
-            ("max_grad_norm", 0, 1e9),
             ("batch_size_ramp", 0, 1),
         ]
         check_bounds(self, bounds)
-        if not 0 < self.learning_rate < 1e9:
-            raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
         if self.max_train_hours is not None and not 0 < self.max_train_hours < 1e6:
             raise ValueError(f"--max_train_hours {self.max_train_hours} must be a finite number above 0.")
         if not 0 < self.mlm_probability <= 1:
@@ -369,98 +305,36 @@ class PretrainArguments(InitializationArguments):
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts.
-
-    Args:
-        argv: Without the program's name.
-        description: Of the program, for its help.
-    """
-    dataclasses: Any = (PretrainArguments, SpectralArguments)
-    parser = HfArgumentParser(dataclasses, description=description)
-    argv = list(argv)
-    try:
-        _set_preset(parser, argv)
-        _set_recorded(parser, argv)
-        arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
-        if not (arguments.eval_only or arguments.show_plan):
-            check_output_dir(arguments)
-        check_initialization(arguments, spectral)
-        if arguments.model_name_or_path is not None:
-            if given := explicitly_given(parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS), argv):
-                flags = ", ".join(f"--{name}" for name in sorted(given))
-                raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
-            check_checkpoint(arguments, spectral)
-        elif arguments.tokenizer_name is not None and explicitly_given(parser, ["vocab_size"], argv):
-            raise ValueError("--vocab_size: for a trained tokenizer only; leave it out beside --tokenizer_name.")
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    return arguments, spectral
+    """Parse and check the command line; anything wrong ends the program before work starts."""
+    return parse_run_arguments(
+        PretrainArguments,
+        argv,
+        description,
+        presets=PRESETS,
+        replaced=REPLACED,
+        data_settings=DATA_SETTINGS,
+        refuse=_refuse_contradictions,
+        replaced_of_preset=PRESET_REPLACED,
+    )
 
 
-def _set_preset(parser: HfArgumentParser, argv: list[str]) -> None:
-    """Make the preset's values the defaults, but for those that a flag on the command line replaces."""
-    if "preset" in explicitly_given(parser, ["preset"], argv):
-        name = parser.parse_known_args(argv)[0].preset
-        parser.set_defaults(**_not_replaced(parser, PRESETS[name], PRESET_REPLACED, argv))
+def _refuse_contradictions(
+    parser: HfArgumentParser, arguments: PretrainArguments, spectral: SpectralArguments, argv: list[str]
+) -> None:
+    check_initialization(arguments, spectral)
+    if arguments.model_name_or_path is not None:
+        if given := explicitly_given(parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS), argv):
+            flags = ", ".join(f"--{name}" for name in sorted(given))
+            raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
+        _check_checkpoint(arguments, spectral)
+    elif arguments.tokenizer_name is not None and explicitly_given(parser, ["vocab_size"], argv):
+        raise ValueError("--vocab_size: for a trained tokenizer only; leave it out beside --tokenizer_name.")
 
 
-def _set_recorded(parser: HfArgumentParser, argv: list[str]) -> None:
-    """Make the data of a saved model's run the defaults of measuring it, but for those that a flag replaces."""
-    named = parser.parse_known_args(argv)[0]
-    if named.eval_only and named.model_name_or_path is not None:
-        recorded = recorded_data_settings(named.model_name_or_path)
-        parser.set_defaults(**_not_replaced(parser, recorded, REPLACED, argv))
-
-
-def _not_replaced(
-    parser: HfArgumentParser, values: Mapping[str, Any], replaced: Mapping[str, Sequence[str]], argv: list[str]
-) -> dict[str, Any]:
-    """Leave out of `values` what the flags on the command line replace."""
-    gone = {name for flag in explicitly_given(parser, replaced, argv) for name in replaced[flag]}
-    return {name: value for name, value in values.items() if name not in gone}
-
-
-def check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
+def _check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
     """Refuse a checkpoint that does not exist, is conditioned otherwise, or is too short, by its config alone."""
-    if arguments.eval_only and spectral.spectral_conditioning:
-        raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
     path = str(arguments.model_name_or_path)
     config = AutoConfig.from_pretrained(path, **spectral.to_loading_kwargs())
     positions = getattr(config, "max_position_embeddings", arguments.max_seq_length)
     if arguments.max_seq_length > positions:
         raise ValueError(f"--max_seq_length {arguments.max_seq_length} exceeds the {positions} positions of {path}.")
-
-
-def check_output_dir(arguments: Any) -> None:
-    """Refuse a folder in which files would be replaced that nobody said could be; for the arguments of any script."""
-    directory = Path(arguments.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--output_dir {directory} is a file; name a folder.")
-    if arguments.overwrite_output_dir or not directory.is_dir() or not any(directory.iterdir()):
-        return
-    if not arguments.resume_from_checkpoint:
-        raise ValueError(
-            f"--output_dir {directory} is not empty. Name another folder, add --resume_from_checkpoint to continue the run "
-            "in it, or add --overwrite_output_dir to replace the files of an earlier run."
-        )
-    # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
-    if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
-        raise ValueError(
-            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
-            "folder, or give --overwrite_output_dir instead to train anew in this one."
-        )
-
-
-def recorded_data_settings(model_path: str) -> dict[str, Any]:
-    """Read which data a saved model was validated on; empty for a model that no run of this script wrote."""
-    file = Path(model_path) / METRICS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        recorded = dict(json.loads(file.read_text(encoding="utf-8"))["arguments"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
-            "validation data follow from the flags."
-        ) from error
-    return {name: recorded[name] for name in DATA_SETTINGS if name in recorded}

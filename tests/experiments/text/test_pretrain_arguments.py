@@ -8,6 +8,7 @@ import pytest
 from models import ARCHITECTURES
 
 from hf_specattn import SpectralConfig, condition
+from recipes.run.run_arguments import recorded_settings
 from recipes.run.schedules import Budget
 from recipes.text.mlm_data import MlmDataSettings
 from recipes.text.presets import PRESETS
@@ -17,7 +18,6 @@ from recipes.text.pretrain_arguments import (
     NEW_MODEL_SETTINGS,
     PretrainArguments,
     parse_arguments,
-    recorded_data_settings,
 )
 
 CRAMMED = ["--preset", "crammed-bert"]
@@ -458,7 +458,7 @@ def test_two_kinds_of_validation_data_are_refused_all_the_same(measure):
 
 
 def test_a_model_of_another_program_has_no_recorded_data(parse, checkpoints):
-    assert recorded_data_settings(str(checkpoints / "stock")) == {}
+    assert recorded_settings(str(checkpoints / "stock"), DATA_SETTINGS) == {}
     flags = ["--eval_only", "--model_name_or_path", str(checkpoints / "stock"), "--max_seq_length", "16"]
     assert data_of(parse(*flags, "--train_file", "a.txt")) == {"train_file": ["a.txt"], "max_seq_length": 16}
 

@@ -1,0 +1,200 @@
+"""The flags that every training script has, and how a command line becomes arguments."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import HfArgumentParser
+
+from .arguments import SpectralArguments, check_bounds, explicitly_given, refuse_unknown_trackers
+from .checkpointing import list_checkpoints
+from .initialization import InitializationArguments
+from .metrics import METRICS_FILE
+
+AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_total_limit",
+)
+
+
+@dataclass
+class RunArguments(InitializationArguments):
+    """Arguments of a training run. Scripts add theirs, and set other defaults by `default_of`."""
+
+    show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
+
+    # Optimization.
+    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples per process and forward pass."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same, for validation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled decay; biases and norms are exempt."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm here; 0: never."})
+    mixed_precision: str | None = field(
+        default=None,
+        metadata={
+            "help": "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.",
+            "choices": ["no", "fp16", "bf16"],
+        },
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile (inductor)."})
+    seed: int = field(default=0, metadata={"help": "Decides initialization, order, and what is drawn of the data."})
+
+    # Reporting and saving.
+    output_dir: str = field(default="runs/run", metadata={"help": "Where everything is written."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
+    )
+    resume_from_checkpoint: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
+        },
+    )
+    save_steps: int = field(
+        default=100,
+        metadata={
+            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
+        },
+    )
+    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
+    logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
+    )
+    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
+    eval_only: bool = field(
+        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation data; write nothing."}
+    )
+
+    def check_run(self) -> None:
+        """Refuse values that no run can have.
+
+        Raises:
+            ValueError: naming the flag, its value and what is allowed.
+        """
+        bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
+        bounds += [("max_steps", 1, 2**31)] if self.max_steps is not None else []
+        bounds += [("save_steps", 0, 2**31), ("seed", 0, 2**32 - 1)]
+        bounds += [("weight_decay", 0, 1e9), ("max_grad_norm", 0, 1e9)]
+        check_bounds(self, bounds)
+        if not 0 < self.learning_rate < 1e9:
+            raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
+        self.initialization()  # refuses bad values
+        if self.eval_only and getattr(self, "model_name_or_path", None) is None:
+            raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
+        if self.resume_from_checkpoint and self.overwrite_output_dir:
+            raise ValueError(
+                "--resume_from_checkpoint continues a run and --overwrite_output_dir replaces it; give one."
+            )
+        refuse_unknown_trackers(self.report_to)
+
+
+def default_of(name: str, default: Any, help: str | None = None) -> Any:
+    """A field of `RunArguments` with another default, and another help where it is given."""
+    (found,) = (each for each in fields(RunArguments) if each.name == name)
+    assert found.default is not MISSING
+    metadata = dict(found.metadata) if help is None else {**found.metadata, "help": help}
+    return field(default=default, metadata=metadata)
+
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
+# Flag -> the arguments whose preset or recorded values it replaces, such as another source of data.
+Replaced = Mapping[str, Sequence[str]]
+
+
+def parse_run_arguments(
+    kind: type[Arguments],
+    argv: Sequence[str],
+    description: str,
+    *,
+    presets: Mapping[str, Mapping[str, Any]],
+    replaced: Replaced,
+    data_settings: Iterable[str],
+    refuse: Callable[[HfArgumentParser, Arguments, SpectralArguments, list[str]], None],
+    replaced_of_preset: Replaced | None = None,
+) -> tuple[Arguments, SpectralArguments]:
+    """Parse and check the command line; anything wrong ends the program before work starts.
+
+    Args:
+        kind: The script's dataclass.
+        argv: Without the program's name.
+        description: Of the program, for its help.
+        presets: Values of `--preset`: defaults that flags on the command line replace.
+        replaced: See `Replaced`.
+        data_settings: What decides the validation data of a run: `--eval_only` takes these from its `metrics.json`.
+        refuse: Raises a ValueError for flags that do not go together.
+        replaced_of_preset: In place of `replaced`, for a preset's values.
+    """
+    dataclasses: Any = (kind, SpectralArguments)
+    parser = HfArgumentParser(dataclasses, description=description)
+    argv = list(argv)
+
+    def set_defaults(values: Mapping[str, Any], gone_with: Replaced) -> None:
+        gone = {name for flag in explicitly_given(parser, gone_with, argv) for name in gone_with[flag]}
+        parser.set_defaults(**{name: value for name, value in values.items() if name not in gone})
+
+    try:
+        if "preset" in explicitly_given(parser, ["preset"], argv):
+            set_defaults(presets[parser.parse_known_args(argv)[0].preset], replaced_of_preset or replaced)
+        named = parser.parse_known_args(argv)[0]
+        if named.eval_only and named.model_name_or_path is not None:
+            set_defaults(recorded_settings(named.model_name_or_path, data_settings), replaced)
+        arguments, spectral = parser.parse_args_into_dataclasses(args=argv)
+        if arguments.eval_only and spectral.spectral_conditioning:
+            raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
+        refuse(parser, arguments, spectral, argv)
+        if not (arguments.eval_only or arguments.show_plan):
+            check_output_dir(arguments)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return arguments, spectral
+
+
+def recorded_settings(model_path: str, names: Iterable[str]) -> dict[str, Any]:
+    """Read what a saved model was validated on; empty for a model that no run wrote.
+
+    Raises:
+        ValueError: for a damaged record.
+    """
+    file = Path(model_path) / METRICS_FILE
+    if not file.is_file():
+        return {}
+    try:
+        recorded = dict(json.loads(file.read_text(encoding="utf-8"))["arguments"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not the record of a run ({type(error).__name__}: {error}). Mend or remove it; without it, the "
+            "validation data follow from the flags."
+        ) from error
+    return {name: recorded[name] for name in names if name in recorded}
+
+
+def check_output_dir(arguments: RunArguments) -> None:
+    """Refuse a folder in which files would be replaced that nobody said could be.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    directory = Path(arguments.output_dir)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"--output_dir {directory} is a file; name a folder.")
+    if arguments.overwrite_output_dir or not directory.is_dir() or not any(directory.iterdir()):
+        return
+    if not arguments.resume_from_checkpoint:
+        raise ValueError(
+            f"--output_dir {directory} is not empty. Name another folder, add --resume_from_checkpoint to continue the run "
+            "in it, or add --overwrite_output_dir to replace the files of an earlier run."
+        )
+    # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
+    if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
+        raise ValueError(
+            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
+            "folder, or give --overwrite_output_dir instead to train anew in this one."
+        )
