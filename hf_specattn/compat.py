@@ -83,6 +83,31 @@ def record_outputs_as(conditioned: type, stock: type) -> None:
     dict.__setitem__(registry, str(conditioned), getattr(stock, "_can_record_outputs", None))
 
 
+def enter_names(mapping: str, model_type: str, names: Any) -> None:
+    """Enter the class (or classes) for a model type in one of transformers' tables of class names.
+
+    The Trainer shifts the labels for label smoothing where it finds the class of a model by name among the causal ones, and
+    model cards take their task from these tables. The Auto classes look at the types of transformers' own configurations.
+
+    Raises:
+        UnsupportedTransformersError: for the causal models, whose loss would be wrong; another table is cosmetic.
+    """
+    try:
+        table = _private("models.auto.modeling_auto", f"{mapping}_NAMES", "label smoothing would not shift the labels")
+    except UnsupportedTransformersError:
+        if "CAUSAL_LM" in mapping:
+            raise
+        return
+    table[model_type] = names
+
+
+def decide_by_source_as(conditioned: type, stock: type) -> None:
+    """Let a conditioned class answer as its stock class what transformers reads out of the source of a class's module."""
+    for name in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        if hasattr(stock, name):  # a bound class method, which stays bound to the stock class
+            setattr(conditioned, name, getattr(stock, name))
+
+
 def was_loaded(tensor: Tensor) -> bool:
     """Whether `from_pretrained` filled a tensor, by the mark that transformers puts on it.
 

@@ -135,6 +135,13 @@ MATCHES_TARGET = PrivateName(
     "An adapter that works on the weight is refused on a conditioned model, wherever it would be put on.",
     _FOLD,
 )
+ADAPTER_STATE = PrivateName(
+    "peft",
+    "peft_model.get_peft_model_state_dict",
+    "collects what PeftModel.save_pretrained writes",
+    "The embeddings of a model that was conditioned in memory and then resized are not saved with its adapter.",
+    "Call save_pretrained(..., save_embedding_layers=True), or install peft 0.21.",
+)
 IS_LORA_VARIANT = PrivateName(
     "peft",
     "LoraConfig.is_lora_variant",  # not an attribute: it is in the metadata of the class's fields

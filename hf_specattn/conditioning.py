@@ -366,8 +366,13 @@ def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
 
 
 def set_origin(model: nn.Module, path: str) -> None:
-    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `peft`)."""
+    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `peft`).
+
+    What was named before stays in `made_from`.
+    """
     for submodel in _submodels(model):
+        if submodel.name_or_path:
+            submodel.made_from = submodel.name_or_path
         submodel.name_or_path = path
 
 

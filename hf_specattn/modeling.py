@@ -26,7 +26,9 @@ from .checksums import check_shape, verify, weight_files, with_checksums
 from .compat import (
     UnsupportedTransformersError,
     add_metadata_on_save,
+    decide_by_source_as,
     dynamic_module_name,
+    enter_names,
     expect_missing,
     record_outputs_as,
     share_key_conversions,
@@ -573,6 +575,7 @@ def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[Pr
     }
     conditioned = type(f"Spec{stock.__name__}", (SpectralModelMixin, stock), namespace)
     record_outputs_as(conditioned, stock)
+    decide_by_source_as(conditioned, stock)
     share_key_conversions(stock.__name__, conditioned.__name__)
     return conditioned
 
@@ -591,6 +594,9 @@ def conditioned_models(model_type: str) -> dict[str, Any]:
         several = isinstance(stock, tuple)
         classes = tuple(_define_model_class(each, config_class) for each in (stock if several else (stock,)))
         by_auto_class[auto_name] = classes if several else classes[0]
+        names = tuple(each.__name__ for each in classes)
+        if auto_name in AUTO_CLASSES:  # a class from outside may have another head
+            enter_names(AUTO_CLASSES[auto_name], config_class.model_type, names if several else names[0])
     if IS_REMOTE_CODE:
         # Some heads (Llama's) build their base by AutoModel.from_config, which would ask again whether to trust this code.
         base = conditioned_class(by_auto_class["AutoModel"])
@@ -607,7 +613,11 @@ def conditioned_models(model_type: str) -> dict[str, Any]:
 def _define_model_class(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> Any:
     if stock not in CONDITIONED_CLASSES:
         CONDITIONED_CLASSES[stock] = _conditioned_model_class(stock, config_class)
-        globals()[CONDITIONED_CLASSES[stock].__name__] = CONDITIONED_CLASSES[stock]
+        name = CONDITIONED_CLASSES[stock].__name__
+        globals()[name] = CONDITIONED_CLASSES[stock]
+        if not IS_REMOTE_CODE:
+            # Others (TRL) look there for what `architectures` in a configuration names.
+            setattr(importlib.import_module("transformers"), name, CONDITIONED_CLASSES[stock])
     return CONDITIONED_CLASSES[stock]
 
 

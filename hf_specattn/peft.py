@@ -23,11 +23,13 @@ Five things make PEFT work on a conditioned model as on a stock one:
 """
 
 import functools
+import importlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from . import compat_extras
@@ -97,6 +99,10 @@ def _prepare_peft() -> None:
     _enter_target_modules()
     # An adapter without a task type is rebuilt on the class that it was trained on, such as SpecBertModel.
     compat_extras.wrap(compat_extras.IMPORT_ALLOWLIST, _with_this_package)
+    # What PeftModel saves, and what transformers' and accelerate's savers ask for.
+    peft: Any = importlib.import_module("peft")
+    compat_extras.wrap(compat_extras.ADAPTER_STATE, _with_resized_embeddings)
+    peft.get_peft_model_state_dict = _with_resized_embeddings(peft.get_peft_model_state_dict)
 
 
 def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[str]]:
@@ -105,6 +111,45 @@ def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[
         return [*allowlist(), __name__.rpartition(".")[0]]
 
     return get_default_import_allowlist
+
+
+# --- resized embeddings -----------------------------------------------------------------------------------------------
+
+
+def _with_resized_embeddings(collect: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """PEFT saves embeddings whose size is not that in the checkpoint of the base model that an adapter names.
+
+    A model that was conditioned, or folded, in memory names none: what it was made from is asked then.
+    """
+
+    @functools.wraps(collect)
+    def get_peft_model_state_dict(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        asked = inspect.signature(collect).bind(model, *args, **kwargs).arguments
+        if asked.get("save_embedding_layers", "auto") == "auto" and _is_resized(model):
+            logger.warning("The embeddings were resized, and are saved with the adapter.")
+            return collect(**{**asked, "save_embedding_layers": True})
+        return collect(model, *args, **kwargs)
+
+    return get_peft_model_state_dict
+
+
+def _is_resized(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    origin = getattr(base, "made_from", "")
+    if not isinstance(base, PreTrainedModel) or base.name_or_path or not origin:
+        return False  # as for any other model
+    try:
+        fields = PretrainedConfig.get_config_dict(origin)[0]
+    except OSError:
+        fields = {}
+    if not fields:
+        logger.warning(
+            f"The configuration of {origin}, which the model was made from, cannot be read; its embeddings are taken to be "
+            "as they were. If they were resized, pass save_embedding_layers=True."
+        )
+        return False
+    before = type(base.config).from_dict(fields)  # an older file leaves defaults out
+    return getattr(before, "vocab_size", None) != getattr(base.config, "vocab_size", None)
 
 
 # --- default target modules ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from scripts_loading import REPOSITORY
 from hf_specattn import SpectralConfig, compat_extras, condition
 from hf_specattn import peft as adapters
 from hf_specattn.compat_extras import NAMES, MissingNameError, PrivateName
+from hf_specattn.layers import spectral_layers
 from recipes.run.sharding import configure_sharding, layer_classes
 from recipes.survey.tiny_models import tiny_config, tiny_model
 
@@ -116,7 +117,7 @@ def only_warning(name: PrivateName, warning_log) -> bool:
     return warning_log.messages == [name.missing()]
 
 
-@case(compat_extras.INJECT_ADAPTER, compat_extras.IMPORT_ALLOWLIST)
+@case(compat_extras.INJECT_ADAPTER, compat_extras.IMPORT_ALLOWLIST, compat_extras.ADAPTER_STATE)
 def what_could_be_prepared_is(name, monkeypatch, request, warning_log):
     import peft
 
@@ -177,10 +178,11 @@ class Tuner:
 @case(compat_extras.PREPARE_CONFIG, compat_extras.MATCHES_TARGET)
 def every_conditioned_projection_counts(name, monkeypatch, request, warning_log):
     model, config = conditioned(), dora(target_modules=["intermediate.dense"])
-    assert not list(adapters._targeted(Tuner(), model, config, None))
+    names = [name for name, _ in spectral_layers(model)]
+    assert not list(adapters._targeted(Tuner(), model, config, None, names))
     assert warning_log.messages == []
     monkeypatch.delattr(Tuner, name.path.rpartition(".")[2])
-    assert len(list(adapters._targeted(Tuner(), model, config, None))) == 6
+    assert len(list(adapters._targeted(Tuner(), model, config, None, names))) == 6
     assert only_warning(name, warning_log)
     with pytest.raises(ValueError, match=r"use_dora=True.*hf_specattn\.fold\(model\)"):
         adapters._refuse_weight_readers(Tuner(), model, config, None)
