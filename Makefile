@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo cards test test-fast test-oldest faults survey evidence lint format clean
+.PHONY: env demo cards test test-fast test-oldest faults survey evidence gpu lint format clean
 
 env: $(STAMP)
 
@@ -50,6 +50,11 @@ survey: $(STAMP)
 evidence: $(STAMP)
 	for sweep in evidence table1 table5 table6 table7; do \
 		$(BIN)/python scripts/sweep.py $$sweep --output_dir docs/sweeps || exit 1; done
+
+# What has to be known from a GPU, as far as eight minutes allow. A lent machine has neither a network nor this environment: it
+# runs on the torch that is there, and keeps what is written to $$OUT.
+gpu:
+	PYTHONPATH=. python3 benchmarks/gpu.py --minutes 8 --results "$${OUT:-benchmarks/results/gpu}"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
