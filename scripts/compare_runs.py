@@ -22,28 +22,26 @@ from transformers import HfArgumentParser
 
 from hf_specattn.diagnostics import write_training_report
 from hf_specattn.diagnostics.monitor import MONITOR_FILE
-from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
+from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes
 from recipes.compare.comparison import (
     HARDWARE,
-    METRICS,
     ComparisonError,
     Metric,
     PairedDifference,
     Run,
     RunGroup,
-    columns,
     derived_labels,
     find_differences,
     find_metric,
     find_reference,
     group_runs,
     hardware,
-    mean_curve,
     paired_difference,
     read_runs,
     shared_time_budget,
 )
+from recipes.compare.curves import picture
 from recipes.run.metrics import perplexity
 
 NAME = "comparison"
@@ -187,55 +185,6 @@ def span(numbers: Iterable[int]) -> str:
     """The least and the greatest number, or the one."""
     least, *_, greatest = sorted(numbers) * 2
     return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
-
-
-def picture(groups: Sequence[RunGroup], metric: Metric) -> dict[str, bytes]:
-    """Training loss and the validation's metric over steps, and its final values; file ending -> image.
-
-    Runs under a time budget come to different steps in the same time, so theirs are drawn over training tokens.
-    """
-    figure = new_figure(14, 4.6)
-    training, validation, final = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    over_tokens = any(run.time_budget is not None for group in groups for run in group.runs)
-    for index, group in enumerate(groups):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        draw_curves(training, group, "train_loss", 1.0, over_tokens, color, None)
-        draw_curves(validation, group, metric.key, metric.factor, over_tokens, color, marker)
-        draw_final(final, index, group, metric, color, marker)
-    unit = groups[0].runs[0].unit
-    x = f"training {unit}" if over_tokens else "optimizer step"
-    training.set(xlabel=x, ylabel=f"training loss ({METRICS[unit]['loss'].unit})", title="Training")
-    validation.set(xlabel=x, ylabel=f"validation {metric.name} ({metric.unit})", title="Validation")
-    final.set(ylabel=f"final validation {metric.name} ({metric.unit})", title="Final: runs, mean, deviation")
-    final.set_xticks(range(len(groups)), [group.label.replace(", ", "\n") for group in groups], fontsize=7)
-    final.set_xlabel("group")
-    final.margins(x=0.2)
-    for axes in (training, validation, final):
-        axes.grid(alpha=0.3)
-    validation.legend(fontsize=8)
-    return render(figure, NAME)
-
-
-def draw_curves(
-    axes: Any, group: RunGroup, key: str, factor: float, over_tokens: bool, color: str, marker: str | None
-) -> None:
-    """Every run of a group thin, their mean thick; `factor` is from the recorded values to those drawn."""
-    curves = [[(at, value * factor) for at, value in run.curve(key, over_tokens)] for run in group.runs]
-    for points in curves:
-        # Without a marker a single point would not show.
-        style = {"color": color, "marker": marker or ("." if len(points) == 1 else None)}
-        axes.plot(*columns(points), linewidth=0.6, markersize=2.5, alpha=0.5, **style)
-    # An empty one, too, has its entry in the legend: the runs of a time budget may have no position in common.
-    style = {"color": color, "marker": marker, "label": group.label}
-    axes.plot(*columns(mean_curve(curves)), linewidth=2, markersize=5, **style)
-
-
-def draw_final(axes: Any, position: int, group: RunGroup, metric: Metric, color: str, marker: str) -> None:
-    """Each run's value as an open marker, and beside them the mean with one standard deviation either way."""
-    values = list(group.values(metric).values())
-    style = {"color": color, "marker": marker, "linestyle": "none"}
-    axes.plot([position - 0.12] * len(values), values, fillstyle="none", **style)
-    axes.errorbar(position + 0.12, group.mean(metric), yerr=group.deviation(metric), capsize=4, **style)
 
 
 def draw_conditioning(groups: Sequence[RunGroup], output: Path) -> None:

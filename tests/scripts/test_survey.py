@@ -10,6 +10,8 @@ import torch
 from scripts_loading import REPOSITORY, load_script
 
 from hf_specattn import AttentionSpec, architectures
+from recipes.survey import checks
+from recipes.survey import rows as rows_of_survey
 
 survey = load_script(REPOSITORY / "scripts" / "survey.py")
 
@@ -46,7 +48,7 @@ def test_the_table_in_the_documentation_says_the_same_and_has_every_row():
     counts = {task: section.count("\n| `") for task, section in sections.items()}
     for task in ("masked LM", "image classification", "causal LM", "timm"):
         # An older transformers has fewer.
-        assert counts[task] >= 0.8 * len([row for row in survey.all_rows() if row.task == task])
+        assert counts[task] >= 0.8 * len([row for row in rows_of_survey.all_rows() if row.task == task])
     assert "| wrong |" not in text.partition("## ")[2]
 
 
@@ -101,18 +103,18 @@ def test_a_wrong_row_of_the_table_is_found(row, name, spec, monkeypatch):
 
 @pytest.mark.parametrize("method", ["identity", "svd"])
 def test_another_correction_is_found(method, monkeypatch):
-    exact = survey.correction
-    monkeypatch.setattr(survey, "correction", lambda *arguments: exact(*arguments) * (1 + 1e-4))
-    stock, inputs = survey.build(survey.Row("masked LM", "bert"))
-    traced = survey.trace_attention(stock, lambda: stock(**inputs))
-    assert "is not W + C" in survey.compare(stock, inputs, traced, method)
+    exact = checks.correction
+    monkeypatch.setattr(checks, "correction", lambda *arguments: exact(*arguments) * (1 + 1e-4))
+    stock, inputs = checks.build(survey.Row("masked LM", "bert"))
+    traced = checks.trace_attention(stock, lambda: stock(**inputs))
+    assert "is not W + C" in checks.compare(stock, inputs, traced, method)
 
 
 def test_a_fold_that_loses_the_correction_is_found(monkeypatch):
-    stock, inputs = survey.build(survey.Row("masked LM", "bert"))
-    traced = survey.trace_attention(stock, lambda: stock(**inputs))
-    monkeypatch.setattr(survey, "fold", lambda model: None)
-    assert survey.compare(stock, inputs, traced, "svd") == "fold did not give the stock classes back"
+    stock, inputs = checks.build(survey.Row("masked LM", "bert"))
+    traced = checks.trace_attention(stock, lambda: stock(**inputs))
+    monkeypatch.setattr(checks, "fold", lambda model: None)
+    assert checks.compare(stock, inputs, traced, "svd") == "fold did not give the stock classes back"
 
     def forgetful(model):
         from hf_specattn.conditioning import fold, spectral_layers
@@ -122,14 +124,14 @@ def test_a_fold_that_loses_the_correction_is_found(monkeypatch):
         with torch.no_grad():
             layers[0].weight.zero_()
 
-    monkeypatch.setattr(survey, "fold", forgetful)
-    assert "folded outputs differ" in survey.compare(stock, inputs, traced, "svd")
+    monkeypatch.setattr(checks, "fold", forgetful)
+    assert "folded outputs differ" in checks.compare(stock, inputs, traced, "svd")
 
 
 def test_the_correction_by_numpy():
     block = np.random.default_rng(0).standard_normal((4, 6))
-    np.testing.assert_array_equal(survey.correction(block, 2.5, "identity"), 2.5 * np.eye(4, 6))
-    singular_values = np.linalg.svd(block + survey.correction(block, 0.0, "svd"), compute_uv=False)
+    np.testing.assert_array_equal(checks.correction(block, 2.5, "identity"), 2.5 * np.eye(4, 6))
+    singular_values = np.linalg.svd(block + checks.correction(block, 0.0, "svd"), compute_uv=False)
     expected = np.linalg.svd(block, compute_uv=False)
     np.testing.assert_allclose(singular_values, expected + expected[0])
 
@@ -191,7 +193,7 @@ def test_command(monkeypatch, tmp_path, capsys):
 
 def test_the_whole_survey_writes_the_page_and_fails_where_something_is_wrong(monkeypatch, tmp_path, capsys):
     rows = [survey.Row("masked LM", "bert"), survey.Row("timm", "vit")]
-    monkeypatch.setattr(survey, "all_rows", lambda: rows)
+    monkeypatch.setattr(rows_of_survey, "all_rows", lambda: rows)
     monkeypatch.setattr(
         survey, "survey", lambda row: survey.Result(row, "wrong" if row.task == "timm" else "exact", "why")
     )
