@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         CrammedBertModel,
     )
     from .initialization import initialize
-    from .preconditioning import PreconditionerConfig, PreconditionReport, format_preconditioning, precondition
+    from .preconditioner import PreconditionerConfig
+    from .preconditioning import PreconditionReport, format_preconditioning, precondition
 
 # Public name -> the module that has it.
 _HOMES = {
@@ -40,7 +41,7 @@ _HOMES = {
     "OutputChangedError": "balance",
     "ProjectionReport": "conditioning",
     "PreconditionReport": "preconditioning",
-    "PreconditionerConfig": "preconditioning",
+    "PreconditionerConfig": "preconditioner",
     "SpectralCallback": "callback",
     "SpectralConfig": "config",
     "condition": "conditioning",

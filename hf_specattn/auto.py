@@ -25,19 +25,25 @@ from .layers import spectral_layers
 from .modeling import (
     CONDITIONED_CONFIGS,
     CRAMMED_BERT,
+    FIELDS,
     FLAG,
     MODEL_TYPE_PREFIX,
     OUTSIDE,
+    PRECONDITIONER_FLAG,
     SPECTRAL_FIELDS,
     SpectralConfigMixin,
     SpectralModelMixin,
     conditioned_config_class,
     crammed_bert_classes,
     is_constructing,
+    preconditioner_settings,
     refuse_stored_fields,
 )
+from .preconditioner import is_preconditioned
 
 logger = logging.get_logger(__name__)
+
+FLAGS = (FLAG, PRECONDITIONER_FLAG)
 
 
 def register() -> None:
@@ -162,11 +168,10 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
     if counterpart is not None and config_dict.get("model_type") == counterpart.model_type:
         return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
     if cls is not PretrainedConfig:
-        refuse_stored_fields(config_dict, SPECTRAL_FIELDS if counterpart else (FLAG,))
+        refuse_stored_fields(config_dict, FIELDS if counterpart else FLAGS)
     if _flag(cls, kwargs):
         return CONDITIONED_CONFIGS[cls].from_dict(config_dict, **kwargs)
-    kwargs.pop(FLAG, None)
-    return original(cls, config_dict, **kwargs)
+    return original(cls, config_dict, **_without_flags(kwargs))
 
 
 def _new_config(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +187,7 @@ def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -
         if isinstance(kwargs.get("config"), SpectralConfigMixin) or _flag(cls, kwargs):
             counterpart = _counterpart(cls, kwargs)
             return counterpart.from_pretrained(*args, **kwargs)
-        kwargs.pop(FLAG, None)
+        kwargs = _without_flags(kwargs)
     return original(cls, *args, **kwargs)
 
 
@@ -196,26 +201,26 @@ def _new_model(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
 def _post_init(original: Any, self: Any) -> None:
     original(self)
     config = self.config
-    if (
-        getattr(config, FLAG, None) is not True
-        or is_constructing.get()
-        or next(spectral_layers(self), None) is not None
-    ):
+    if is_constructing.get():
+        return
+    if getattr(config, FLAG, None) is True and next(spectral_layers(self), None) is None:
+        says, without = "spectral_conditioning=True", "corrections"
+    elif getattr(config, PRECONDITIONER_FLAG, None) and not is_preconditioned(self):
+        says, without = f"attention_preconditioner={config.attention_preconditioner!r}", "preconditioner"
+    else:
         return
     if _is_conditioned(type(config)) and not isinstance(config, SpectralConfigMixin):
         return  # of a checkpoint's own code, which conditions the model when it is complete
     name = type(self).__name__
     counterpart = conditioned_counterpart(type(self))
     if counterpart is None:
-        raise ValueError(
-            f"The configuration of {name} says spectral_conditioning=True, but the model is not conditioned: {_why(self)}"
-        )
+        raise ValueError(f"The configuration of {name} says {says}, but the model is not conditioned: {_why(self)}")
     raise ValueError(
-        f"The configuration of {name} says spectral_conditioning=True, but a stock class was made from it, without the "
-        f"corrections. Make the model by an Auto class, or hf_specattn.modeling.{counterpart.__name__}, from a conditioned "
-        f"configuration: {type(config).__name__.removeprefix('Spec')}(spectral_conditioning=True, ...) or "
-        "AutoConfig.from_pretrained(..., spectral_conditioning=True); setting the attribute afterwards does not change the "
-        "class. Or condition the stock model: hf_specattn.condition(model, SpectralConfig(...))."
+        f"The configuration of {name} says {says}, but a stock class was made from it, without the {without}. Make the model "
+        f"by an Auto class, or hf_specattn.modeling.{counterpart.__name__}, from a conditioned configuration: "
+        f"{type(config).__name__.removeprefix('Spec')}({says}, ...) or AutoConfig.from_pretrained(..., {says}); setting the "
+        "attribute afterwards does not change the class. Or change the stock model: hf_specattn.condition(model, "
+        "SpectralConfig(...)), hf_specattn.precondition(model, PreconditionerConfig(...))."
     )
 
 
@@ -228,27 +233,39 @@ def _is_conditioned(config_class: Any) -> bool:
 
 
 def _flag(cls: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether keyword arguments ask for conditioning.
+    """Whether keyword arguments ask for conditioning, or a preconditioner.
 
     Raises:
-        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, or settings without the
+        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, or settings without their
             flag.
     """
     flag = kwargs.get(FLAG)
     if flag is not True and flag is not False and flag is not None:
         raise ValueError(f"spectral_conditioning={flag!r} must be True or False.")
-    if flag:
-        if issubclass(cls, PretrainedConfig) and cls not in CONDITIONED_CONFIGS:
-            raise ValueError(f"spectral_conditioning=True: {_why(cls)}")
-        return True
+    asked = flag or kwargs.get(PRECONDITIONER_FLAG) not in (None, False)
+    if asked and issubclass(cls, PretrainedConfig) and cls not in CONDITIONED_CONFIGS:
+        raise ValueError(f"{_asked(kwargs)}: {_why(cls)}")
     if _knows_settings(cls):
         stray = [name for name in (*SPECTRAL_FIELDS, "spectral_init") if name in kwargs and name != FLAG]
-        if stray:
+        if stray and not flag:
             raise ValueError(
                 f"{stray[0]}={kwargs[stray[0]]!r} does nothing without spectral_conditioning=True; add it, or leave "
                 f"{stray[0]} out."
             )
-    return False
+        preconditioner_settings(kwargs)  # refuses bad values, and others without their flag
+    return asked
+
+
+def _without_flags(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments without flags that say no, of which stock classes know nothing."""
+    return {name: value for name, value in kwargs.items() if name not in FLAGS}
+
+
+def _asked(kwargs: Mapping[str, Any]) -> str:
+    if kwargs.get(FLAG):
+        return "spectral_conditioning=True"
+    axis = kwargs.get(PRECONDITIONER_FLAG)
+    return f"attention_preconditioner={axis!r}" if axis else "A conditioned configuration"
 
 
 def _knows_settings(cls: Any) -> bool:
@@ -260,8 +277,7 @@ def _knows_settings(cls: Any) -> bool:
 def _counterpart(cls: Any, kwargs: Mapping[str, Any]) -> Any:
     counterpart = conditioned_counterpart(cls)
     if counterpart is None:
-        asked = "spectral_conditioning=True" if kwargs.get(FLAG) else "A conditioned configuration"
-        raise ValueError(f"{asked}: {_why(cls)}")
+        raise ValueError(f"{_asked(kwargs)}: {_why(cls)}")
     return counterpart
 
 

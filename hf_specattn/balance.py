@@ -29,7 +29,7 @@ from .architectures import AttentionSpec, attention_specs, output_module, unknow
 from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
 from .ordinary import module_problem, refuse_unordinary
-from .preconditioning import PreconditionedLayer
+from .preconditioner import PreconditionedLayer
 from .reports import Spectrum
 
 # A float64 model has no more exact one to be measured against. Roundoff of the gauge itself is far below this.

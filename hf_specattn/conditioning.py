@@ -28,6 +28,7 @@ from .layers import (
     spectral_layers,
 )
 from .ordinary import module_problem, refuse_unordinary
+from .preconditioner import is_preconditioned
 from .refreshing import recompute, refresh, refresh_interval
 from .reports import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
 
@@ -107,8 +108,7 @@ def condition(
         after = projection_spectra(layer, effective=True)
         reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
     hold_projections(model)
-    for host in _outermost_pretrained(model):
-        _adopt(host, config, as_the_table_says)
+    adopt(model, is_conditioned, as_the_table_says, spectral=config)
     set_origin(model, "")
     return reports
 
@@ -150,7 +150,8 @@ def fold(model: nn.Module) -> nn.Module:
     one layer at a time, and stay in memory from then on.
 
     Returns:
-        `model`, with its stock class and configuration, whose checkpoints need no code of this package.
+        `model`, with its stock class and configuration, whose checkpoints need no code of this package. A preconditioned
+        model stays one: no weight holds its preconditioner.
 
     Raises:
         ValueError: if nothing in `model` is conditioned, a projection was replaced, or one carries what a change of its class
@@ -159,8 +160,9 @@ def fold(model: nn.Module) -> nn.Module:
     refuse_replaced(model)
     layers = list(spectral_layers(model))
     if not layers:
+        beside = " (its preconditioner is held by no weight, and stays)" if is_preconditioned(model) else ""
         raise ValueError(
-            "fold() found no conditioned projection in this model; condition it first, or leave it as it is."
+            f"fold() found no conditioned projection in this model{beside}; condition it first, or leave it as it is."
         )
     refuse_unordinary(model, layers, "fold", offloaded=True)
     if cost := half_precision_cost([layer for _, layer in layers if not layer.weight.is_meta], shift=1):
@@ -173,6 +175,11 @@ def fold(model: nn.Module) -> nn.Module:
     release_projections(model)
     _release(model)
     set_origin(model, "")
+    if is_preconditioned(model):
+        logger.warning(
+            "The corrections are folded, and the preconditioner of attention stays: no weight can hold it, and its "
+            "checkpoints need this package as before."
+        )
     return model
 
 
@@ -346,6 +353,11 @@ NO_COUNTERPART = (
     "load_state_dict."
 )
 
+NO_PRECONDITIONED_COUNTERPART = (
+    "has no preconditioned class to be saved as, and a checkpoint of it would load without the preconditioner. Save "
+    "model.state_dict(), and precondition the reloaded model before load_state_dict."
+)
+
 # Stock model class -> its conditioned class (with `adopt`, and `release` the way back). `modeling` fills it, which this
 # file cannot import, one model type at a time.
 CONDITIONED_CLASSES: dict[type[PreTrainedModel], Any] = {}
@@ -358,7 +370,9 @@ def define_with(define: Callable[[type[PreTrainedModel]], None]) -> None:
 
 
 def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
-    """The conditioned class of a stock model class; None where it has none."""
+    """The conditioned class of a stock model class; None where it has none. Of a conditioned class itself."""
+    if stock in CONDITIONED_CLASSES.values():
+        return stock
     if stock not in CONDITIONED_CLASSES:
         for define in _define:
             define(stock)
@@ -386,15 +400,36 @@ def _outermost_pretrained(model: nn.Module) -> list[PreTrainedModel]:
     return [host for child in model.children() for host in _outermost_pretrained(child)]
 
 
-def _adopt(host: PreTrainedModel, config: SpectralConfig, as_the_table_says: bool) -> None:
-    counterpart = conditioned_counterpart(type(host)) if as_the_table_says else None
-    if counterpart is not None:
-        if next(spectral_layers(host), None) is not None:
-            counterpart.adopt(host, config)
-        return
-    for model in _submodels(host):
-        if next(spectral_layers(model), None) is not None:
-            refuse_to_save(model)  # it would lose its conditioning in silence
+def is_conditioned(model: nn.Module) -> bool:
+    """Whether any projection of `model` has a correction."""
+    return next(spectral_layers(model), None) is not None
+
+
+def adopt(
+    model: nn.Module,
+    is_changed: Callable[[nn.Module], bool],
+    as_the_table_says: bool,
+    why_not: str = NO_COUNTERPART,
+    **settings: Any,
+) -> None:
+    """Give the transformers models in `model` that were changed their conditioned class and configuration.
+
+    Args:
+        model: what was changed.
+        is_changed: says it of a model.
+        as_the_table_says: whether a checkpoint would be changed alike when it is loaded.
+        why_not: what `save_pretrained` says of those that cannot be saved.
+        settings: what `SpectralModelMixin.adopt` takes.
+    """
+    for host in _outermost_pretrained(model):
+        counterpart = conditioned_counterpart(type(host)) if as_the_table_says else None
+        if counterpart is not None:
+            if is_changed(host):
+                counterpart.adopt(host, **settings)
+            continue
+        for submodel in _submodels(host):
+            if is_changed(submodel):
+                refuse_to_save(submodel, why_not)  # it would lose its conditioning in silence
 
 
 def _release(model: nn.Module) -> None:
@@ -413,6 +448,9 @@ def _release(model: nn.Module) -> None:
                 )  # another model may have been built from the same object
             for name in names:
                 setattr(composite.config, name, submodel.config)
+    for submodel in submodels:
+        if is_preconditioned(submodel) and getattr(submodel.config, "preconditioner_config", None) is None:
+            refuse_to_save(submodel, NO_PRECONDITIONED_COUNTERPART)
 
 
 def _agrees_with_table(model: nn.Module, projections: list[Projection], config: SpectralConfig) -> bool:

@@ -20,7 +20,7 @@ from .config import SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .layers import SPECTRAL_CLASSES, correction_matrix, spectral_layers
 from .ordinary import refuse_unordinary
-from .preconditioning import stock_class_of
+from .preconditioner import stock_class_of
 
 INITIALIZATIONS = ("default", "orthogonal", "mimetic", "conditioned")
 # These have a norm of their own, which is kept unless another is asked for.

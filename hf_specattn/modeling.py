@@ -44,6 +44,8 @@ from .conditioning import (
 )
 from .config import INITS, PROJECTIONS, SpectralConfig, check_choice
 from .layers import refuse_replaced, spectral_layers
+from .preconditioner import PreconditionerConfig, preconditioned_layers
+from .preconditioning import attach_preconditioner, find_output_projections, precondition
 from .refreshing import recompute, steps_since_refresh
 
 logger = logging.get_logger(__name__)
@@ -58,6 +60,16 @@ SPECTRAL_FIELDS = (
     "spectral_granularity",
     "spectral_refresh_every",
 )
+PRECONDITIONER_FLAG = "attention_preconditioner"
+# The flag is the axis. The last one is measured, never asked for: the norms that `preconditioner_scale="match"` sets.
+PRECONDITIONER_FIELDS = (
+    PRECONDITIONER_FLAG,
+    "preconditioner_gradient",
+    "preconditioner_scale",
+    "preconditioner_eps",
+    "preconditioner_norms",
+)
+FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
 IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
 
@@ -94,11 +106,24 @@ class SpectralConfigMixin:
 
     Args:
         lambda_: as in [`SpectralConfig`], and so the others with `spectral_` before the name.
-        spectral_conditioning: always true: a stock configuration is what says no.
+        spectral_conditioning: false only beside a preconditioner: a stock configuration is what says no. None: true unless
+            there is a preconditioner.
+        attention_preconditioner: the axis of a [`PreconditionerConfig`]; None for no preconditioner.
+        preconditioner_gradient: as there, and so the others with `preconditioner_` before the name.
+        preconditioner_norms: of each attention, the norm that `preconditioner_scale="match"` sets: what [`precondition`]
+            measured.
     """
 
     stock_config_class: ClassVar[type[PretrainedConfig]]
     model_type: ClassVar[str]
+    # What is not there is not in config.json either: a checkpoint says nothing about what it does not do.
+    lambda_ = None
+    spectral_method = None
+    spectral_targets = None
+    spectral_granularity = None
+    spectral_refresh_every = None
+    attention_preconditioner = None
+    preconditioner_norms = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         conditioned_models(cls.stock_config_class.model_type)  # before an Auto class looks for them
@@ -106,7 +131,7 @@ class SpectralConfigMixin:
 
     def __post_init__(
         self,
-        spectral_conditioning: bool = True,
+        spectral_conditioning: bool | None = None,
         lambda_: Any = None,
         spectral_method: str = "identity",
         spectral_targets: Any = PROJECTIONS,
@@ -114,19 +139,41 @@ class SpectralConfigMixin:
         spectral_refresh_every: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if spectral_conditioning is not True:
+        given = {name: kwargs.pop(name) for name in PRECONDITIONER_FIELDS if name in kwargs}
+        preconditioner = preconditioner_settings(given)
+        if spectral_conditioning is None:
+            spectral_conditioning = preconditioner is None
+        if spectral_conditioning is not True and (spectral_conditioning is not False or preconditioner is None):
             raise ValueError(
                 f"spectral_conditioning={spectral_conditioning!r} contradicts {type(self).__name__}; use "
                 f"{self.stock_config_class.__name__} for a model without conditioning."
             )
-        spectral = SpectralConfig(
-            spectral_method, lambda_, spectral_targets, spectral_granularity, spectral_refresh_every
-        )
-        self._set_spectral(spectral)
+        fields = (spectral_method, lambda_, spectral_targets, spectral_granularity, spectral_refresh_every)
+        if not spectral_conditioning and fields != ("identity", None, PROJECTIONS, "projection", None):
+            raise ValueError(
+                f"{', '.join(SPECTRAL_FIELDS[1:])}: one of them is given and does nothing without "
+                "spectral_conditioning=True; add it, or leave the field out."
+            )
+        self._set_spectral(SpectralConfig(*fields) if spectral_conditioning else None)
+        self._set_preconditioner(preconditioner, given.get("preconditioner_norms"))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
-    def _set_spectral(self, spectral: SpectralConfig) -> None:
-        self.spectral_conditioning = True
+    def _set_preconditioner(self, preconditioner: PreconditionerConfig | None, norms: Sequence[float] | None) -> None:
+        if preconditioner is None:
+            return
+        self.attention_preconditioner = preconditioner.axis
+        self.preconditioner_gradient = preconditioner.gradient
+        self.preconditioner_scale = preconditioner.scale
+        self.preconditioner_eps = preconditioner.eps
+        if norms is not None:
+            self.preconditioner_norms = [float(norm) for norm in norms]
+
+    def _set_spectral(self, spectral: SpectralConfig | None) -> None:
+        self.spectral_conditioning = spectral is not None
+        if spectral is None:
+            for name in SPECTRAL_FIELDS[1:]:
+                self.__dict__.pop(name, None)
+            return
         self.spectral_method = spectral.method
         self.lambda_ = spectral.lambda_
         self.spectral_targets = list(spectral.targets)
@@ -134,9 +181,20 @@ class SpectralConfigMixin:
         self.spectral_refresh_every = spectral.refresh_every
 
     @property
-    def spectral_config(self) -> SpectralConfig:
-        """The fields as a validated [`SpectralConfig`]."""
-        return spectral_settings(vars(self))
+    def spectral_config(self) -> SpectralConfig | None:
+        """The fields as a validated [`SpectralConfig`]; None where there are no corrections."""
+        return spectral_settings(vars(self)) if self.spectral_conditioning else None
+
+    @property
+    def preconditioner_config(self) -> PreconditionerConfig | None:
+        """The fields as a validated [`PreconditionerConfig`]; None where there is no preconditioner."""
+        return preconditioner_settings(vars(self))
+
+    def describe_conditioning(self) -> str:
+        """One short line for logs and reports, such as `identity(lambda_=1.0), preconditioner row(unit, detached)`."""
+        spectral, preconditioner = self.spectral_config, self.preconditioner_config
+        parts = [] if spectral is None else [spectral.describe()]
+        return ", ".join(parts if preconditioner is None else [*parts, f"preconditioner {preconditioner.describe()}"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -148,12 +206,12 @@ class SpectralConfigMixin:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As the stock method; `config_dict` may be stock, and then takes the spectral settings in `kwargs`.
+        """As the stock method; `config_dict` may be stock, and then takes the settings in `kwargs`.
 
         Raises:
             ValueError: if `config_dict` is conditioned and `kwargs` ask for something else.
         """
-        given = {name: kwargs.pop(name) for name in SPECTRAL_FIELDS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         if not IS_REMOTE_CODE:
             # It names files beside the checkpoint, and a checkpoint saved from here has none of them.
             config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
@@ -169,31 +227,48 @@ class SpectralConfigMixin:
         return super().from_dict({**config_dict, **given, "model_type": cls.model_type}, **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def from_stock(cls, config: PretrainedConfig, spectral: SpectralConfig) -> Any:
+    def from_stock(
+        cls,
+        config: PretrainedConfig,
+        spectral: SpectralConfig | None,
+        preconditioner: PreconditionerConfig | None = None,
+        norms: Sequence[float] | None = None,
+    ) -> Any:
         """A conditioned copy of a stock configuration, private state included."""
-        return _recast_config(config, cls, set_spectral=spectral)
+        copied = _recast_config(config, cls)
+        copied._set_spectral(spectral)
+        copied._set_preconditioner(preconditioner, norms)
+        return copied
 
     def to_stock(self) -> PretrainedConfig:
         """A stock copy of this configuration."""
         return _recast_config(self, self.stock_config_class)
 
 
-def _recast_config(config: Any, target: type, set_spectral: SpectralConfig | None = None) -> Any:
+def _recast_config(config: Any, target: type) -> Any:
     # Not through to_dict: that drops the attention implementation and whatever else is set at run time.
     copied = copy.deepcopy(config)
-    for name in (*SPECTRAL_FIELDS, "model_type"):
+    for name in (*FIELDS, "model_type"):
         copied.__dict__.pop(name, None)
     if issubclass(target, SpectralConfigMixin):
         conditioned_models(target.stock_config_class.model_type)
     copied.__class__ = target
-    if set_spectral is not None:
-        copied._set_spectral(set_spectral)
     return copied
 
 
 def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
     """A conditioned checkpoint loads as it was trained: another correction would be another function."""
-    if given.get("spectral_conditioning", True) is not True:
+    _refuse_other_preconditioner(config_dict, given)
+    is_conditioned = config_dict.get(FLAG, True)
+    if not is_conditioned:
+        asked_for = [name for name in SPECTRAL_FIELDS if given.get(name) not in (None, False)]
+        if asked_for:
+            raise ValueError(
+                f"{asked_for[0]}={given[asked_for[0]]!r}: this checkpoint was trained with a preconditioner and no spectral "
+                "conditioning. Load it as it is, then hf_specattn.condition(model, SpectralConfig(...))."
+            )
+        return
+    if given.get("spectral_conditioning", True) not in (True, None):
         raise ValueError(
             f"spectral_conditioning={given['spectral_conditioning']!r}: this checkpoint was trained with spectral "
             "conditioning, and its weights without the corrections compute something else. Load it as it is, call "
@@ -201,7 +276,7 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
         )
     stored = _comparable({name: config_dict[name] for name in SPECTRAL_FIELDS if name in config_dict})
     for name, wanted in given.items():
-        if name in TRAINING_FIELDS or name == "spectral_conditioning":
+        if name in TRAINING_FIELDS or name == "spectral_conditioning" or name not in SPECTRAL_FIELDS:
             continue
         asked = _comparable({**{key: config_dict[key] for key in SPECTRAL_FIELDS if key in config_dict}, name: wanted})
         if asked != stored:
@@ -212,8 +287,24 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
             )
 
 
-def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = SPECTRAL_FIELDS) -> None:
-    """Refuse spectral fields in the configuration of a stock type: its weights may be W or W + C, which no file says.
+def _refuse_other_preconditioner(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
+    stored = {name: config_dict.get(name) for name in PRECONDITIONER_FIELDS}
+    for name in PRECONDITIONER_FIELDS:
+        if name in given and (given[name] or None) != stored[name]:
+            trained = f"{name}={stored[name]!r}" if stored[PRECONDITIONER_FLAG] else "no preconditioner"
+            way_out = (
+                "its weights without it compute something else, and no fold takes it away; start from the stock model"
+                if stored[PRECONDITIONER_FLAG]
+                else "load it as it is, then hf_specattn.precondition(model, PreconditionerConfig(...))"
+            )
+            raise ValueError(
+                f"{name}={given[name]!r}, but this checkpoint was trained with {trained} and loads as it was trained. To "
+                f"change it: {way_out}."
+            )
+
+
+def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = FIELDS) -> None:
+    """Refuse our fields in the configuration of a stock type: its weights may be W or W + C, which no file says.
 
     Args:
         config_dict: the fields of a config.json.
@@ -223,15 +314,15 @@ def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = 
         ValueError: unless they are absent, or the flag alone says no.
     """
     stored = {name: config_dict[name] for name in names if name in config_dict}
-    if not stored or stored == {FLAG: False}:
+    if all(name in (FLAG, PRECONDITIONER_FLAG) and not value for name, value in stored.items()):
         return
     raise ValueError(
         f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
         f"{', '.join(f'{name}={value!r}' for name, value in stored.items())}: a stock class has written it, or somebody has "
         "edited it. If the weights are those of a stock model, take these fields out of config.json, and pass "
-        "spectral_conditioning=True to from_pretrained to condition them. If they were trained with corrections (a stock "
-        "class opened a conditioned checkpoint and saved it), they are W without C: go back to the conditioned checkpoint, "
-        "or to hf_specattn.fold(model) of it."
+        "spectral_conditioning=True (or attention_preconditioner) to from_pretrained to condition them. If they were trained "
+        "with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without C: go back to the "
+        "conditioned checkpoint, or to hf_specattn.fold(model) of it."
     )
 
 
@@ -266,7 +357,7 @@ class SpectralModelMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        """As the stock class; a stock configuration takes the spectral settings in `kwargs`."""
+        """As the stock class; a stock configuration takes the settings in `kwargs`."""
         config, kwargs = self._settle(config, kwargs)
         with _within(is_constructing):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -278,12 +369,23 @@ class SpectralModelMixin:
                 f"{type(self).__name__} was given a {type(self.config).__name__}, which says nothing about conditioning; "
                 f"make it {self.config_class.__name__}.from_stock(config, SpectralConfig(...))."
             )
-        if next(spectral_layers(self), None) is None:  # type: ignore[arg-type]  # some heads build their base by AutoModel
-            attach(self, self.config.spectral_config)  # type: ignore[arg-type]
+        self._attach()
         super().post_init()  # type: ignore[misc]
         set_origin(self, "")  # type: ignore[arg-type]  # the configuration may name the stock checkpoint
         if _loading_stock_weights.get() and self.config.spectral_method == "svd":
             expect_missing(self, r"\.correction$")
+
+    def _attach(self) -> None:
+        # Some heads build their base by AutoModel, and find their projections changed.
+        spectral, preconditioner = self.config.spectral_config, self.config.preconditioner_config
+        if spectral is not None and next(spectral_layers(self), None) is None:  # type: ignore[arg-type]
+            attach(self, spectral)  # type: ignore[arg-type]
+        if preconditioner is None or next(preconditioned_layers(self), None) is not None:  # type: ignore[arg-type]
+            return
+        if preconditioner.scale == "match" and _loading_stock_weights.get():
+            return  # the norms are measured when the weights are there
+        outputs = find_output_projections(self)  # type: ignore[arg-type]
+        attach_preconditioner(self, outputs, preconditioner, self.config.preconditioner_norms)  # type: ignore[arg-type]
 
     def initialize_weights(self) -> None:
         """Initialize what is not, as the stock method; then compute the svd corrections that no checkpoint filled."""
@@ -330,7 +432,7 @@ class SpectralModelMixin:
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
         if conditioned and stored is not None:  # the configuration may have come from elsewhere
-            _refuse_other_settings(stored, {name: getattr(model.config, name) for name in SPECTRAL_FIELDS})
+            _refuse_other_settings(stored, {name: getattr(model.config, name, None) for name in FIELDS})
         if conditioned:
             _check_corrections_loaded(pretrained_model_name_or_path, model, info)
             if model.config.spectral_method == "svd":
@@ -338,6 +440,7 @@ class SpectralModelMixin:
             set_origin(model, model.config.name_or_path)
         else:
             _enter_stock_weights(model, spectral_init or "additive")
+            _enter_preconditioner(model)
         return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -360,34 +463,65 @@ class SpectralModelMixin:
         """As the stock method, in one commit with the code for every head and a generated model card."""
         if IS_REMOTE_CODE:
             return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
+        if self.config.preconditioner_config is not None:
+            raise ValueError(
+                "push_to_hub of a preconditioned model would need a model card that says so, which is not made yet. Call "
+                "save_pretrained(folder) and hf_specattn.checkpoints.remote_code.add_remote_code(Path(folder)), write its "
+                "README.md, and upload it with huggingface_hub.upload_folder."
+            )
         # By its name: an import statement here would make transformers look for that file beside a checkpoint.
         publishing = importlib.import_module(".checkpoints.publishing", __package__)
         return publishing.push_model(self, repo_id, **kwargs)
 
     @classmethod
     def _settle(cls, config: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """The configuration with the spectral settings among `kwargs` entered, and the other keyword arguments.
+        """The configuration with the settings among `kwargs` entered, and the other keyword arguments.
 
         Raises:
             ValueError: if they contradict a conditioned configuration.
         """
-        given = {name: value for name, value in kwargs.items() if name in SPECTRAL_FIELDS}
+        given = {name: value for name, value in kwargs.items() if name in FIELDS}
         if not given or not isinstance(config, PretrainedConfig):
             return config, kwargs  # without a configuration `from_pretrained` gives them to the one that it reads
         if isinstance(config, SpectralConfigMixin):
             _refuse_other_settings(vars(config), given)
         else:
-            config = cls.config_class.from_stock(config, spectral_settings(given))
+            preconditioner = preconditioner_settings(given)
+            spectral = spectral_settings(given) if given.get(FLAG, preconditioner is None) else None
+            if spectral is None and preconditioner is None:
+                raise ValueError(
+                    f"spectral_conditioning={given[FLAG]!r} contradicts {cls.__name__}; use the stock class."
+                )
+            config = cls.config_class.from_stock(config, spectral, preconditioner, given.get("preconditioner_norms"))
         return config, {name: value for name, value in kwargs.items() if name not in given}
 
     @classmethod
-    def adopt(cls, model: PreTrainedModel, spectral: SpectralConfig) -> None:
-        """Give a stock model whose projections were conditioned this class and its configuration."""
-        _replace_config(model, cls.config_class.from_stock(model.config, spectral))
+    def adopt(
+        cls,
+        model: PreTrainedModel,
+        spectral: SpectralConfig | None = None,
+        preconditioner: PreconditionerConfig | None = None,
+        norms: Sequence[float] | None = None,
+    ) -> None:
+        """Give a model whose projections were conditioned, or preconditioned, this class and its configuration.
+
+        What is None stays what it was.
+        """
+        old: Any = model.config
+        if isinstance(old, SpectralConfigMixin):
+            spectral = spectral or old.spectral_config
+            if preconditioner is None:
+                preconditioner, norms = old.preconditioner_config, old.preconditioner_norms
+        _replace_config(model, cls.config_class.from_stock(old, spectral, preconditioner, norms))
         model.__class__ = cls  # type: ignore[assignment]
 
     def release(self) -> None:
-        """Give the folded model its stock class and configuration back."""
+        """Give the folded model its stock class and configuration back; with a preconditioner, one without corrections."""
+        preconditioner = self.config.preconditioner_config
+        if preconditioner is not None:
+            norms = self.config.preconditioner_norms
+            _replace_config(self, self.config_class.from_stock(self.config, None, preconditioner, norms))  # type: ignore[arg-type]
+            return
         _replace_config(self, self.config.to_stock())  # type: ignore[arg-type]
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, SpectralModelMixin):
@@ -444,6 +578,11 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
             f"spectral_init={spectral_init!r}: this checkpoint is conditioned already, and its weights need no entering; "
             "leave spectral_init out."
         )
+    if not getattr(config, FLAG, kwargs.get(FLAG)) and (config is not None or kwargs.get(PRECONDITIONER_FLAG)):
+        raise ValueError(
+            f"spectral_init={spectral_init!r} does nothing without spectral_conditioning=True; add it, or leave "
+            "spectral_init out."
+        )
     every = getattr(config, "spectral_refresh_every", kwargs.get("spectral_refresh_every"))
     if spectral_init == "preserve" and every is not None:
         raise ValueError(
@@ -491,10 +630,30 @@ def _enter_stock_weights(model: Any, spectral_init: str) -> None:
         for layer in layers:
             subtract_correction(layer)
         return
+    if layers and model.config.preconditioner_config is None:
+        logger.warning(
+            f"{type(model).__name__} was loaded from a checkpoint that was not trained conditioned, and adding "
+            f"{model.config.spectral_config.describe()} changes its function: it needs training before use. To keep the "
+            "function pass spectral_init='preserve'; to start from scratch use from_config."
+        )
+
+
+def _enter_preconditioner(model: Any) -> None:
+    """Measure the norms of stock weights where they are to be matched, and say that the function is another one."""
+    preconditioner = model.config.preconditioner_config
+    if preconditioner is None:
+        return
+    if preconditioner.scale == "match":
+        if IS_REMOTE_CODE:
+            raise ValueError(
+                "preconditioner_scale='match' is measured by the package hf_specattn, which this checkpoint's own code is "
+                "not: install it, import hf_specattn, and load the stock checkpoint again."
+            )
+        precondition(model, preconditioner)
     logger.warning(
-        f"{type(model).__name__} was loaded from a checkpoint that was not trained conditioned, and adding "
-        f"{model.config.spectral_config.describe()} changes its function: it needs training before use. To keep the function "
-        "pass spectral_init='preserve'; to start from scratch use from_config."
+        f"{type(model).__name__} was loaded from a checkpoint that was trained without its "
+        f"{model.config.describe_conditioning()}: the function changes, and it needs training before use. A preconditioner "
+        "has no form that keeps the function."
     )
 
 
@@ -510,6 +669,25 @@ def spectral_settings(fields: Mapping[str, Any]) -> SpectralConfig:
         fields.get("spectral_granularity", "projection"),
         fields.get("spectral_refresh_every"),
     )
+
+
+def preconditioner_settings(fields: Mapping[str, Any]) -> PreconditionerConfig | None:
+    """The preconditioner among keyword arguments or the fields of a configuration; None where none is asked for.
+
+    Raises:
+        ValueError: for bad values, and for its other fields without the flag.
+    """
+    names = {name: name.removeprefix("preconditioner_") for name in PRECONDITIONER_FIELDS[1:-1]}
+    given = {names[name]: fields[name] for name in names if name in fields}
+    axis = fields.get(PRECONDITIONER_FLAG)
+    if axis is not None and axis is not False:
+        return PreconditionerConfig(axis, **given)
+    if stray := [name for name in PRECONDITIONER_FIELDS[1:] if fields.get(name) is not None]:
+        raise ValueError(
+            f"{stray[0]}={fields[stray[0]]!r} does nothing without attention_preconditioner='row' or 'column'; add it, or "
+            f"leave {stray[0]} out."
+        )
+    return None
 
 
 def stock_config_class(model_type: str) -> type[PretrainedConfig]:

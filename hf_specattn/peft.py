@@ -36,7 +36,7 @@ from . import compat_extras
 from .architectures import ARCHITECTURES
 from .config import PROJECTIONS
 from .layers import hold_projections, spectral_layers
-from .preconditioning import preconditioned_layers
+from .preconditioner import is_preconditioned, preconditioned_layers
 
 logger = logging.get_logger(__name__)
 
@@ -201,6 +201,7 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
         _refuse_preconditioned(tuner, model, config, kwargs.get("state_dict"))
         if next(spectral_layers(model), None) is not None:
             _refuse_weight_readers(tuner, model, config, kwargs.get("state_dict"))
+        if next(spectral_layers(model), None) is not None or is_preconditioned(model):
             _warn_without_base(model, config)
         inject(tuner, model, adapter_name, *args, **kwargs)
         hold_projections(model)  # below the adapters, too

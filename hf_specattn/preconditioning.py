@@ -15,9 +15,8 @@ attention kernels (SDPA, flash) are not touched, and there is no parameter and n
 import importlib
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from numbers import Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,16 +26,21 @@ from transformers.utils import logging
 from .adapted import refuse_adapters
 from .architectures import UNSTATED, AttentionSpec, attention_specs, output_module, unknown_parts
 from .compat import Conv1D
-from .conditioning import Projection, find_projections
-from .config import check_choice
-from .corrections import at_least_float32
+from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
+from .ordinary import refuse_unordinary
+from .preconditioner import (
+    PRECONDITIONED_CLASSES,
+    PreconditionerConfig,
+    is_preconditioned,
+    make_preconditioned,
+    precondition_heads,
+    preconditioned_layers,
+    stock_class_of,
+)
 
 logger = logging.get_logger(__name__)
 
 SOURCE = "a third-party reading of arXiv 2603.27153"
-AXES = ("row", "column")
-GRADIENTS = ("detached", "through")
-SCALES = ("unit", "rms", "match")
 
 # What a table's row need not know, because it acts on the attention weights or beside the heads' output.
 HARMLESS_PARTS = (
@@ -50,148 +54,6 @@ HARMLESS_PARTS = (
     "conv",  # Nystroemformer's: of the values, added to the output of each head
     "LayerNorm",  # ALBERT's, behind the output projection
 )
-
-
-@dataclass(frozen=True)
-class PreconditionerConfig:
-    """How the output of each head is scaled before the output projection (a third-party reading of arXiv 2603.27153).
-
-    Args:
-        axis: `"row"` divides each position's output by its norm over the head's channels; `"column"` each channel by its
-            norm over the positions. A column mixes positions, so it is refused where they are masked.
-        gradient: `"detached"` takes the norm for a constant in the backward pass, `"through"` differentiates it too.
-        scale: what the norm becomes. `"unit"`: 1. `"rms"`: the root of the number of entries, so that their root mean
-            square is 1 (of rows: RMSNorm per head, without gain). `"match"`: the mean norm that the layer's heads had on
-            a probe when the preconditioner was put on, a fixed number; this control tells the equilibration from the
-            change of scale that the other two bring along.
-        eps: norms below it count as `eps`, so that a head's output of zero stays zero.
-
-    Raises:
-        ValueError: for a value outside these sets; the message says what is allowed.
-    """
-
-    axis: str = "row"
-    gradient: str = "detached"
-    scale: str = "unit"
-    eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        check_choice("axis", self.axis, AXES)
-        check_choice("gradient", self.gradient, GRADIENTS)
-        check_choice("scale", self.scale, SCALES)
-        # bool is a Real, and True would silently mean 1.
-        if isinstance(self.eps, bool) or not isinstance(self.eps, Real) or not 0 < self.eps < math.inf:
-            raise ValueError(f"eps={self.eps!r} is not allowed; give a finite number > 0, such as 1e-6.")
-        object.__setattr__(self, "eps", float(self.eps))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values."""
-        return asdict(self)
-
-    def describe(self) -> str:
-        """One short line for `extra_repr`, logs and reports, such as `row(unit, detached)`."""
-        eps = "" if self.eps == type(self).eps else f", eps={self.eps:g}"
-        return f"{self.axis}({self.scale}, {self.gradient}{eps})"
-
-
-# --- the layer -------------------------------------------------------------------------------------------------------
-
-
-def precondition_heads(
-    input: Tensor, heads: int, preconditioner: PreconditionerConfig, stock_norm: float | None = None
-) -> Tensor:
-    """Each head's output divided by its norms along the axis, `max(norm, eps)`, times what the scale says.
-
-    Norms and quotients are formed in at least float32.
-
-    Args:
-        input: `(..., positions, heads * head_dim)`.
-        heads: the number of heads.
-        preconditioner: the settings.
-        stock_norm: what the norms become with `scale="match"`.
-
-    Returns:
-        The same shape and dtype.
-
-    Raises:
-        ValueError: for the column axis, if `input` has no dimension of positions beside the batch's.
-    """
-    if preconditioner.axis == "column" and input.dim() < 3:
-        raise ValueError(
-            f"axis='column' needs (batch, positions, channels), but what enters the output projection has the shape "
-            f"{tuple(input.shape)}, in which positions of several samples may stand in one row; use axis='row'."
-        )
-    dim = -1 if preconditioner.axis == "row" else -3
-    values = at_least_float32(input.unflatten(-1, (heads, -1)))
-    measured = values.detach() if preconditioner.gradient == "detached" else values
-    norms = torch.linalg.vector_norm(measured, dim=dim, keepdim=True).clamp_min(preconditioner.eps)
-    if preconditioner.scale == "match":
-        assert stock_norm is not None  # measured before the layer took its class
-        factor: Any = stock_norm
-    else:
-        factor = 1.0 if preconditioner.scale == "unit" else values.shape[dim] ** 0.5
-    return (values * (factor / norms)).to(input.dtype).flatten(-2)
-
-
-class PreconditionedLayer(nn.Module):
-    """What preconditioned `Linear` and `Conv1D` share. Made by `make_preconditioned`, never constructed.
-
-    Attributes:
-        preconditioner: the settings.
-        heads: how many heads the input is split into.
-        stock_norm: what the norms become with `scale="match"`; a Python number, which no cast and no sharding changes.
-    """
-
-    weight: Any  # nn.Parameter; declared by the stock class too
-    preconditioner: PreconditionerConfig
-    heads: int
-    stock_norm: float | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The stock product with the preconditioned input: `(..., heads * head_dim)` to `(..., out_features)`."""
-        preconditioned = precondition_heads(input, self.heads, self.preconditioner, self.stock_norm)
-        output: Tensor = super().forward(preconditioned)
-        return output
-
-    def _describe(self) -> str:
-        return f"preconditioner={self.preconditioner.describe()} of {self.heads} heads"
-
-
-class PreconditionedLinear(PreconditionedLayer, nn.Linear):
-    """`nn.Linear` with preconditioned input."""
-
-    def extra_repr(self) -> str:
-        """The stock line, and what was applied."""
-        return f"{super().extra_repr()}, {self._describe()}"
-
-
-class PreconditionedConv1D(PreconditionedLayer, Conv1D):
-    """transformers' `Conv1D` with preconditioned input."""
-
-    def __repr__(self) -> str:
-        return f"Conv1D(nf={self.nf}, nx={self.nx}, {self._describe()})"
-
-
-# Exact types only, as for the corrections: a subclass may read its weight in another way, or its input twice.
-PRECONDITIONED_CLASSES: dict[type[nn.Module], type[PreconditionedLayer]] = {
-    nn.Linear: PreconditionedLinear,
-    Conv1D: PreconditionedConv1D,
-}
-STOCK_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
-    preconditioned: stock for stock, preconditioned in PRECONDITIONED_CLASSES.items()
-}
-
-
-def stock_class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, without the preconditioner if it has one."""
-    return STOCK_CLASSES.get(type(module), type(module))
-
-
-def preconditioned_layers(model: nn.Module) -> Iterator[tuple[str, PreconditionedLayer]]:
-    """`(full name, layer)` of each preconditioned output projection of `model`, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, PreconditionedLayer):
-            yield name, module
 
 
 # --- finding the output projections ----------------------------------------------------------------------------------
@@ -273,7 +135,7 @@ def _output_projection(
     return OutputProjection(full_name, module, name, heads["query"])
 
 
-def _check_axis(model: nn.Module, outputs: Sequence[OutputProjection], preconditioner: PreconditionerConfig) -> None:
+def check_axis(model: nn.Module, outputs: Sequence[OutputProjection], preconditioner: PreconditionerConfig) -> None:
     """Refuse columns where positions are masked by design, or a batch of texts may be padded."""
     if preconditioner.axis != "column":
         return
@@ -305,18 +167,28 @@ def _refuse_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def make_preconditioned(
+def attach_preconditioner(
     model: nn.Module,
     outputs: Sequence[OutputProjection],
     preconditioner: PreconditionerConfig,
     stock_norms: Sequence[float] | None = None,
 ) -> None:
-    """Turn stock output projections into preconditioned ones, in place."""
+    """Turn stock output projections into preconditioned ones, in place, on whatever device (meta too).
+
+    Raises:
+        ValueError: for the column axis where positions are masked, and unless there is a norm for each where norms are
+            matched.
+    """
+    check_axis(model, outputs, preconditioner)
+    if preconditioner.scale == "match" and len(stock_norms or ()) != len(outputs):
+        raise ValueError(
+            f"scale='match' needs the mean norm of each attention's heads, measured on its weights: there are "
+            f"{len(stock_norms or ())} norms for {len(outputs)} attentions. Make or load the stock model with its weights "
+            "and layers, then call hf_specattn.precondition(model, PreconditionerConfig(scale='match'))."
+        )
     for index, item in enumerate(outputs):
-        module = item.module
-        module.__class__ = PRECONDITIONED_CLASSES[type(module)]
-        module.preconditioner, module.heads = preconditioner, item.heads
-        module.stock_norm = None if stock_norms is None else stock_norms[index]
+        stock_norm = float(stock_norms[index]) if stock_norms and preconditioner.scale == "match" else None
+        make_preconditioned(item.module, item.heads, preconditioner, stock_norm)
         if preconditioner.axis == "column":
             model.get_submodule(item.attention).register_forward_pre_hook(_refuse_masks, with_kwargs=True)
 
@@ -459,7 +331,8 @@ def precondition(
 
     What enters each output projection is split into heads and divided by its norms, as `config` says. The *function
     changes*, so a trained model needs training afterwards, and no `fold` undoes it. Condition numbers may rise as well as
-    fall; the reports say which.
+    fall; the reports say which. Like [`condition`], it gives a transformers model of a known architecture its class and
+    configuration, so that `save_pretrained` writes a checkpoint that loads preconditioned; others refuse to be saved.
 
     Args:
         model: any module that contains attention whose output projection the table in `architectures.py` knows; with
@@ -484,8 +357,29 @@ def precondition(
     check_not_preconditioned(model)
     refuse_adapters(model)
     outputs = find_output_projections(model, architecture)
-    _check_axis(model, outputs, config)
-    return _measured(model, outputs, config, probe)
+    refuse_unordinary(
+        model, [(item.name, item.module) for item in outputs], "precondition", sharded=True, reads_only=True
+    )
+    check_axis(model, outputs, config)
+    as_the_table_says = architecture is None or _agrees_with_table(model, outputs)
+    attended = _attended(model, outputs, probe)
+    reports = [_report(item, attended[item.module], config) for item in outputs]
+    norms = [report.norm_after for report in reports] if config.scale == "match" else None
+    attach_preconditioner(model, outputs, config, norms)
+    adopt(
+        model, is_preconditioned, as_the_table_says, NO_PRECONDITIONED_COUNTERPART, preconditioner=config, norms=norms
+    )
+    set_origin(model, "")
+    return reports
+
+
+def _agrees_with_table(model: nn.Module, outputs: Sequence[OutputProjection]) -> bool:
+    """Whether a checkpoint, which is preconditioned by the table when it is loaded, would be preconditioned alike."""
+    try:
+        by_table = find_output_projections(model)
+    except ValueError:
+        return False
+    return [(item.name, item.heads) for item in by_table] == [(item.name, item.heads) for item in outputs]
 
 
 def check_not_preconditioned(model: nn.Module) -> None:
@@ -496,20 +390,6 @@ def check_not_preconditioned(model: nn.Module) -> None:
             f"{first[0]} is already preconditioned with {first[1].preconditioner.describe()}; start from the stock model to "
             "choose other settings."
         )
-
-
-def _measured(
-    model: nn.Module,
-    outputs: Sequence[OutputProjection],
-    config: PreconditionerConfig,
-    probe: Mapping[str, Any] | None,
-) -> list[PreconditionReport]:
-    """The reports of stock attentions, which are preconditioned then."""
-    attended = _attended(model, outputs, probe)
-    reports = [_report(item, attended[item.module], config) for item in outputs]
-    norms = [report.norm_after for report in reports] if config.scale == "match" else None
-    make_preconditioned(model, outputs, config, norms)
-    return reports
 
 
 def _attended(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..architectures import ARCHITECTURES
 from ..conditioning import find_projections
-from ..modeling import MODEL_TYPE_PREFIX, crammed_bert_classes
+from ..modeling import MODEL_TYPE_PREFIX, PRECONDITIONER_FLAG, crammed_bert_classes
 from .remote_code import refuse_outside
 
 CONFIG = "config.json"
@@ -106,6 +106,7 @@ def find_source(
     folder, hub_id, commit = _locate(path_or_id, revision, allow_pickle, cache_dir)
     config = _read_config(folder, path_or_id)
     _refuse_quantized_config(config, path_or_id)
+    _refuse_preconditioned(config, path_or_id)
     shards, is_pickle = _list_shards(folder, path_or_id, allow_pickle)
     shards, dtypes = (shards, {}) if is_pickle else _open_shards(folder, shards)
     model_class = _model_class(config, path_or_id)
@@ -127,6 +128,15 @@ def find_source(
         is_pickle=is_pickle,
         model_class=model_class,
     )
+
+
+def _refuse_preconditioned(config: dict[str, Any], path_or_id: str) -> None:
+    axis = config.get(PRECONDITIONER_FLAG)
+    if axis and str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        raise SourceError(
+            f"{path_or_id} is preconditioned ({PRECONDITIONER_FLAG}={axis!r}), which `specattn` does not handle. Load it "
+            "with an Auto class, and save, fold or look at the model itself (docs/preconditioning.md)."
+        )
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:

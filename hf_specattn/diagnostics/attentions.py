@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..architectures import AttentionSpec, attention_specs
 from ..conditioning import Projection, find_projections
 from ..layers import SPECTRAL_CLASSES, SpectralLayer
-from ..preconditioning import stock_class_of
+from ..preconditioner import stock_class_of
 
 Architecture = AttentionSpec | Sequence[AttentionSpec] | None
 

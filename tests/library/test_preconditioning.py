@@ -33,12 +33,8 @@ from hf_specattn import (
     format_preconditioning,
     precondition,
 )
-from hf_specattn.preconditioning import (
-    find_output_projections,
-    head_condition,
-    precondition_heads,
-    preconditioned_layers,
-)
+from hf_specattn.preconditioner import precondition_heads, preconditioned_layers
+from hf_specattn.preconditioning import find_output_projections, head_condition
 
 BERT, GPT2, VIT = (ARCHITECTURES[name] for name in ("bert", "gpt2", "vit"))
 ROW, THROUGH = PreconditionerConfig(), PreconditionerConfig(gradient="through")

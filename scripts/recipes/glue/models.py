@@ -175,7 +175,7 @@ def _variant(
     if spectral.spectral_conditioning:
         conditioning = spectral_label(RunMetrics(arguments=asdict(spectral)))
     elif hasattr(config, "spectral_config"):
-        conditioning = config.spectral_config.describe()
+        conditioning = config.describe_conditioning()
     fingerprint = model_fingerprint(path, config, spectral.init if loading else None)
     ignore = arguments.ignore_mismatched_sizes
     return ModelVariant(label, path, loading, conditioning, lora, fingerprint, tokenizer, ignore)
@@ -187,7 +187,7 @@ def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
         return config
     if hasattr(config, "spectral_config"):
         raise ModelError(
-            f"{path} is conditioned already ({config.spectral_config.describe()}) and is fine-tuned as it is; leave out "
+            f"{path} is conditioned already ({config.describe_conditioning()}) and is fine-tuned as it is; leave out "
             "--spectral_conditioning, or name stock checkpoints."
         )
     return _read_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})

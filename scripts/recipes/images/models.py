@@ -144,7 +144,7 @@ def condition_model(model: PreTrainedModel, spectral: SpectralArguments) -> list
             return []
         raise ImageModelError(
             f"The flags ask for {config.describe()}, and the checkpoint was trained with "
-            f"{model.config.spectral_config.describe()}. Leave the flags out to go on as it is; to change it, fold the model "
+            f"{model.config.describe_conditioning()}. Leave the flags out to go on as it is; to change it, fold the model "
             "(hf_specattn.fold), save it, and condition it anew."
         )
     try:

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from hf_specattn import PreconditionerConfig, SpectralConfig, balance, condition, fold, precondition
 from hf_specattn.balance import PRECONDITIONER
 from hf_specattn.diagnostics import attention_entropy, spectra
-from hf_specattn.preconditioning import preconditioned_layers
+from hf_specattn.preconditioner import preconditioned_layers
 
 pytestmark = pytest.mark.integration
 
