@@ -12,6 +12,7 @@ It acts on what enters the output projection, split by heads, by the same change
 attention kernels (SDPA, flash) are not touched, and there is no parameter and no buffer.
 """
 
+import functools
 import importlib
 import inspect
 import math
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapted import refuse_adapters
@@ -155,11 +157,22 @@ def check_axis(model: nn.Module, outputs: Sequence[OutputProjection], preconditi
         )
 
 
-def _refuse_masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """A hook of attentions with the column axis: only the forward pass knows of a mask that a caller gives."""
+def _hook_masks(model: nn.Module) -> None:
+    """Let the forward pass of a model with the column axis refuse a mask that a caller gives: only there is it known.
+
+    Not that of its attentions: while a graph is traced, transformers makes them a mask of its own that masks nothing.
+    """
+    for module in model.modules():
+        if module is model or isinstance(module, PreTrainedModel):
+            parameters = inspect.signature(module.forward).parameters
+            places = tuple(place for place, name in enumerate(parameters) if name.endswith("mask"))
+            module.register_forward_pre_hook(functools.partial(_refuse_masks, places), with_kwargs=True)
+
+
+def _refuse_masks(places: tuple[int, ...], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     masks = [name for name, value in kwargs.items() if name.endswith("mask") and value is not None]
     masks += ["is_causal"] if kwargs.get("is_causal") else []
-    masks += ["a mask"] if any(isinstance(value, Tensor) for value in args[1:]) else []
+    masks += ["a mask" for place in places if place < len(args) and args[place] is not None]
     if masks:
         raise ValueError(
             f"{type(module).__name__} got {masks[0]}, and axis='column' scales each channel by its norm over all positions, "
@@ -189,8 +202,8 @@ def attach_preconditioner(
     for index, item in enumerate(outputs):
         stock_norm = float(stock_norms[index]) if stock_norms and preconditioner.scale == "match" else None
         make_preconditioned(item.module, item.heads, preconditioner, stock_norm)
-        if preconditioner.axis == "column":
-            model.get_submodule(item.attention).register_forward_pre_hook(_refuse_masks, with_kwargs=True)
+    if preconditioner.axis == "column":
+        _hook_masks(model)
 
 
 # --- the reports -----------------------------------------------------------------------------------------------------

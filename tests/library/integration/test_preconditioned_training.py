@@ -87,10 +87,31 @@ def test_columns_refuse_a_mask_in_the_forward_pass():
     model = preconditioned(VIT, PreconditionerConfig("column"))
     batch = VIT.batch(dtype=torch.float32)
     model(**batch)
-    with pytest.raises(ValueError, match=r"Attention got (a mask|attention_mask).*axis='column'.*use axis='row'"):
-        model(**batch, attention_mask=torch.tensor([[True] * 4 + [False]] * 2))
-    with pytest.raises(ValueError, match=r"got (a mask|attention_mask)"):  # a copy refuses too
-        copy.deepcopy(model)(**batch, attention_mask=torch.tensor([[True] * 4 + [False]] * 2))
+    mask = torch.tensor([[True] * 4 + [False]] * 2)
+    with pytest.raises(ValueError, match=r"ViTModel got attention_mask.*axis='column'.*use axis='row'"):
+        model(**batch, attention_mask=mask)
+    with pytest.raises(ValueError, match="got attention_mask"):  # a copy refuses too
+        copy.deepcopy(model)(**batch, attention_mask=mask)
+    whole = preconditioned(VIT, PreconditionerConfig("column"), "AutoModelForImageClassification")
+    whole(**batch)
+    with pytest.raises(ValueError, match="ViTForImageClassification got attention_mask"):
+        whole(**batch, attention_mask=mask)
+    with pytest.raises(ValueError, match="ViTModel got attention_mask"):
+        whole.vit(**batch, attention_mask=mask)
+
+
+def test_columns_of_a_timm_model_refuse_masks():
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, img_size=32, embed_dim=32, depth=1, num_heads=4
+    ).eval()
+    images = torch.randn(2, 3, 32, 32)
+    precondition(model, PreconditionerConfig("column"), probe={"x": images})
+    model(images)
+    for masked in ((images, torch.ones(5, 5, dtype=torch.bool)), (images,)):
+        with pytest.raises(ValueError, match=r"VisionTransformer got (a mask|is_causal)"):
+            model(*masked, **({} if len(masked) > 1 else {"is_causal": True}))
 
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
