@@ -42,6 +42,8 @@ from hf_specattn.conditioning import find_projections
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
 from hf_specattn.layers import make_spectral
+from hf_specattn.preconditioner import PreconditionerConfig
+from hf_specattn.preconditioning import attach_preconditioner, find_output_projections
 from hf_specattn.refreshing import recompute, recompute_by_products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
@@ -60,10 +62,12 @@ class Variant:
     Args:
         prepare: changes a stock model, in place on its device.
         after_step: called with the model after each of the optimizer's steps; its time counts.
+        folds: whether `fold` makes stock modules of it.
     """
 
     prepare: Callable[[nn.Module], None]
     after_step: Callable[[nn.Module], None] | None = None
+    folds: bool = True
 
 
 def conditioned(*args: Any, after_step: Callable[[nn.Module], None] | None = None, **kwargs: Any) -> Variant:
@@ -81,6 +85,7 @@ VARIANTS = {
     # Refreshed in every step. Beside svd, `--refresh_every` has the shares of a refresh timed by itself.
     "svd_products": conditioned("svd", refresh_every=1, after_step=partial(refresh, exact=False)),
     "svd_exact": conditioned("svd", refresh_every=1, after_step=partial(refresh, exact=True)),
+    "preconditioned": Variant(lambda model: precondition_model(model, PreconditionerConfig()), folds=False),
 }
 # timm's names of the paper's families, by scale; ViT-B itself is "vit".
 TIMM = {
@@ -231,6 +236,11 @@ def condition_model(model: nn.Module, config: SpectralConfig) -> None:
     else:
         for layer in layers:
             recompute(layer)
+
+
+def precondition_model(model: nn.Module, config: PreconditionerConfig) -> None:
+    """Precondition in place on the model's device, without the probe and the reports of `precondition`."""
+    attach_preconditioner(model, find_output_projections(model), config)
 
 
 class TrainingStep:
@@ -460,7 +470,8 @@ def measure(model: str, dtype: str, mode: str, arguments: BenchArguments) -> dic
         numbers["seconds"] = [round(value, 6) for value in seconds[name]]
     dynamic = refreshing(steps, arguments) if "svd" in steps and arguments.refresh_every else None
     for name in arguments.variants:
-        check_fold(steps[name].model, steps[STOCK].model)
+        if VARIANTS[name].folds:
+            check_fold(steps[name].model, steps[STOCK].model)
     stock = steps[STOCK].model
     size = {"layers": stock.config.num_hidden_layers, "parameters": stock.num_parameters()}
     return {"model": model, "dtype": dtype, "mode": mode, **size, "variants": variants, "refreshing": dynamic}
@@ -521,7 +532,7 @@ EXPLANATIONS = (
     "- Other elements written: by all other operations of those passes, in eager mode with attention as plain products "
     "and a softmax. This is where a correction shows. C is added to the weights once a forward pass, so its share falls as "
     "the batch grows; identity in half precision is added to the outputs instead, and keeps its share.",
-    "- After `fold` each variant has the same module types as stock (checked), so it costs the same.",
+    "- After `fold` each conditioned variant has the same module types as stock (checked), so it costs the same.",
 )
 
 

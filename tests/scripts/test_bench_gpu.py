@@ -389,6 +389,25 @@ def test_stock_stays_for_the_next_variants_of_the_same_model(steps, monkeypatch)
     assert outcome.rows[1][4].startswith(f"{ratios[steps.CONTROL]['median']:.3f} (")
 
 
+def test_every_variant_of_every_model_is_a_part(steps):
+    from_device = steps.Options("cuda", False)
+    names = [part.name for part in steps.parts(from_device)]
+    expected = {
+        f"{model}, {mode}: {group}"
+        for model in ("bert", "vit")
+        for mode in ("eager", "compiled")
+        for group in steps.GROUPS
+    }
+    assert set(names) == expected - {"bert, compiled: svd, exact", "vit, compiled: svd, exact"}
+    assert names[0] == "bert, eager: identity"
+    assert names[-2:] == ["bert, eager: svd, exact", "vit, eager: svd, exact"]  # they take long
+    pytest.importorskip("timm")
+    families = [part.name for part in steps.families(from_device)]
+    assert len(families) == len(set(families)) == 2 * (4 * 3 - 2)
+    assert {"deit, eager: preconditioned", "xcit, compiled: svd, products"} < set(families)
+    assert "davit, eager: preconditioned" not in families
+
+
 # --- correctness -----------------------------------------------------------------------------------------------------
 
 
