@@ -17,24 +17,12 @@ from hf_specattn.checkpoints.cards import TEMPLATE_OF
 from hf_specattn.checkpoints.conversion import Options, convert, fold_checkpoint
 from hf_specattn.checkpoints.evaluations import write_evaluations
 from hf_specattn.checkpoints.publishing import PublishingError, plan, publish
+from hf_specattn.checkpoints.remote_code import source_files
 from hf_specattn.checkpoints.sources import SourceError
 
 BERT = ARCHITECTURES["bert"]
 CRAMMED_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-CODE = {
-    "adapted.py",
-    "architectures.py",
-    "compat.py",
-    "conditioning.py",
-    "config.py",
-    "corrections.py",
-    "crammed_bert.py",
-    "layers.py",
-    "modeling.py",
-    "refreshing.py",
-    "polar.py",
-    "reports.py",
-}
+CODE = {file.name for file in source_files("specattn_bert")}  # which these are: test_imports.py
 SECRET = "hf_thisIsASecretToken"
 
 
