@@ -28,7 +28,7 @@ from bench_step import (
     ratios,
     time_rounds,
 )
-from gpu_parts import NOT_HERE, Options, Outcome, Part, free_memory
+from gpu_parts import NOT_HERE, Options, Outcome, Part, free_memory, one_line
 from torch.profiler import ProfilerActivity, profile
 
 # What is measured in the same rounds: names of `bench_step.VARIANTS`. Another row here is another variant to measure.
@@ -144,7 +144,10 @@ class Bench:
         step = TrainingStep(case.model, name, DTYPE, case.mode, self.arguments(case.model))
         numbers: dict[str, Any] = {"memory_bytes": peak_memory(step, base)}
         if self.options.device == "cuda" and name not in UNCOUNTED:
-            numbers["events"] = dict(device_events(step, ProfilerActivity.CUDA))
+            try:
+                numbers["events"] = dict(device_events(step, ProfilerActivity.CUDA))
+            except (RuntimeError, AssertionError) as error:  # a profiler that does not work must not cost us the times
+                numbers["uncounted"] = one_line(error)
         print(f"{case.name}: {name} is ready", file=sys.stderr, flush=True)
         return step, numbers
 
@@ -238,11 +241,11 @@ def row(
 def kernels_cell(numbers: Mapping[str, Any], stock: Mapping[str, Any]) -> str:
     """Kernels, beside them copies and fills, and the difference from stock's."""
     if "events" not in numbers:
-        return NOT_HERE
+        return numbers.get("uncounted", NOT_HERE)
     kernels, others = (total(numbers["events"], names) for names in (KERNELS, COPIES))
     if not kernels:
         return "the profiler saw none"
-    more = "" if numbers is stock else f" ({kernels - total(stock['events'], KERNELS):+,})"
+    more = "" if numbers is stock or "events" not in stock else f" ({kernels - total(stock['events'], KERNELS):+,})"
     return f"{kernels:,}{more}, {others} copies"
 
 

@@ -346,6 +346,8 @@ def test_kernels_are_counted_apart_from_copies_and_against_stock(steps):
     assert steps.kernels_cell(numbers, stock) == "1,272 (+72), 2 copies"
     assert steps.kernels_cell({}, {}) == "not on this device"
     assert steps.kernels_cell({"events": {"cuda_runtime": 1}}, stock) == "the profiler saw none"
+    assert steps.kernels_cell({"uncounted": "RuntimeError: no CUPTI"}, stock) == "RuntimeError: no CUPTI"
+    assert steps.kernels_cell(numbers, {"uncounted": "RuntimeError: no CUPTI"}) == "1,272, 2 copies"
 
 
 def test_the_profilers_events_are_counted_by_category(steps):
@@ -450,7 +452,7 @@ def test_nan_and_one_wrong_entry_fail(correctness):
         "nan: nan, where 2.0e-03 is allowed",
     ]
     (row,) = correctness.summarized(checks.outcome, lambda check: "all").rows
-    assert row == ["all, closest: nan", "nan", "2.0e-03", "1 of 3"]
+    assert row == ["nan", "nan", "2.0e-03", "1 of 3"]
 
 
 @pytest.mark.parametrize("name", ["FLOAT32", "BF16", "FP16_WEIGHTS"])
@@ -489,6 +491,21 @@ def test_a_lost_diagonal_fails(correctness, monkeypatch):
 
     monkeypatch.setattr(correctness, "new_layer", without_diagonal)
     assert len(correctness.diagonal(options).failures) == 4
+
+
+def test_an_attention_kernel_that_is_missing_fails_alone(correctness, monkeypatch):
+    # torch has the memory-efficient kernel for GPUs only, so that forcing it here is an error.
+    monkeypatch.setattr(
+        correctness,
+        "BACKENDS",
+        {"flash": correctness.SDPBackend.EFFICIENT_ATTENTION, "math": correctness.SDPBackend.MATH},
+    )
+    options = correctness.Options("cpu", True)
+    monkeypatch.setattr(correctness, "ON_GPUS_ONLY", ())
+    outcome = correctness.attention_kernels(options)
+    assert len(outcome.failures) == 4
+    assert all(", flash: RuntimeError: No viable backend" in failure for failure in outcome.failures)
+    assert sum(number["passed"] for number in outcome.numbers) == 8  # logits and gradients by "math"
 
 
 # --- everything ------------------------------------------------------------------------------------------------------
