@@ -123,7 +123,7 @@ def describe_difference(difference: PairedDifference | None, is_reference: bool,
         return (NOTHING, NOTHING) if is_reference else ("no common seed", NOTHING)
     mean = f"{difference.mean:+.{digits}f} ({len(difference.seeds)})"
     if difference.interval is None:
-        return mean, "one seed: no interval"
+        return mean, NOTHING
     low, high = difference.interval
     return mean, f"{low:+.{digits}f} to {high:+.{digits}f}{', contains 0' if difference.contains_zero else ''}"
 
@@ -156,7 +156,9 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric, argum
         if len(others) > 1:
             lines.append("Each interval stands by itself: among many comparisons some leave out 0 by chance.")
     if any(difference is not None and difference.interval is None for difference in differences):
-        lines.append("A difference of one seed has no interval and is no evidence for either side.")
+        lines.append(
+            "A difference of one seed, or the same for each seed, has no interval and is no evidence for either side."
+        )
     if len({hardware(run) for run in runs}) > 1:
         lines.append(f"Speeds do not compare: the runs differ in {', '.join(HARDWARE)}.")
     else:

@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 from scripts_loading import REPOSITORY, load_script
 
+from recipes.compare.comparison import METRICS
+
 SCRIPT = REPOSITORY / "scripts" / "compare_runs.py"
 
 LOSSES = {"stock": (3.10, 3.40, 3.05), "identity": (3.00, 3.35, 2.99)}
@@ -60,9 +62,12 @@ def test_the_table(compare_runs, runs, capsys):
     assert rows["stock"] == ["3", "3.1833", "0.1893", "24.13", "1,002", "–", "–"]
     low, high = stats.ttest_rel(LOSSES["identity"], LOSSES["stock"]).confidence_interval(0.95)
     assert rows["identity, lambda 1"][-2:] == ["-0.0700 (3)", f"{low:+.4f} to {high:+.4f}"]
-    assert rows["svd"][-2:] == ["+0.9500 (1)", "one seed: no interval"]
+    assert rows["svd"][-2:] == ["+0.9500 (1)", "–"]
     assert "4 steps, 4,096 training tokens, the same 5,000 validation tokens" in text
-    assert "A difference of one seed has no interval and is no evidence for either side." in text
+    assert (
+        "A difference of one seed, or the same for each seed, has no interval and is no evidence for either side."
+        in text
+    )
     assert "Each interval stands by itself" in text
 
 
@@ -71,7 +76,7 @@ def test_another_reference_and_labels(compare_runs, runs, capsys):
     text = capsys.readouterr().out
     rows = rows_of(text)
     assert rows["C"][-2:] == ["–", "–"]
-    assert rows["B\\|b"][-2:] == ["-0.9500 (1)", "one seed: no interval"]
+    assert rows["B\\|b"][-2:] == ["-0.9500 (1)", "–"]
     assert "A: identity, lambda 1." in text
     assert "C: svd." in text
 
@@ -171,7 +176,7 @@ def test_the_picture_names_axes_and_units_and_shows_every_run(compare_runs, runs
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(runs)), compare_runs.METRICS["tokens"]["loss"])
+    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(runs)), METRICS["tokens"]["loss"])
     training, validation, final = figures[0].axes
     assert [axes.get_xlabel() for axes in (training, validation, final)] == [
         "optimizer step",
@@ -231,9 +236,7 @@ def test_runs_that_share_a_time_budget_are_drawn_over_tokens(compare_runs, timed
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    compare_runs.picture(
-        compare_runs.group_runs(compare_runs.read_runs(timed_runs)), compare_runs.METRICS["tokens"]["loss"]
-    )
+    compare_runs.picture(compare_runs.group_runs(compare_runs.read_runs(timed_runs)), METRICS["tokens"]["loss"])
     training, validation, _ = figures[0].axes
     assert training.get_xlabel() == validation.get_xlabel() == "training tokens"
     mean = next(line for line in training.lines if line.get_label() == "stock")

@@ -1,7 +1,6 @@
 """Finished runs side by side: reading them, grouping them by settings, paired differences over seeds."""
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -198,7 +197,7 @@ class PairedDifference:
     Attributes:
         mean: of the differences.
         seeds: the common seeds.
-        interval: the ends of the confidence interval of the mean; None for one seed.
+        interval: the ends of the confidence interval of the mean; None for one seed, and for equal differences.
     """
 
     mean: float
@@ -431,7 +430,7 @@ def paired_difference(
         confidence: of the interval, between 0 and 1.
 
     Returns:
-        None where no seed is common; no interval where only one is.
+        None where no seed is common; no interval where only one is, or where all differences are equal.
 
     Raises:
         ImportError: if scipy is missing and an interval is due.
@@ -439,26 +438,17 @@ def paired_difference(
     seeds = tuple(sorted(values.keys() & reference.keys()))
     if not seeds:
         return None
-    differences = [values[seed] - reference[seed] for seed in seeds]
-    mean = fmean(differences)
-    if len(seeds) == 1:
-        return PairedDifference(mean, seeds, None)
-    half = student_t(confidence, len(seeds) - 1) * stdev(differences) / math.sqrt(len(seeds))
-    return PairedDifference(mean, seeds, (mean - half, mean + half))
-
-
-def student_t(confidence: float, degrees: int) -> float:
-    """Return the t beyond which, on both sides together, `1 - confidence` of Student's distribution lies.
-
-    Raises:
-        ImportError: if scipy is missing.
-    """
+    ours, others = [values[seed] for seed in seeds], [reference[seed] for seed in seeds]
+    differences = [mine - theirs for mine, theirs in zip(ours, others)]
+    if len(set(differences)) == 1:
+        return PairedDifference(fmean(differences), seeds, None)
     try:
         # Imported here: training and its metrics must run where scipy is missing.
         from scipy import stats
     except ImportError as error:
         raise ImportError("The intervals need scipy, which is not installed: pip install scipy.") from error
-    return float(stats.t.ppf((1 + confidence) / 2, degrees))
+    low, high = stats.ttest_rel(ours, others).confidence_interval(confidence)
+    return PairedDifference(fmean(differences), seeds, (float(low), float(high)))
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:

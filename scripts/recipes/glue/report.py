@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
@@ -111,7 +112,7 @@ def _interval_cell(difference: PairedDifference | None) -> str:
     if difference is None:
         return NOTHING
     if difference.interval is None:
-        return "one seed" if len(difference.seeds) == 1 else "needs scipy"
+        return "needs scipy" if len(difference.seeds) > 1 and find_spec("scipy") is None else NOTHING
     low, high = difference.interval
     return f"{low:+.2f} to {high:+.2f}"
 

@@ -172,7 +172,7 @@ def _difference(cell: Cell, reference: Cell, results: Results) -> str:
         return "no common seed"
     text = f"{found.mean:+.{results.metric.digits}f}"
     if found.interval is None:
-        return f"{text} (one seed)"
+        return f"{text} ({NOTHING})"
     low, high = (f"{end:+.{results.metric.digits}f}" for end in found.interval)
     return f"{text} ({low} to {high})"
 
