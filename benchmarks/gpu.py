@@ -189,7 +189,7 @@ def run_child(item: Item, options: Options, done: Sequence[str], log: Any, limit
     ends = time.monotonic() + limit_s
     # A group of its own, to be killed with all its children; no session of its own, or it might outlive this command.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, preexec_fn=os.setpgrp
+        command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, process_group=0
     )
     lines: queue.Queue[str] = queue.Queue()
 
@@ -204,9 +204,8 @@ def run_child(item: Item, options: Options, done: Sequence[str], log: Any, limit
         while line := lines.get(timeout=max(0.0, ends - time.monotonic())):
             yield json.loads(line)
         code = 0
-        with contextlib.suppress(
-            subprocess.TimeoutExpired
-        ):  # all was reported: how long it takes to end does not matter
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # All was reported, and a process that does not end by itself is ended below.
             code = process.wait(timeout=10)
         yield {"ended": f"its process ended with code {code}; the log may say why" if code else None}
     except queue.Empty:
