@@ -176,6 +176,7 @@ def fold(model: nn.Module) -> nn.Module:
     _release(model)
     set_origin(model, "")
     if is_preconditioned(model):
+        hold_projections(model)
         logger.warning(
             "The corrections are folded, and the preconditioner of attention stays: no weight can hold it, and its "
             "checkpoints need this package as before."

@@ -6,6 +6,7 @@ names, hooks, devices and tied references stay as they were.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -150,7 +151,17 @@ def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
     return torch.add(output, term, alpha=lambda_)
 
 
-class SpectralLayer(nn.Module):
+class ChangedLayer(nn.Module):
+    """A stock module that computes something else since its class was changed: nothing may take its place in silence.
+
+    Attributes:
+        lost: what would be lost with it, and the way out.
+    """
+
+    lost: str
+
+
+class SpectralLayer(ChangedLayer):
     """What conditioned `Linear` and `Conv1D` share. Made by `make_spectral`, never constructed.
 
     Attributes:
@@ -160,6 +171,10 @@ class SpectralLayer(nn.Module):
             number in `spectral` cannot be cast, sharded or lost.
     """
 
+    lost = (
+        "would compute with W instead of W + C. Call hf_specattn.fold(model) before quantizing the model or converting it to "
+        "fp8: the folded model has W + C as its plain weights."
+    )
     weight: Any  # nn.Parameter; declared by the stock class too
     bias: Any
     correction: Tensor
@@ -286,44 +301,41 @@ def make_stock(layer: SpectralLayer) -> nn.Module:
 
 
 class HeldModules(dict[str, Any]):
-    """The submodules of an attention, where no conditioned projection can be replaced by something else.
+    """The submodules of an attention, where no projection whose class was changed can be replaced by something else.
 
     Quantizers and fp8 converters put modules of their own in the place of everything that is an `nn.Linear`, with its `W`.
     They all do so by an entry here. Adapters, which keep the projection within what they put in its place, go through.
 
     Attributes:
-        held: names of the conditioned projections.
+        held: names of the projections, and what would be lost with each.
     """
 
-    held: frozenset[str] = frozenset()
+    held: Mapping[str, str] = MappingProxyType({})
 
     def __setitem__(self, name: str, module: Any) -> None:
-        if name in self.held and module is not None and not is_conditioned(module):
-            raise ValueError(replaced_message(name, module))
+        if name in self.held and module is not None and not is_kept(module):
+            raise ValueError(replaced_message(name, module, self.held[name]))
         super().__setitem__(name, module)
 
 
-def is_conditioned(module: nn.Module) -> bool:
-    """Whether a module is a conditioned projection, or has one in it."""
-    return any(isinstance(each, SpectralLayer) for each in module.modules())
+def is_kept(module: nn.Module) -> bool:
+    """Whether a module is one whose class was changed, or has one in it."""
+    return any(isinstance(each, ChangedLayer) for each in module.modules())
 
 
-def replaced_message(name: str, module: nn.Module) -> str:
+def replaced_message(name: str, module: nn.Module, lost: str) -> str:
     """What is wrong with a module in the place of a conditioned projection."""
-    return (
-        f"A {type(module).__module__}.{type(module).__name__} in the place of the conditioned projection {name} would "
-        "compute with W instead of W + C. Call hf_specattn.fold(model) before quantizing the model or converting it to fp8: "
-        "the folded model has W + C as its plain weights."
-    )
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    return f"A {kind} in the place of the conditioned projection {name} {lost}"
 
 
 def hold_projections(model: nn.Module) -> None:
     """Let no conditioned projection of `model` be replaced, until it is folded."""
     for module in model.modules():
-        names = frozenset(name for name, child in module.named_children() if isinstance(child, SpectralLayer))
-        if names:
+        lost = {name: child.lost for name, child in module.named_children() if isinstance(child, ChangedLayer)}
+        if lost:
             held = HeldModules(submodules(module))
-            held.held = names
+            held.held = lost
             set_submodules(module, held)
 
 
@@ -342,10 +354,10 @@ def refuse_replaced(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         children = submodules(module)
-        for child in sorted(getattr(children, "held", ())):
+        for child, lost in sorted(getattr(children, "held", {}).items()):
             replacement = children.get(child)
-            if replacement is not None and not is_conditioned(replacement):
-                raise ValueError(replaced_message(f"{name}.{child}" if name else child, replacement))
+            if replacement is not None and not is_kept(replacement):
+                raise ValueError(replaced_message(f"{name}.{child}" if name else child, replacement, lost))
 
 
 def spectral_layers(model: nn.Module) -> Iterator[tuple[str, SpectralLayer]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .compat import Conv1D
 from .config import check_choice
 from .corrections import at_least_float32
+from .layers import ChangedLayer
 from .ordinary import change_class
 
 AXES = ("row", "column")
@@ -105,7 +106,7 @@ def precondition_heads(
     return (values * (factor / norms)).to(input.dtype).flatten(-2)
 
 
-class PreconditionedLayer(nn.Module):
+class PreconditionedLayer(ChangedLayer):
     """What preconditioned `Linear` and `Conv1D` share. Made by `make_preconditioned`, never constructed.
 
     Attributes:
@@ -114,6 +115,10 @@ class PreconditionedLayer(nn.Module):
         stock_norm: what the norms become with `scale="match"`; a Python number, which no cast and no sharding changes.
     """
 
+    lost = (
+        "would get its input as it stands instead of preconditioned. No weight holds a preconditioner: leave the output "
+        "projections out of what is quantized or converted to fp8."
+    )
     weight: Any  # nn.Parameter; declared by the stock class too
     preconditioner: PreconditionerConfig
     heads: int

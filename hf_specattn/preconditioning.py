@@ -29,6 +29,7 @@ from .adapted import refuse_adapters
 from .architectures import UNSTATED, AttentionSpec, attention_specs, output_module, unknown_parts
 from .compat import Conv1D
 from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
+from .layers import hold_projections
 from .ordinary import refuse_unordinary
 from .preconditioner import (
     PRECONDITIONED_CLASSES,
@@ -202,6 +203,7 @@ def attach_preconditioner(
     for index, item in enumerate(outputs):
         stock_norm = float(stock_norms[index]) if stock_norms and preconditioner.scale == "match" else None
         make_preconditioned(item.module, item.heads, preconditioner, stock_norm)
+    hold_projections(model)
     if preconditioner.axis == "column":
         _hook_masks(model)
 

@@ -1,11 +1,14 @@
 """Preconditioned models under torch.compile, gradient checkpointing, autocast, generation, PEFT, `balance`, diagnostics."""
 
 import copy
+import datetime
 
 import pytest
 import torch
 from models import ARCHITECTURES, assert_bit_equal, each_architecture, outputs_of, relative_difference
 from torch._dynamo.testing import CompileCounter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, balance, condition, fold, precondition
 from hf_specattn.balance import PRECONDITIONER
@@ -114,6 +117,42 @@ def test_columns_of_a_timm_model_refuse_masks():
             model(*masked, **({} if len(masked) > 1 else {"is_causal": True}))
 
 
+def step(model, wrapped):
+    """One step of SGD on the one batch; the whole weights after it."""
+    output = wrapped(**BERT.batch()).last_hidden_state
+    (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape).to(output.dtype)).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1e-2).step()
+    whole = {name: value.detach() for name, value in model.named_parameters()}
+    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in whole.items()}
+
+
+def train_on_two(rank, kind, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/{kind}", rank=rank, world_size=2, timeout=datetime.timedelta(minutes=2)
+    )
+    model = preconditioned(BERT, PreconditionerConfig(scale="match"), dtype=torch.float64)
+    if kind == "fsdp":
+        wrapped = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    else:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    weights = step(model, wrapped)
+    if rank == 0:
+        torch.save(weights, folder / f"{kind}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(kind, tmp_path):
+    torch.multiprocessing.spawn(train_on_two, args=(kind, tmp_path), nprocs=2)
+    model = preconditioned(BERT, PreconditionerConfig(scale="match"), dtype=torch.float64)
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    expected = step(model, model)
+    found = torch.load(tmp_path / f"{kind}.pt")
+    assert relative_difference(found, expected) < 1e-12
+    assert relative_difference(start, expected) > 1e-6
+
+
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +197,30 @@ def test_a_model_with_an_adapter_is_refused():
     adapted = peft.get_peft_model(BERT.model(), peft.LoraConfig(target_modules=["query"]))
     with pytest.raises(ValueError, match="carries an adapter"):
         precondition(adapted, ROW)
+
+
+# --- other libraries -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spectral", [False, True], ids=["alone", "folded"])
+def test_nothing_takes_the_place_of_a_preconditioned_projection(spectral, tmp_path):
+    """As quantizers and converters to fp8 do: a module of theirs for each `nn.Linear`, with its weight."""
+    model = preconditioned(BERT)
+    if spectral:
+        condition(model, SpectralConfig(lambda_=1.0))
+        fold(model)
+    output = model.encoder.layer[1].attention.output
+    with pytest.raises(
+        ValueError,
+        match=r"place of the conditioned projection dense would get its input as it stands.*leave the output",
+    ):
+        output.dense = torch.nn.Linear(32, 32)
+    output.dense = output.dense  # itself is no other
+    model.encoder.layer[0].attention.self.query = torch.nn.Linear(32, 32)  # what is stock may be replaced
+    # round the guard: found when the model is saved
+    dict.__setitem__(model.encoder.layer[0].attention.output._modules, "dense", torch.nn.Linear(32, 32))
+    with pytest.raises(ValueError, match=r"layer.0.attention.output.dense would get its input as it stands"):
+        model.save_pretrained(tmp_path)
 
 
 # --- balance and diagnostics -----------------------------------------------------------------------------------------
