@@ -60,11 +60,6 @@ class Precision:
     tf32: bool = False
 
     @property
-    def half(self) -> bool:
-        """Whether the products have 16 bits."""
-        return self.operand_eps > 2**-11 and not self.tf32
-
-    @property
     def output_eps(self) -> float:
         """Of what a projection returns."""
         return torch.finfo(self.autocast or self.weights).eps

@@ -87,7 +87,7 @@ def record_of(part: Part) -> dict[str, Any]:
         table = {"section": outcome.section, "columns": outcome.columns, "rows": outcome.rows}
         record |= {"table": table, "notes": outcome.notes, "failures": outcome.failures, "numbers": outcome.numbers}
         if outcome.failures:
-            record |= {"state": "failed", "why": f"{len(outcome.failures)} checks failed"}
+            record |= {"state": "failed", "why": f"{len(outcome.failures)} of its checks"}
     free_memory()
     return as_json(record | {"seconds": round(time.perf_counter() - started, 1)})
 

@@ -251,7 +251,7 @@ def test_a_failed_check_keeps_its_numbers(command):
     assert not succeeded
     assert entries["one"]["state"] == "failed"
     assert entries["one"]["parts"]["first"]["numbers"] == {"value": 1.5}
-    assert "- **first** failed: 1 checks failed.\n  - the sum: 2.0, where 1.0 is allowed\n" in command.page
+    assert "- **first** failed: 1 of its checks.\n  - the sum: 2.0, where 1.0 is allowed\n" in command.page
     assert "| first | 1.5 |" in command.page
 
 
