@@ -72,7 +72,7 @@ def checksum(tensor: Tensor) -> str:
     """SHA-256 of a tensor's dtype, shape and bytes, in hexadecimal."""
     tensor = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} ".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

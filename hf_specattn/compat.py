@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -197,12 +199,22 @@ def tasks_of_pipelines() -> Mapping[str, Mapping[str, str]]:
 
 def submodules(module: nn.Module) -> dict[str, Any]:
     """The dictionary in which torch keeps the children of a module: every way to replace one ends in an entry here."""
-    return module._modules  # type: ignore[return-value]
+    return module._modules
 
 
 def set_submodules(module: nn.Module, children: dict[str, Any]) -> None:
     """Put another dictionary in its place."""
     vars(module)["_modules"] = children
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is under way; true where torch does not say.
+
+    A function of `torch.autograd` would need rules of its own for them.
+    """
+    functorch = getattr(torch._C, "_are_functorch_transforms_active", None)
+    level = getattr(forward_ad, "_current_level", 0)
+    return functorch is None or functorch() or level >= 0
 
 
 def hooks_of_accelerate(module: nn.Module) -> tuple[Any, ...]:

@@ -387,7 +387,7 @@ def set_origin(model: nn.Module, path: str) -> None:
     """
     for submodel in _submodels(model):
         if submodel.name_or_path:
-            submodel.made_from = submodel.name_or_path
+            vars(submodel)["made_from"] = submodel.name_or_path
         submodel.name_or_path = path
 
 

@@ -18,6 +18,7 @@ from .compat import Conv1D, set_submodules, submodules
 from .config import SpectralConfig
 from .corrections import at_least_float32, identity_correction, svd_correction
 from .ordinary import change_class, forget, is_foreign, read, write
+from .products import ShiftedProduct, SumProduct, is_eager, needs_gradient
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -145,10 +146,48 @@ def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, sp
     return (summed[0] if len(summed) == 1 else torch.cat(summed, dim=-1)).flatten(-2)
 
 
+def add_scaled_input_(output: Tensor, input: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> None:
+    """The same in place, which reads and writes the output once: for an output that nobody else has seen."""
+    parts = output.unflatten(-1, (layout.groups, -1)).split(layout.rows_per_group, dim=-1)
+    for name, heads, part in zip(layout.projections, layout.heads, parts):
+        lambda_ = spectral.lambda_for(name)
+        if lambda_ is None:
+            continue
+        if spectral.granularity == "head":
+            part = part.unflatten(-1, (heads // layout.groups, -1))
+            term = input[..., None, None, :]
+        elif layout.groups > 1:  # one run of rows after the other goes on in X where the last one ended
+            rows = part.shape[-2] * part.shape[-1]
+            term = F.pad(input, (0, max(0, rows - input.shape[-1])))[..., :rows].unflatten(-1, part.shape[-2:])
+        else:
+            term = input[..., None, :]
+        columns = min(part.shape[-1], term.shape[-1])
+        part[..., :columns].add_(term[..., :columns], alpha=lambda_)
+
+
+def add_identity_(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> None:
+    """Add the identity correction to an `(out_features, in_features)` matrix in place: its diagonals alone are written."""
+    for name, part in layout.grouped(matrix).items():
+        lambda_ = spectral.lambda_for(name)
+        if lambda_ is None:
+            continue
+        if spectral.granularity == "head":
+            heads = layout.heads[layout.projections.index(name)] // layout.groups
+            part.unflatten(1, (heads, -1)).diagonal(dim1=-2, dim2=-1).add_(lambda_)
+            continue
+        for index, run in enumerate(part):
+            if (offset := index * len(run)) < run.shape[1]:
+                run.diagonal(offset).add_(lambda_)
+
+
 def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
     rows, columns = output.shape[-1], input.shape[-1]
     term = input[..., :rows] if rows <= columns else F.pad(input, (0, rows - columns))
     return torch.add(output, term, alpha=lambda_)
+
+
+def _autocasts(input: Tensor) -> bool:
+    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
 
 
 class ChangedLayer(nn.Module):
@@ -202,6 +241,55 @@ class SpectralLayer(ChangedLayer):
         """`W + C` in the orientation and dtype of `weight`: summed in at least float32, cast once."""
         return (at_least_float32(self.weight) + at_least_float32(self.current_correction())).to(self.weight.dtype)
 
+    def sum_of(self, weight: Tensor, correction: Tensor | None) -> Tensor:
+        """The same bits, of a weight and a stored correction (None for identity), with fewer writes."""
+        if correction is not None:
+            return (at_least_float32(weight) + at_least_float32(correction)).to(weight.dtype)
+        return self.shifted(weight.clone())
+
+    def shifted(self, weight: Tensor) -> Tensor:
+        """`W + lambda I` in the dtype of a weight that nobody else needs: in place, unless that is to be differentiated."""
+        if needs_gradient(weight):
+            correction = self.orient(self.correction_of(self.orient(weight)))
+            return (at_least_float32(weight) + at_least_float32(correction)).to(weight.dtype)
+        add_identity_(self.orient(weight), self.layout, self.spectral)
+        return weight
+
+    def add_input(self, output: Tensor, input: Tensor) -> None:
+        """`X C^T` of the identity correction added to an output in place."""
+        add_scaled_input_(output, input, self.layout, self.spectral)
+
+    @staticmethod
+    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The stock layer's product, by the same kernel, so that a folded model agrees to the last bit."""
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def outer(output: Tensor, input: Tensor) -> Tensor:
+        """The gradient of `weight` from that of the output, `(rows, out_features)`, and X, `(rows, in_features)`."""
+        return output.mT @ input
+
+    def product(self, input: Tensor) -> Tensor:
+        """`X (W + C)^T + b`: `(..., in_features)` to `(..., out_features)`."""
+        if self._adds_scaled_input(input):
+            return self._half_product(input)
+        if not is_eager() or _autocasts(input):
+            return self.multiply(input, self.effective_weight(), self.bias)
+        correction = self.correction if self.spectral.method == "svd" else None
+        if needs_gradient(input, self.weight, self.bias):
+            return SumProduct.apply(self, input, self.weight, self.bias, correction)
+        return self.multiply(input, self.sum_of(self.weight, correction), self.bias)
+
+    def _half_product(self, input: Tensor) -> Tensor:
+        if is_eager() and needs_gradient(input, self.weight, self.bias):
+            half = torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
+            return ShiftedProduct.apply(self, input.to(half), input.detach(), self.weight, self.bias)
+        output = self.multiply(input, self.weight, self.bias)
+        if not is_eager():
+            return add_scaled_input(output, input, self.layout, self.spectral)
+        self.add_input(output, input)
+        return output
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor) and is_foreign(value):
             raise ValueError(
@@ -220,9 +308,8 @@ class SpectralLayer(ChangedLayer):
         """Whether the product runs in half precision and `lambda I` is to be added to the output instead of to W."""
         if self.spectral.method != "identity":
             return False
-        device = input.device.type
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
-            return torch.get_autocast_dtype(device) in HALF_PRECISION
+        if _autocasts(input):
+            return torch.get_autocast_dtype(input.device.type) in HALF_PRECISION
         return input.dtype in HALF_PRECISION
 
     def _describe(self) -> str:
@@ -236,9 +323,7 @@ class SpectralLinear(SpectralLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`X (W + C)^T + b`: `(..., in_features)` to `(..., out_features)`."""
-        if self._adds_scaled_input(input):
-            return add_scaled_input(F.linear(input, self.weight, self.bias), input, self.layout, self.spectral)
-        return F.linear(input, self.effective_weight(), self.bias)
+        return self.product(input)
 
     def extra_repr(self) -> str:
         """The stock line, and what was applied."""
@@ -255,11 +340,19 @@ class SpectralConv1D(SpectralLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """`X (W + C) + b`: `(..., in_features)` to `(..., out_features)`."""
-        if self._adds_scaled_input(x):
-            return add_scaled_input(super().forward(x), x, self.layout, self.spectral)
-        # The same kernel as the stock layer's, so that a folded model agrees to the last bit.
-        output = torch.addmm(self.bias, x.reshape(-1, x.size(-1)), self.effective_weight())
-        return output.view(*x.shape[:-1], self.nf)
+        return self.product(x)
+
+    @staticmethod
+    def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The stock layer's product, by the same kernel, so that a folded model agrees to the last bit."""
+        assert bias is not None  # a Conv1D always has one
+        output = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight)
+        return output.view(*input.shape[:-1], weight.shape[-1])
+
+    @staticmethod
+    def outer(output: Tensor, input: Tensor) -> Tensor:
+        """The gradient of `weight` from that of the output, `(rows, out_features)`, and X, `(rows, in_features)`."""
+        return input.mT @ output
 
     def __repr__(self) -> str:
         return f"Conv1D(nf={self.nf}, nx={self.nx}, {self._describe()})"

@@ -330,3 +330,178 @@ def test_copies_and_pickles_compute_the_same(config_name):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert type(twin) is type(layer)
         assert torch.equal(twin(inputs), layer(inputs))
+
+
+# --- eager mode keeps X and W alone ----------------------------------------------------------------------------------
+
+
+EAGER = {
+    "float32": (torch.float32, None),
+    "float64": (torch.float64, None),
+    "bfloat16": (torch.bfloat16, None),
+    "float16": (torch.float16, None),
+    "autocast": (torch.float32, torch.bfloat16),
+}
+
+
+def as_written(layer, inputs, precise=torch.float64):
+    """`X (W + C)^T + b` in float64 from the layer's stored weight."""
+    weight = layer.orient(layer.weight).to(precise)
+    correction = layer.orient(layer.current_correction()).to(precise)
+    bias = None if layer.bias is None else layer.bias.to(precise)
+    return F.linear(inputs.to(precise), weight + correction, bias)
+
+
+@pytest.mark.parametrize("kind", ["linear", "linear without bias", "conv1d"])
+@pytest.mark.parametrize("mode", EAGER)
+@pytest.mark.parametrize("granularity", ["projection", "head"])
+@pytest.mark.parametrize("method", ["identity", "svd"])
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_outputs_and_gradients_of_every_eager_path(layout_name, method, granularity, mode, kind):
+    layout, in_features, _ = LAYOUTS[layout_name]
+    lambda_ = None if method == "svd" else {p: 1.5 + i for i, p in enumerate(layout.projections)}
+    config = SpectralConfig(method, lambda_, layout.projections, granularity)
+    dtype, autocast = EAGER[mode]
+    module = Conv1D if kind == "conv1d" else nn.Linear
+    layer = spectral_layer(layout, in_features, config, module, kind != "linear without bias", dtype=torch.float32).to(
+        dtype
+    )
+    inputs = torch.randn(3, 4, in_features, dtype=dtype, requires_grad=True)
+    direction = torch.randn(3, 4, layout.out_features, dtype=autocast or dtype)
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        output = layer(inputs)
+        with torch.no_grad():
+            assert torch.equal(layer(inputs), output)
+    assert output.dtype == (autocast or dtype)
+    output.backward(direction)
+    found = [output, inputs.grad, *(parameter.grad for parameter in layer.parameters())]
+    assert all(grad.dtype == of.dtype for grad, of in zip(found[1:], [inputs, *layer.parameters()]))
+
+    parameters = list(layer.parameters())
+    expected_output = as_written(layer, inputs)
+    expected = [
+        expected_output,
+        *torch.autograd.grad(expected_output, [inputs, *parameters], direction.double()),
+    ]
+    eps = torch.finfo(autocast or dtype).eps
+    for name, value, right in zip(("output", "X", "W", "b"), found, expected):
+        scale = right.detach().abs().max().item()
+        error = (value.double() - right.double()).abs().max().item()
+        assert error <= (8 * eps * scale if eps > 1e-5 else 200 * eps * scale), name
+
+
+@pytest.mark.parametrize("shape", [(5,), (0, 6), (2, 0, 6), (1, 1, 1, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shapes_that_a_linear_takes(shape, dtype):
+    layout = ProjectionLayout(("query",), (2,), (4,))
+    width = shape[-1]
+    layer = spectral_layer(layout, width, SpectralConfig(), dtype=dtype)
+    inputs = torch.randn(shape, dtype=dtype, requires_grad=True)
+    output = layer(inputs)
+    assert output.shape == (*shape[:-1], 8)
+    output.sum().backward()
+    assert inputs.grad.shape == shape
+    assert layer.weight.grad.shape == layer.weight.shape
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("method", ["identity", "svd"])
+def test_second_derivatives(method, kind):
+    layout, in_features, _ = LAYOUTS["blocked"]
+    layer = spectral_layer(layout, in_features, SpectralConfig(method), kind)
+    inputs = torch.randn(2, in_features, dtype=torch.float64, requires_grad=True)
+
+    def call(inputs, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (inputs,))
+
+    arguments = (inputs, layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(call, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, arguments)
+
+
+def test_second_derivatives_in_half_precision():
+    layout = ProjectionLayout(("query",), (2,), (4,))
+    layer = spectral_layer(layout, 8, SpectralConfig(lambda_=1.0), dtype=torch.float32)
+    inputs = torch.randn(5, 8, requires_grad=True)
+
+    def penalty(forward):
+        (gradient,) = torch.autograd.grad(forward(inputs).square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), [inputs, layer.weight])
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = penalty(lambda inputs: layer(inputs).float())
+    expected = penalty(lambda inputs: as_written(layer, inputs, torch.float32))
+    for value, right in zip(found, expected):
+        assert (value - right).abs().max() <= 0.05 * right.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_func_and_forward_mode(dtype):
+    layout, in_features, _ = LAYOUTS["blocked"]
+    layer = spectral_layer(layout, in_features, SpectralConfig(), dtype=torch.float32).to(dtype)
+    inputs, tangent = torch.randn(4, in_features, dtype=dtype), torch.randn(4, in_features, dtype=dtype)
+    expected = as_written(layer, tangent) - layer.bias.double()
+    _, pushed = torch.func.jvp(layer, (inputs,), (tangent,))
+    bound = 8 * torch.finfo(dtype).eps * expected.detach().abs().max()
+    assert (pushed.double() - expected).abs().max() <= bound
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(inputs, tangent))
+        pushed = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    assert (pushed.double() - expected).abs().max() <= bound
+    mapped = torch.func.vmap(layer)(inputs)
+    assert (mapped.double() - as_written(layer, inputs)).abs().max() <= 2 * bound
+    _, pull = torch.func.vjp(layer, inputs)
+    (pulled,) = pull(torch.ones(4, layout.out_features, dtype=dtype))
+    effective = (layer.orient(layer.weight) + layer.orient(layer.current_correction())).double()
+    right = torch.ones(4, layout.out_features, dtype=torch.float64) @ effective
+    assert (pulled.double() - right).abs().max() <= 16 * torch.finfo(dtype).eps * right.abs().max()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "inputs", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_needs_no_gradient_gets_none(dtype, frozen):
+    layer = spectral_layer(ProjectionLayout(("query",), (2,), (4,)), 8, SpectralConfig(), dtype=dtype)
+    inputs = torch.randn(3, 8, dtype=dtype, requires_grad=frozen != "inputs")
+    if frozen != "inputs":
+        getattr(layer, frozen).requires_grad_(False)
+    layer(inputs).sum().backward()
+    tensors = {"inputs": inputs, "weight": layer.weight, "bias": layer.bias}
+    assert {name for name, tensor in tensors.items() if tensor.grad is None} == {frozen}
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_nothing_but_input_and_weight_is_kept(kind, mode):
+    layout = ProjectionLayout(QKV, (2, 2, 2), (8, 8, 8))
+    dtype, autocast = EAGER[mode]
+    layer = spectral_layer(layout, 16, SpectralConfig(), kind, dtype=dtype)
+    inputs = torch.randn(64, 16, dtype=dtype, requires_grad=True)
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        layer(inputs)
+    weights = [tensor for tensor in saved if tensor.numel() == layer.weight.numel()]
+    assert {tensor.data_ptr() for tensor in weights} == {layer.weight.data_ptr()}
+    others = [tensor for tensor in saved if tensor.numel() != layer.weight.numel()]
+    assert {tuple(tensor.shape) for tensor in others} == {tuple(inputs.shape)}
+    assert len({tensor.data_ptr() for tensor in others}) == 1
+
+
+def test_a_backward_pass_within_autocast():
+    layer = spectral_layer(ProjectionLayout(("query",), (2,), (4,)), 8, SpectralConfig(), dtype=torch.float32)
+    inputs = torch.randn(3, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(inputs)
+        output.sum().backward()
+    within = [tensor.grad.clone() for tensor in (inputs, layer.weight, layer.bias)]
+    for tensor in (inputs, layer.weight, layer.bias):
+        tensor.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(inputs)
+    output.sum().backward()
+    assert all(torch.equal(old, new.grad) for old, new in zip(within, (inputs, layer.weight, layer.bias)))

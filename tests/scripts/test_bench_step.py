@@ -254,9 +254,26 @@ def test_conditioning_adds_elements_and_no_product(bench, step_of, variant):
     flops, elements = bench.count_work(step_of())
     conditioned_flops, conditioned_elements = bench.count_work(step_of(variant))
     assert conditioned_flops == flops
-    # For three projections a layer the sum W + C; identity: I, lambda I and one zero that stands for W besides.
-    added = {"identity": 3 * WIDTH**2 + 1, "svd": WIDTH**2}[variant]
+    # For three projections a layer W + C, in the forward and in the backward pass; identity: a copy of W, and its diagonal.
+    added = {"identity": 2 * (WIDTH**2 + WIDTH), "svd": 2 * WIDTH**2}[variant]
     assert conditioned_elements - elements == 3 * LAYERS * added
+
+
+def test_identity_under_autocast_adds_in_place(bench, step_of):
+    flops, elements = bench.count_work(step_of(dtype="bf16"))
+    conditioned_flops, conditioned_elements = bench.count_work(step_of("identity", "bf16"))
+    assert conditioned_flops == flops
+    # Each output once more in the forward pass; W + lambda I in half precision for the backward pass.
+    assert conditioned_elements - elements == 3 * LAYERS * (BATCH * LENGTH * WIDTH + WIDTH**2 + WIDTH)
+
+
+def test_copies_that_products_make_are_counted(bench):
+    a, b, added = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
+    assert bench.copied_by_products(lambda: a @ b) == 0
+    assert bench.copied_by_products(lambda: torch.addmm(added, a, b)) == 15
+    assert bench.copied_by_products(lambda: torch.nn.functional.linear(a, b.t(), added[0])) == 15
+    assert bench.copied_by_products(lambda: added.addmm_(a, b)) == 0
+    assert bench.copied_by_products(lambda: added.clone()) == 0  # no product: the other counter's
 
 
 def test_elements_written_leave_out_products_views_and_uninitialized_memory(bench):
@@ -280,9 +297,8 @@ def test_memory_of_a_step(bench, step_of):
     parameters = sum(parameter.numel() for parameter in stock.model.parameters())
     assert memory > 4 * 4 * parameters  # weights, gradients, two moments
     with_correction = bench.peak_memory(step_of("svd"), base=0)
-    # The stored C, and W + C kept for the backward pass.
-    assert with_correction - memory == 2 * 3 * LAYERS * WIDTH**2 * 4
-    assert bench.peak_memory(step_of("identity"), base=0) - memory == 3 * LAYERS * WIDTH**2 * 4
+    assert with_correction - memory == 3 * LAYERS * WIDTH**2 * 4  # the stored C
+    assert bench.peak_memory(step_of("identity"), base=0) == memory
 
 
 def test_bf16_runs_under_autocast(bench, step_of):

@@ -1,0 +1,94 @@
+"""The product with `W + C` in eager mode: what its backward pass needs is X and W, and nothing else is kept for it.
+
+Written out in torch's operations, `X (W + C)^T` keeps a matrix of the weight's size until the backward pass, or in half
+precision reads and writes the output once more in each direction. These functions form `W + C` again instead, which costs
+one write of the weight's size however many rows X has. `torch.compile` needs none of it: Inductor fuses the plain form.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .compat import is_transformed
+
+
+def is_eager() -> bool:
+    """Whether operations run as they are called, so that these functions pay, and writing in place is safe.
+
+    Under `torch.compile`, export, tracing, `torch.func` or forward-mode differentiation torch has to see plain operations.
+    """
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed())
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+class SumProduct(torch.autograd.Function):
+    """`X (W + C)^T + b`, with `W + C` in the dtype of W, as the layer forms it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Any, input: Tensor, weight: Tensor, bias: Tensor | None, correction: Tensor | None
+    ) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`."""
+        ctx.layer = layer
+        ctx.save_for_backward(input, weight, correction)
+        product: Tensor = layer.multiply(input, layer.sum_of(weight, correction), bias)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Gradients of X, W and b."""
+        input, weight, correction = ctx.saved_tensors
+        return _gradients(ctx, input, gradients[0], lambda: ctx.layer.sum_of(weight, correction), weight.dtype)
+
+
+class ShiftedProduct(torch.autograd.Function):
+    """`X W^T + b + X C^T` in half precision for the identity correction, whose last term is a slice of X.
+
+    The gradient of X is one product with `W + lambda I` in half precision. That rounds W's diagonal to the spacing of the
+    dtype at lambda, which is what the gradient itself is rounded to; output and gradient of W lose nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, input: Tensor, exact: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """`(..., in_features)` to `(..., out_features)`.
+
+        Args:
+            input: X in half precision, through which its gradient goes.
+            exact: X as it came, detached; float32 behind a layer norm under autocast.
+            weight: W in the dtype that it is stored in.
+        """
+        ctx.layer = layer
+        ctx.save_for_backward(input, weight)
+        in_half = (None if bias is None else bias.to(input.dtype)) if weight.dtype != input.dtype else bias
+        product: Tensor = layer.multiply(input, weight.to(input.dtype), in_half)
+        layer.add_input(product, exact)
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Gradients of X, W and b."""
+        input, weight = ctx.saved_tensors
+        shifted = lambda: ctx.layer.shifted(weight.to(input.dtype, copy=True))  # noqa: E731
+        d_input, d_weight, d_bias = _gradients(ctx, input, gradients[0], shifted, weight.dtype, bias_at=4)[1:4]
+        return None, d_input, None, d_weight, d_bias
+
+
+def _gradients(ctx: Any, input: Tensor, gradient: Tensor, effective: Any, dtype: torch.dtype, bias_at: int = 3) -> Any:
+    layer, needed = ctx.layer, ctx.needs_input_grad
+    d_input = d_weight = d_bias = None
+    within_autocast = torch.is_autocast_enabled(gradient.device.type)  # whoever calls backward() there
+    with torch.autocast(gradient.device.type, enabled=False) if within_autocast else contextlib.nullcontext():
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if needed[1]:
+            d_input = (rows @ layer.orient(effective())).view(input.shape)
+        if needed[bias_at - 1]:
+            d_weight = layer.outer(rows, input.reshape(-1, input.shape[-1])).to(dtype)
+        if needed[bias_at]:
+            d_bias = rows.sum(0).to(dtype)
+    return None, d_input, d_weight, d_bias, None
