@@ -18,7 +18,7 @@ from .compat import Conv1D, set_submodules, submodules
 from .config import SpectralConfig
 from .corrections import at_least_float32, identity_correction, svd_correction
 from .ordinary import change_class, forget, is_foreign, read, write
-from .products import ShiftedProduct, SumProduct, is_eager, needs_gradient
+from .products import ShiftedProduct, SumProduct, autocasts, is_eager, needs_gradient
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -186,10 +186,6 @@ def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
     return torch.add(output, term, alpha=lambda_)
 
 
-def _autocasts(input: Tensor) -> bool:
-    return torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-
-
 class ChangedLayer(nn.Module):
     """A stock module that computes something else since its class was changed: nothing may take its place in silence.
 
@@ -273,7 +269,7 @@ class SpectralLayer(ChangedLayer):
         """`X (W + C)^T + b`: `(..., in_features)` to `(..., out_features)`."""
         if self._adds_scaled_input(input):
             return self._half_product(input)
-        if not is_eager() or _autocasts(input):
+        if not is_eager() or autocasts(input):
             return self.multiply(input, self.effective_weight(), self.bias)
         correction = self.correction if self.spectral.method == "svd" else None
         if needs_gradient(input, self.weight, self.bias):
@@ -282,7 +278,7 @@ class SpectralLayer(ChangedLayer):
 
     def _half_product(self, input: Tensor) -> Tensor:
         if is_eager() and needs_gradient(input, self.weight, self.bias):
-            half = torch.get_autocast_dtype(input.device.type) if _autocasts(input) else input.dtype
+            half = torch.get_autocast_dtype(input.device.type) if autocasts(input) else input.dtype
             return ShiftedProduct.apply(self, input.to(half), input.detach(), self.weight, self.bias)
         output = self.multiply(input, self.weight, self.bias)
         if not is_eager():
@@ -308,7 +304,7 @@ class SpectralLayer(ChangedLayer):
         """Whether the product runs in half precision and `lambda I` is to be added to the output instead of to W."""
         if self.spectral.method != "identity":
             return False
-        if _autocasts(input):
+        if autocasts(input):
             return torch.get_autocast_dtype(input.device.type) in HALF_PRECISION
         return input.dtype in HALF_PRECISION
 

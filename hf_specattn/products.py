@@ -27,6 +27,15 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast would cast a tensor for a product. It knows no meta device, and leaves float64 alone."""
+    return (
+        tensor.device.type != "meta"
+        and torch.is_autocast_enabled(tensor.device.type)
+        and tensor.dtype != torch.float64
+    )
+
+
 class SumProduct(torch.autograd.Function):
     """`X (W + C)^T + b`, with `W + C` in the dtype of W, as the layer forms it."""
 
@@ -82,8 +91,8 @@ class ShiftedProduct(torch.autograd.Function):
 def _gradients(ctx: Any, input: Tensor, gradient: Tensor, effective: Any, dtype: torch.dtype, bias_at: int = 3) -> Any:
     layer, needed = ctx.layer, ctx.needs_input_grad
     d_input = d_weight = d_bias = None
-    within_autocast = torch.is_autocast_enabled(gradient.device.type)  # whoever calls backward() there
-    with torch.autocast(gradient.device.type, enabled=False) if within_autocast else contextlib.nullcontext():
+    # Whoever calls backward() there.
+    with torch.autocast(gradient.device.type, enabled=False) if autocasts(gradient) else contextlib.nullcontext():
         rows = gradient.reshape(-1, gradient.shape[-1])
         if needed[1]:
             d_input = (rows @ layer.orient(effective())).view(input.shape)

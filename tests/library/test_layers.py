@@ -505,3 +505,10 @@ def test_a_backward_pass_within_autocast():
         output = layer(inputs)
     output.sum().backward()
     assert all(torch.equal(old, new.grad) for old, new in zip(within, (inputs, layer.weight, layer.bias)))
+
+
+@pytest.mark.parametrize("config", [SpectralConfig(), SpectralConfig("svd")], ids=["identity", "svd"])
+def test_the_meta_device(config):
+    layer = spectral_layer(ProjectionLayout(("query",), (2,), (4,)), 8, config, dtype=torch.float32).to("meta")
+    layer(torch.randn(3, 8, device="meta")).sum().backward()
+    assert layer.weight.grad.shape == (8, 8)
