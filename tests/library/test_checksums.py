@@ -17,6 +17,8 @@ from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checksums import KEY, checksum
 from hf_specattn.layers import spectral_layers
 
+pytestmark = pytest.mark.integration  # transformers saves, loads and dispatches
+
 BERT = ARCHITECTURES["bert"]
 QUERY = "encoder.layer.0.attention.self.query.correction"
 OTHER = "encoder.layer.1.attention.self.query.correction"
@@ -74,7 +76,6 @@ def test_a_checksum_is_of_dtype_shape_and_bytes():
 
 
 @each_architecture
-@pytest.mark.integration
 def test_every_save_renews_the_checksums(tiny, tmp_path):
     model = conditioned(tiny, refresh_every=1)
     model.save_pretrained(tmp_path / "first")

@@ -18,6 +18,8 @@ from transformers import AutoModel, GPT2Config, GPT2Model
 from hf_specattn import AttentionSpec, SpectralConfig, balance, condition, fold, refresh
 from hf_specattn.layers import SpectralLayer, spectral_layers
 
+pytestmark = pytest.mark.integration  # transformers saves, loads and dispatches
+
 BERT = ARCHITECTURES["bert"]
 IDENTITY, SVD = SpectralConfig(lambda_=2.0), SpectralConfig("svd")
 DYNAMIC = SpectralConfig("svd", refresh_every=1)
@@ -390,7 +392,6 @@ def test_packed_weights_are_refused():
         condition(model, SVD)
 
 
-@pytest.mark.integration
 def test_bitsandbytes_through_accelerate(monkeypatch):
     bnb = types.ModuleType("bitsandbytes")
     bnb.nn = types.SimpleNamespace(Linear8bitLt=lambda *args, **kwargs: OtherLinear(*args, dtype=torch.float64))
