@@ -33,6 +33,7 @@ from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
+from hf_specattn.layers import STEPS_SINCE_REFRESH
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import pretrain_mlm as script
@@ -181,6 +182,8 @@ class PretrainRun:
             self.accelerator.backward(self.training.wrapped(**self.fixed).loss / micro_steps)
         self.training.optimizer.step()
         self.training.optimizer.zero_grad()
+        for layer in STEPS_SINCE_REFRESH:  # a forgotten refresh is an error, and the bare step has none
+            STEPS_SINCE_REFRESH[layer] = 0
 
     def timed(self, work: Callable[[], None]) -> Callable[[], float]:
         """A function that does the work and returns its seconds."""

@@ -85,6 +85,23 @@ def with_checksums(tensors: Mapping[str, Any], metadata: Mapping[str, str] | Non
     return {**kept, **found}
 
 
+def order_metadata(file: str | os.PathLike) -> None:
+    """Sort the metadata of a safetensors file by their keys, in place: the same tensors then give the same file.
+
+    safetensors writes them in an order that differs between processes. The header keeps its length.
+    """
+    with open(file, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        if len(header.get("__metadata__", ())) < 2:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:  # padded with spaces, as the format has it
+            stream.seek(8)
+            stream.write(ordered.ljust(length))
+
+
 def verify(files: Iterable[str | os.PathLike]) -> Verified:
     """Compare the corrections in safetensors files with their checksums.
 

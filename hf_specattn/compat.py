@@ -148,7 +148,10 @@ def saved_state(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return revert(model, untie(state, model))
 
 
-def add_metadata_on_save(add: Callable[[Mapping[str, Any], Mapping[str, str] | None], dict[str, str] | None]) -> None:
+def add_metadata_on_save(
+    add: Callable[[Mapping[str, Any], Mapping[str, str] | None], dict[str, str] | None],
+    finish: Callable[[Any], None],
+) -> None:
     """Let `add` complete the metadata of every safetensors file that a model's `save_pretrained` writes, from now on.
 
     `save_pretrained` takes none, and to add it afterwards would be to write each file twice. Where a release writes otherwise
@@ -156,6 +159,7 @@ def add_metadata_on_save(add: Callable[[Mapping[str, Any], Mapping[str, str] | N
 
     Args:
         add: `(tensors, metadata)` -> metadata.
+        finish: what to do with the name of a file to whose metadata something was added.
     """
     try:
         module: Any = importlib.import_module("transformers.modeling_utils")
@@ -170,7 +174,10 @@ def add_metadata_on_save(add: Callable[[Mapping[str, Any], Mapping[str, str] | N
         return
 
     def write_with_metadata(tensors: Any, filename: Any, metadata: Any = None) -> None:
-        write(tensors, filename, metadata=add(tensors, metadata))
+        complete = add(tensors, metadata)
+        write(tensors, filename, metadata=complete)
+        if complete != metadata:
+            finish(filename)
 
     write_with_metadata.adds_checksums = True  # type: ignore[attr-defined]
     module.safe_save_file = write_with_metadata

@@ -22,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import ARCHITECTURES
-from .checksums import check_shape, verify, weight_files, with_checksums
+from .checksums import check_shape, order_metadata, verify, weight_files, with_checksums
 from .compat import (
     UnsupportedTransformersError,
     add_metadata_on_save,
@@ -450,7 +450,7 @@ class SpectralModelMixin:
             ValueError: if a conditioned projection was replaced: the checkpoint would be of another function.
         """
         refuse_replaced(self)  # type: ignore[arg-type]
-        add_metadata_on_save(with_checksums)
+        add_metadata_on_save(with_checksums, order_metadata)
         every, steps = self.config.spectral_refresh_every, steps_since_refresh(self)  # type: ignore[arg-type]
         if every is not None and steps > every:
             logger.warning(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..checksums import CORRECTION, with_checksums
+from ..checksums import CORRECTION, order_metadata, with_checksums
 from ..compat import not_saved, saved_state
 from ..files import (
     TEMPORARY_NAME,
@@ -180,6 +180,7 @@ def save_model(model: PreTrainedModel, folder: Path, source: Source, without: Co
     for file, names in logging.tqdm(files.items(), desc="Writing", disable=True if len(files) < 4 else None):
         tensors = {name: state[name].contiguous() for name in names}
         save_file(tensors, folder / file, metadata=with_checksums(tensors, {"format": "pt"}))
+        order_metadata(folder / file)
     if len(files) > 1 or SAFETENSORS not in files:
         _write_index(folder, files, state)
     return list(files)

@@ -301,10 +301,24 @@ def test_pickles_and_state_dicts(tmp_path, warning_log):
         type(model).from_pretrained(None, config=model.config, state_dict=state)
 
 
+def test_the_same_model_gives_the_same_file(tmp_path):
+    """safetensors keeps the metadata in a hash map, whose order changes from one save to the next."""
+    model = conditioned()
+    for number in range(3):
+        model.save_pretrained(tmp_path / str(number))
+    files = [(tmp_path / str(number) / "model.safetensors").read_bytes() for number in range(3)]
+    assert files[0] == files[1] == files[2]
+    header = json.loads(files[0][8 : 8 + int.from_bytes(files[0][:8], "little")])
+    keys = list(header["__metadata__"])
+    assert keys == sorted(keys)
+    assert len(keys) == 1 + 3 * BERT.layers
+    assert_all_checked(tmp_path / "0")
+
+
 def test_a_release_that_writes_otherwise(monkeypatch, tmp_path, warning_log):
     from hf_specattn import compat
 
     compat.logger.warning_once.cache_clear()
     monkeypatch.delattr("transformers.modeling_utils.safe_save_file")
-    compat.add_metadata_on_save(lambda tensors, metadata: None)
+    compat.add_metadata_on_save(lambda tensors, metadata: None, lambda file: None)
     assert any("without checksums" in message for message in warning_log.messages)
