@@ -30,7 +30,7 @@ class MemoryEstimate:
         optimizer: AdamW's two moments and step count for each trainable parameter.
         buffers: of the model, such as stored corrections.
         activations_per_sequence: what each sequence of a batch adds to the tensors kept for the backward pass.
-        activations_fixed: kept for the backward pass whatever the batch, such as W + C or weights cast by autocast.
+        activations_fixed: kept for the backward pass whatever the batch, such as weights cast by autocast.
         sequences: of the batch that `activations` and `total` are for.
     """
 
