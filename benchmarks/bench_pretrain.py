@@ -40,7 +40,6 @@ import pretrain_mlm as script
 
 from recipes.run import runs
 from recipes.run.loop import train_step
-from recipes.text.evaluation import accepts_masked_positions
 from recipes.text.task import MlmTask
 
 SCRIPT, BARE = "script", "bare step"
@@ -203,8 +202,7 @@ class PretrainRun:
         )
         sequences = self.task.data.train[rows.indices]
         masked = self.task.rule.apply(sequences, rows.indices, seed=self.arguments.seed, epoch=rows.epochs)
-        sparse = accepts_masked_positions(self.training.model)
-        return masked.model_inputs(self.accelerator.device, sparse)
+        return masked.model_inputs(self.accelerator.device, self.task.sparse)
 
 
 class _WithTimedInputs(Timed):

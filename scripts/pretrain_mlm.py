@@ -43,7 +43,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from hf_specattn import condition
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import initialize_projections
+from recipes.run.initialization import describe_conditioning, initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.sharding import will_shard
 from recipes.text.documents import CorpusError
@@ -83,13 +83,7 @@ def build_model(arguments: PretrainArguments, spectral: SpectralArguments, vocab
     initialize_projections(model, arguments.initialization())
     if (settings := spectral.to_config()) is not None:
         reports = condition(model, settings, init=spectral.init)
-        before, after = (
-            max(getattr(report, kappa) for report in reports) for kappa in ("kappa_before", "kappa_after")
-        )
-        logger.info(
-            f"Conditioned {len(reports)} projections by {settings.describe()}, init {spectral.init}: the largest "
-            f"condition number was {before:.4g} of W and is {after:.4g} of W + C."
-        )
+        logger.info(describe_conditioning(reports, settings, spectral.init))
     return model
 
 

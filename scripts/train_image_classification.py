@@ -45,7 +45,7 @@ from recipes.images.plan import describe_plan
 from recipes.images.sources import ImageDataError
 from recipes.images.task import ImageTask
 from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import initialize_projections, remove_layer_norms
+from recipes.run.initialization import describe_conditioning, initialize_projections, remove_layer_norms
 from recipes.run.runs import evaluate_only, run, started
 
 logger = logging.getLogger("train_image_classification")
@@ -74,16 +74,8 @@ def build_model(arguments: ImageArguments, spectral: SpectralArguments, task: Im
             logger.info(f"Took {remove_layer_norms(model)} layer norms out of the model.")
     except ValueError as error:
         raise ImageModelError(str(error)) from error
-    if reports := condition_model(model, spectral):
-        before, after = (
-            max(getattr(report, kappa) for report in reports) for kappa in ("kappa_before", "kappa_after")
-        )
-        config = spectral.to_config()
-        assert config is not None
-        logger.info(
-            f"Conditioned {len(reports)} projections by {config.describe()}, init {spectral.init}: the largest "
-            f"condition number was {before:.4g} of W and is {after:.4g} of W + C."
-        )
+    if (config := spectral.to_config()) and (reports := condition_model(model, spectral)):
+        logger.info(describe_conditioning(reports, config, spectral.init))
     return model
 
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, set_seed
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from hf_specattn.checkpoints.evaluations import EVALUATIONS, write_evaluations
@@ -158,10 +159,8 @@ def prepare(
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
     monitor = None
     if monitored is not None and accelerator.is_main_process:
-        from hf_specattn.diagnostics.monitor import (
-            MONITOR_FILE,
-            SpectralMonitor,
-        )  # with the Trainer's callbacks: seconds
+        # Here, because the Trainer's callbacks come with it, which take seconds.
+        from hf_specattn.diagnostics.monitor import MONITOR_FILE, SpectralMonitor
 
         file = Path(arguments.output_dir) / MONITOR_FILE
         monitor = SpectralMonitor(arguments.spectral_monitor_every, batch=monitored, file=file)
@@ -278,4 +277,7 @@ def last_checkpoint(arguments: RunArguments) -> str:
     saved = list_checkpoints(arguments.output_dir)
     if not saved or arguments.eval_only:
         return "There is no checkpoint of it."
-    return f"The last checkpoint before is {saved[-1]}; another run can start from it by --model_name_or_path."
+    # Of a conditioned model of timm it holds the weights alone.
+    loads = (saved[-1] / CONFIG_NAME).is_file()
+    advice = "; another run can start from it by --model_name_or_path" if loads else ""
+    return f"The last checkpoint before is {saved[-1]}{advice}."

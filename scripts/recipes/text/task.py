@@ -132,6 +132,8 @@ class MlmTask(Task):
         }
 
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        # Asked of the model itself: a compiled one does not show what its forward pass takes.
+        self.sparse = accepts_masked_positions(model)
         return build_adamw(model, self.arguments.learning_rate, weight_decay=self.arguments.weight_decay)
 
     def learning_rate_factor(self) -> Callable[[float], float]:
@@ -161,8 +163,7 @@ class MlmTask(Task):
             )
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> Tensor:
-        sparse = accepts_masked_positions(model)
-        return model(**batch.model_inputs(self.accelerator.device, sparse)).loss
+        return model(**batch.model_inputs(self.accelerator.device, self.sparse)).loss
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator | None) -> dict[str, float | None]:
         batch_size = self.arguments.per_device_eval_batch_size
