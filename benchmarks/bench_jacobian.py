@@ -29,7 +29,7 @@ from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
-from recipes.run.metrics import package_versions
+from recipes.run.run_metrics import package_versions
 
 GIB = 2**30
 

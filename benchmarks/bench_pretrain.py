@@ -40,7 +40,7 @@ import pretrain_mlm as script
 
 from recipes.run import runs
 from recipes.run.loop import train_step
-from recipes.text.task import MlmTask
+from recipes.text.pretrain_task import MlmTask
 
 SCRIPT, BARE = "script", "bare step"
 SVD = ["--spectral_conditioning", "--spectral_method", "svd", "--spectral_refresh_every", "1"]

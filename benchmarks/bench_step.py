@@ -49,7 +49,7 @@ from hf_specattn.refreshing import recompute, recompute_by_products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is
 from recipes.run.memory import saved_for_backward, storages_of, total_bytes
-from recipes.run.metrics import package_versions
+from recipes.run.run_metrics import package_versions
 
 STOCK, CONTROL = "stock", "stock again (A/A control)"
 NOTHING = "–"

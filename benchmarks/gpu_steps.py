@@ -84,7 +84,7 @@ class Case:
 # --- one part --------------------------------------------------------------------------------------------------------
 
 
-class Bench:
+class StepTimings:
     """Measures groups of variants; keeps the stock steps of the last case, because compiling them takes long."""
 
     def __init__(self, options: Options) -> None:
@@ -260,11 +260,11 @@ def total(events: Mapping[str, int], categories: Sequence[str]) -> int:
 
 
 def listed(options: Options, cases: Sequence[tuple[Case, str]]) -> list[Part]:
-    """A part for each case and group, which share one bench."""
-    bench = Bench(options)
+    """A part for each case and group, which share their timings."""
+    timings = StepTimings(options)
 
     def part(case: Case, group: str) -> Part:
-        return Part(f"{case.name}: {group}", lambda: bench.run(case, group))
+        return Part(f"{case.name}: {group}", lambda: timings.run(case, group))
 
     return [part(case, group) for case, group in cases]
 

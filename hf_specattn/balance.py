@@ -30,7 +30,7 @@ from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
 from .ordinary import module_problem, refuse_unordinary
 from .preconditioner import PreconditionedLayer
-from .reports import Spectrum
+from .projection_report import Spectrum
 
 # A float64 model has no more exact one to be measured against. Roundoff of the gauge itself is far below this.
 FLOAT64_TOLERANCE = 1e-10

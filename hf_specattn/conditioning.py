@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapted import refuse_adapters
 from .architectures import ARCHITECTURES, MORE_ARCHITECTURES, AttentionSpec, attention_specs
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
+from .existing_adapters import refuse_adapters
 from .layers import (
     HALF_PRECISION,
     SPECTRAL_CLASSES,
@@ -29,8 +29,8 @@ from .layers import (
 )
 from .ordinary import module_problem, refuse_unordinary
 from .preconditioner import is_preconditioned
+from .projection_report import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
 from .refreshing import recompute, refresh, refresh_interval
-from .reports import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
 
 __all__ = [
     "AttentionSpec",

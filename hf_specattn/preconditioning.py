@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapted import refuse_adapters
 from .architectures import UNSTATED, AttentionSpec, attention_specs, output_module, unknown_parts
 from .compat import Conv1D
 from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
+from .existing_adapters import refuse_adapters
 from .layers import hold_projections
 from .ordinary import refuse_unordinary
 from .preconditioner import (

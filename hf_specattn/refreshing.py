@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
-from .adapted import adapted_layers
+from .existing_adapters import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, SpectralLayer, refuse_replaced, spectral_layers
 from .ordinary import refuse_unordinary
 from .polar import polar_correction

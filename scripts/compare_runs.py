@@ -42,7 +42,7 @@ from recipes.compare.comparison import (
     shared_time_budget,
 )
 from recipes.compare.curves import picture
-from recipes.run.metrics import perplexity
+from recipes.run.run_metrics import perplexity
 
 NAME = "comparison"
 NOTHING = "–"

@@ -31,7 +31,7 @@ from hf_specattn.config import PROJECTIONS
 from hf_specattn.diagnostics import attention_entropy, spectra
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
 from hf_specattn.files import write_bytes, write_json
-from recipes.run.metrics import METRICS_FILE
+from recipes.run.run_metrics import METRICS_FILE
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
 
 NAME = "conditioning"

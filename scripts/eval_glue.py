@@ -31,20 +31,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
 from hf_specattn.files import write_bytes
-from recipes.glue.arguments import GlueArguments, parse_arguments
-from recipes.glue.data import GlueDataError
-from recipes.glue.evaluations import GLUE_EVALUATIONS, write_glue_evaluations
 from recipes.glue.fine_tuning import FineTuner, StoppedError, describe, output_paths
-from recipes.glue.models import ModelError, ModelVariant, plan_variants, save_base
-from recipes.glue.report import NAME, markdown, picture
-from recipes.glue.results import FAILED, RESULTS_FILE, Results, ResultsError, RunRecord, find_conflicts
+from recipes.glue.glue_arguments import GlueArguments, parse_arguments
+from recipes.glue.glue_evaluations import GLUE_EVALUATIONS, write_glue_evaluations
+from recipes.glue.glue_files import GlueDataError
+from recipes.glue.glue_models import ModelError, ModelVariant, plan_variants, save_base
+from recipes.glue.glue_report import NAME, markdown, picture
+from recipes.glue.glue_results import FAILED, RESULTS_FILE, Results, ResultsError, RunRecord, find_conflicts
 from recipes.glue.summary import Summary
 from recipes.glue.task_data import TaskData, prepare_data
 from recipes.glue.tasks import TASKS
-from recipes.run.arguments import SpectralArguments
 from recipes.run.distributed import run_on_main_process
 from recipes.run.interruption import stop_on_signals
 from recipes.run.runs import show_progress
+from recipes.run.spectral_arguments import SpectralArguments
 
 logger = logging.getLogger("eval_glue")
 

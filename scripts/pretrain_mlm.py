@@ -42,14 +42,14 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
 from hf_specattn import condition
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
-from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import describe_conditioning, initialize_projections
+from recipes.run.projection_init import describe_conditioning, initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.sharding import will_shard
+from recipes.run.spectral_arguments import SpectralArguments
 from recipes.text.documents import CorpusError
-from recipes.text.plan import describe_plan
 from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
-from recipes.text.task import DROPOUT_SETTINGS, MlmTask
+from recipes.text.pretrain_plan import describe_plan
+from recipes.text.pretrain_task import DROPOUT_SETTINGS, MlmTask
 
 logger = logging.getLogger("pretrain_mlm")
 LOGGERS = ("pretrain_mlm", "recipes", "hf_specattn")  # the others say what is prepared, and skipped

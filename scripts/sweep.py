@@ -30,12 +30,12 @@ from recipes.compare.sweeps.cost import gpu_hours, training_operations
 from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
-from recipes.compare.sweeps.presets import IMAGE_SCRIPT, SCALES, SWEEPS
-from recipes.compare.sweeps.report import as_json, picture, report
 from recipes.compare.sweeps.runner import Machine
-from recipes.images.arguments import parse_arguments as parse_image_arguments
-from recipes.images.models import ImageModelError
-from recipes.images.sources import ImageDataError
+from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
+from recipes.compare.sweeps.sweep_report import as_json, picture, report
+from recipes.images.image_arguments import parse_arguments as parse_image_arguments
+from recipes.images.image_datasets import ImageDataError
+from recipes.images.image_models import ImageModelError
 
 SCRIPTS = Path(__file__).resolve().parent
 NAMES = (*SWEEPS, "grid")
@@ -99,7 +99,7 @@ class SweepArguments:
     initialization_scales: list[float] | None = field(
         default=None, metadata={"help": "Factors of the query, key and value weights at the start (1)."}
     )
-    seeds: list[int] | None = field(default=None, metadata={"help": "Of every cell of the grid (0)."})
+    seeds: list[int] | None = field(default=None, metadata={"help": "Of every arm of the grid (0)."})
 
 
 GRID_FLAGS = (*(item.name for item in fields(GridValues)), "script", "seeds")
@@ -214,7 +214,7 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     write_bytes(output / f"{sweep.name}.md", text.encode())
     print(text)
     print(f"Report: {output / sweep.name}.md, .png, .svg, .json")
-    return not any(cell.failed for cell in results.cells.values())
+    return not any(arm.failed for arm in results.arms.values())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

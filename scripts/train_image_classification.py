@@ -39,14 +39,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from transformers import PreTrainedModel
 
-from recipes.images.arguments import ImageArguments, parse_arguments
-from recipes.images.models import ImageModelError, build_stock_model, condition_model
-from recipes.images.plan import describe_plan
-from recipes.images.sources import ImageDataError
-from recipes.images.task import ImageTask
-from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import describe_conditioning, initialize_projections, remove_layer_norms
+from recipes.images.classification_task import ImageTask
+from recipes.images.image_arguments import ImageArguments, parse_arguments
+from recipes.images.image_datasets import ImageDataError
+from recipes.images.image_models import ImageModelError, build_stock_model, condition_model
+from recipes.images.image_plan import describe_plan
+from recipes.run.projection_init import describe_conditioning, initialize_projections, remove_layer_norms
 from recipes.run.runs import evaluate_only, run, started
+from recipes.run.spectral_arguments import SpectralArguments
 
 logger = logging.getLogger("train_image_classification")
 LOGGERS = ("train_image_classification", "recipes", "hf_specattn")

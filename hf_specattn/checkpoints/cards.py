@@ -14,7 +14,7 @@ from ..architectures import ARCHITECTURES
 from ..compat import tasks_of_pipelines
 from ..figures import markdown_table
 from ..modeling import AUTO_CLASSES, MODEL_TYPE_PREFIX, conditioned_class, conditioned_models
-from .evaluations import read_evaluations
+from .evaluations_file import read_evaluations
 from .pictures import PICTURE, kappa_picture
 from .records import Record
 from .remote_code import auto_map, needs_remote_code

@@ -33,7 +33,7 @@ from .destinations import (
 from .probe import Comparison, Diagonals, Probe, make_batch
 from .records import RECORD, KappaRow, Record, balance_rows, conditioning_rows, spectra_rows
 from .remote_code import add_remote_code, source_files
-from .sources import Source, SourceError, find_source, load_model, unknown_architecture_way_out
+from .source_checkpoint import Source, SourceError, find_source, load_model, unknown_architecture_way_out
 from .tables import format_rows
 from .tokenizers import name_tokenizer_class
 

@@ -24,7 +24,7 @@ from ..files import (
     sync,
     temporary_name,
 )
-from .sources import SAFETENSORS, SAFETENSORS_INDEX, Source
+from .source_checkpoint import SAFETENSORS, SAFETENSORS_INDEX, Source
 
 logger = logging.get_logger(__name__)
 

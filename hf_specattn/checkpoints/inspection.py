@@ -10,7 +10,7 @@ from ..files import megabytes
 from ..modeling import MODEL_TYPE_PREFIX
 from .records import KappaRow, read_record, spectra_rows
 from .remote_code import auto_map, needs_remote_code, source_files
-from .sources import find_source, load_model
+from .source_checkpoint import find_source, load_model
 from .tables import format_rows
 
 

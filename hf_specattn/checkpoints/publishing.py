@@ -22,12 +22,12 @@ from ..diagnostics.spectra import spectra
 from ..files import megabytes, write_bytes
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
-from .evaluations import EVALUATION_FILES
+from .evaluations_file import EVALUATION_FILES
 from .pictures import PICTURE
 from .probe import Comparison
 from .records import RECORD, Record, read_record, spectra_rows
 from .remote_code import remote_code, source_files
-from .sources import CONFIG, SAFETENSORS_INDEX, Source, SourceError, find_source, load_model
+from .source_checkpoint import CONFIG, SAFETENSORS_INDEX, Source, SourceError, find_source, load_model
 
 # Beside the weights and COMPANIONS. Everything else stays: checkpoints of a run, optimizer states, logs, other people's code.
 PUBLISHED = (

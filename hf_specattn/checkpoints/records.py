@@ -10,7 +10,7 @@ from typing import Any
 from ..balance import BalanceReport
 from ..diagnostics.spectra import ProjectionSpectra
 from ..files import write_json
-from ..reports import ProjectionReport, Spectrum
+from ..projection_report import ProjectionReport, Spectrum
 from ..version import __version__
 
 RECORD = "specattn.json"

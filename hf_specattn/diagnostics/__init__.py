@@ -12,17 +12,17 @@ from .saturation import GradientNorms, Saturation, attention_entropy, gradient_n
 from .spectra import FullSpectrum, ProjectionSpectra, effective_rank, spectra
 
 if TYPE_CHECKING:
+    from .attention_report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
     from .monitor import SpectralMonitor
-    from .report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
 
 # Public name -> its module, imported when the name is first used: the monitor brings the Trainer's callbacks, and PEFT.
 _HOMES = {
-    "Diagnosis": "report",
-    "JacobianRow": "report",
+    "Diagnosis": "attention_report",
+    "JacobianRow": "attention_report",
     "SpectralMonitor": "monitor",
-    "diagnose": "report",
-    "write_report": "report",
-    "write_training_report": "report",
+    "diagnose": "attention_report",
+    "write_report": "attention_report",
+    "write_training_report": "attention_report",
 }
 
 __all__ = [

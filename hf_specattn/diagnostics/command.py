@@ -35,7 +35,9 @@ def report(
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
 ) -> None:
     """Show how well conditioned the attention of a model is: one HTML page with figures, as PNG and SVG, too."""
-    from .report import write_report  # brings the Trainer's callbacks, for which the other commands should not wait
+    from .attention_report import (
+        write_report,  # brings the Trainer's callbacks, for which the other commands should not wait
+    )
 
     try:
         loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)

@@ -95,7 +95,7 @@ class SpectralMonitor(TrainerCallback):
 
     # --- in a loop of one's own ---
 
-    def begin(self, model: nn.Module, step: int = 0) -> Values:
+    def first_values(self, model: nn.Module, step: int = 0) -> Values:
         """Warn of what is wrong before training, and measure; `step` is where a resumed run goes on.
 
         Returns:
@@ -179,7 +179,7 @@ class SpectralMonitor(TrainerCallback):
             self._batch = _first_samples(kwargs["train_dataloader"])
         if self.file is None:
             self.file = Path(str(args.output_dir)) / MONITOR_FILE
-        self._report(state, self.begin(kwargs["model"], state.global_step))
+        self._report(state, self.first_values(kwargs["model"], state.global_step))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..reports import Spectrum
+from ..projection_report import Spectrum
 from .attentions import Architecture, Attention, find_attentions, to_dtype
 
 

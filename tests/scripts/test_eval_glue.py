@@ -30,14 +30,14 @@ from transformers import (
 )
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
-from hf_specattn.checkpoints.evaluations import read_evaluations
+from hf_specattn.checkpoints.evaluations_file import read_evaluations
 from hf_specattn.layers import spectral_layers
 from recipes.glue import fine_tuning
-from recipes.glue.batches import epoch_batches
 from recipes.glue.fine_tuning import FineTuner
-from recipes.glue.metrics import score
-from recipes.glue.report import picture
-from recipes.glue.results import Results
+from recipes.glue.glue_batches import epoch_batches
+from recipes.glue.glue_report import picture
+from recipes.glue.glue_results import Results
+from recipes.glue.glue_scores import score
 from recipes.glue.tasks import COLUMNS, TASKS
 from recipes.text.documents import Document
 from recipes.text.tokenization import train_wordpiece

@@ -10,7 +10,7 @@ import pytest
 from accelerate.state import AcceleratorState, GradientState
 from scripts_loading import REPOSITORY, load_script
 
-from recipes.run import metrics
+from recipes.run import run_metrics as metrics
 
 
 def python_block(page: str, heading: str) -> str:

@@ -15,13 +15,13 @@ from models import ARCHITECTURES
 from scripts_loading import REPOSITORY, load_script
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, pipeline
 
-from hf_specattn.checkpoints.evaluations import read_evaluations
+from hf_specattn.checkpoints.evaluations_file import read_evaluations
 from recipes.run import loop, runs
 from recipes.run.batching import BatchOrder
-from recipes.text.evaluation import evaluate_mlm
 from recipes.text.masking import MaskingRule
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
-from recipes.text.task import MlmTask
+from recipes.text.mlm_evaluation import evaluate_mlm
+from recipes.text.pretrain_task import MlmTask
 
 SCRIPT = REPOSITORY / "scripts" / "pretrain_mlm.py"
 
@@ -426,7 +426,7 @@ def test_the_published_order_and_cleaning(pretrain, tmp_path, monkeypatch):
 
 
 def test_the_plan_is_said_before_anything_is_read_or_written(pretrain, caplog, monkeypatch, script):
-    monkeypatch.setattr("recipes.text.task.prepare_mlm_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("recipes.text.pretrain_task.prepare_mlm_data", lambda *_, **__: pytest.fail("data were read"))
     folder = pretrain("--show_plan", *SVD, *RAMPED)
     assert not folder.exists()
     assert (

@@ -10,8 +10,8 @@ import time
 import pytest
 from scripts_loading import REPOSITORY, load_script
 
-from recipes.compare.sweeps.presets import SWEEPS
-from recipes.images.arguments import parse_arguments
+from recipes.compare.sweeps.sweep_presets import SWEEPS
+from recipes.images.image_arguments import parse_arguments
 
 SCRIPT = REPOSITORY / "scripts" / "sweep.py"
 # A ViT of one layer of width 16 on 40 digits.
@@ -41,15 +41,15 @@ def test_a_grid_and_its_repetition(tmp_path):
     records = {file.parent: json.loads(file.read_text()) for file in tmp_path.glob("*/seed-*/metrics.json")}
     assert len(records) == 4
     content = json.loads((tmp_path / "reports" / "grid.json").read_text())
-    for cell in content["cells"]:
-        method = None if cell["variant"] == "stock" else "svd"
+    for arm in content["arms"]:
+        method = None if arm["variant"] == "stock" else "svd"
         finals = {
             str(record["arguments"]["seed"]): 100 * record["final"]["validation_accuracy"]
             for record in records.values()
             if record["arguments"]["spectral_method"] == method
         }
-        assert cell["values"] == pytest.approx(finals)
-    assert f"| stock | 2 of 2 | {sum(content['cells'][0]['values'].values()) / 2:.2f} ± " in output
+        assert arm["values"] == pytest.approx(finals)
+    assert f"| stock | 2 of 2 | {sum(content['arms'][0]['values'].values()) / 2:.2f} ± " in output
     # One run as if it had been killed between the saving of its model and that of its record.
     killed, *others = sorted(records)
     (killed / "metrics.json").unlink()
@@ -82,7 +82,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(tmp_path):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         content = json.loads((tmp_path / folder / "reports" / "grid.json").read_text())
-        outputs.append([cell["values"] for cell in content["cells"]])
+        outputs.append([arm["values"] for arm in content["arms"]])
     assert any("Continuing after step" in log.read_text() for log in (tmp_path / "a").glob("*/seed-*/log.txt"))
     assert outputs[0] == outputs[1]
 

@@ -17,7 +17,7 @@ from scripts_loading import REPOSITORY, load_script
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from hf_specattn import AttentionSpec, architectures
-from hf_specattn.checkpoints.evaluations import read_evaluations
+from hf_specattn.checkpoints.evaluations_file import read_evaluations
 from recipes.compare import comparison
 from recipes.run import loop
 from recipes.run.checkpointing import list_checkpoints

@@ -11,8 +11,8 @@ import numpy as np
 
 from hf_specattn.config import PROJECTIONS
 
-from ..run.arguments import SpectralArguments
-from ..run.metrics import METRICS_FILE, RunMetrics
+from ..run.run_metrics import METRICS_FILE, RunMetrics
+from ..run.spectral_arguments import SpectralArguments
 
 STOCK = "stock"
 

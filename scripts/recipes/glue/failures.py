@@ -2,8 +2,8 @@
 
 import torch
 
-from ..run.metrics import NonFiniteLossError
-from .metrics import UndefinedScoreError
+from ..run.run_metrics import NonFiniteLossError
+from .glue_scores import UndefinedScoreError
 
 # In the texts of the plain RuntimeErrors by which CPUs and some other devices say so.
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory")

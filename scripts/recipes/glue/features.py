@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_specattn.files import write_bytes
 
-from .data import Examples, GlueDataError
+from .glue_files import Examples, GlueDataError
 
 logger = logging.get_logger(__name__)
 

@@ -20,18 +20,18 @@ from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
 
 from ..run.interruption import StopRequest
-from ..run.metrics import NonFiniteLossError, package_versions
 from ..run.optimization import parameter_groups
+from ..run.run_metrics import NonFiniteLossError, package_versions
 from ..run.saving import save_pretrained
-from .arguments import GlueArguments, folder_name
-from .batches import epoch_batches
 from .failures import describe_error, kind_of
 from .features import Collator, TokenizedExamples, load_tokens, tokenizer_fingerprint
-from .metrics import predictions_from_logits
-from .models import ModelVariant, load_model, quiet
+from .glue_arguments import GlueArguments, folder_name
+from .glue_batches import epoch_batches
+from .glue_models import ModelVariant, load_model, quiet
+from .glue_results import FAILED, FINISHED, RunRecord
+from .glue_scores import predictions_from_logits
 from .prediction import accepted_inputs, predict_logits, write_submission
 from .protocols import Protocol, build_schedule, total_steps
-from .results import FAILED, FINISHED, RunRecord
 from .scoring import compute_scores
 from .task_data import TaskData
 from .tasks import TASKS, GlueTask

@@ -7,7 +7,7 @@
 import datasets
 import evaluate
 
-from recipes.glue.metrics import score
+from recipes.glue.glue_scores import score
 from recipes.glue.tasks import TASKS
 
 _CITATION = """\

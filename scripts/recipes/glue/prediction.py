@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from hf_specattn.files import write_bytes
 
-from ..run.metrics import NonFiniteLossError
+from ..run.run_metrics import NonFiniteLossError
 from .features import Collator, TokenizedExamples
-from .metrics import predictions_from_logits
+from .glue_scores import predictions_from_logits
 from .tasks import GlueSplit, GlueTask
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .metrics import FUNCTIONS, score
+from .glue_scores import FUNCTIONS, score
 from .tasks import GlueTask
 
 

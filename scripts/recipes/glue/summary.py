@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean, median, stdev
 
 from ..compare.comparison import PairedDifference, paired_difference
-from .results import FAILED, FINISHED, RunRecord
+from .glue_results import FAILED, FINISHED, RunRecord
 from .tasks import COLUMNS, Column
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .arguments import GlueArguments
-from .data import Examples, read_examples
 from .features import prepare_tokens, tokenizer_fingerprint
-from .models import ModelVariant
+from .glue_arguments import GlueArguments
+from .glue_files import Examples, read_examples
+from .glue_models import ModelVariant
 from .scoring import best_constant_score
 from .tasks import GlueTask
 

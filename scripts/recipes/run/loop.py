@@ -26,7 +26,7 @@ from hf_specattn.conditioning import refresh_interval
 
 from .checkpointing import Checkpoints, Progress
 from .interruption import stop_on_signals
-from .metrics import RunMetrics, require_finite_gradient, require_finite_loss
+from .run_metrics import RunMetrics, require_finite_gradient, require_finite_loss
 from .schedules import Budget, BudgetSchedule, ramped_micro_steps
 from .throughput import LossWindow
 
@@ -212,7 +212,7 @@ def train(
     step, position = begun.step, begun.record.get("position", begun.step * amounts.batch)
     started, seconds = time.perf_counter() - begun.seconds, begun.seconds
     refresh_every = refresh_interval(training.model)
-    if training.monitor is not None and (values := training.monitor.begin(training.model, step)):
+    if training.monitor is not None and (values := training.monitor.first_values(training.model, step)):
         accelerator.log(values, step=step)
     progress = tqdm(total=budget.steps, initial=step, desc="Training", unit="step", disable=not with_bar)
     training.wrapped.train()

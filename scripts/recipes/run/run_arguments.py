@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
-from .arguments import SpectralArguments, check_bounds, explicitly_given, refuse_unknown_trackers
 from .checkpointing import list_checkpoints
-from .initialization import InitializationArguments
-from .metrics import METRICS_FILE
+from .projection_init import InitializationArguments
+from .run_metrics import METRICS_FILE
+from .spectral_arguments import SpectralArguments, check_bounds, explicitly_given, refuse_unknown_trackers
 
 AT_LEAST_ONE = (
     "per_device_train_batch_size",

@@ -18,17 +18,17 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from hf_specattn.checkpoints.evaluations import EVALUATIONS, write_evaluations
+from hf_specattn.checkpoints.evaluations_file import EVALUATIONS, write_evaluations
 
-from .arguments import SpectralArguments
 from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
 from .distributed import run_on_main_process
 from .loop import Task, Training, report_evaluation, train
-from .metrics import LOSS_CURVE_FILE, METRICS_FILE, NonFiniteLossError, RunMetrics
 from .run_arguments import RunArguments
 from .run_description import model_description
+from .run_metrics import LOSS_CURVE_FILE, METRICS_FILE, NonFiniteLossError, RunMetrics
 from .schedules import BudgetSchedule
 from .sharding import configure_sharding
+from .spectral_arguments import SpectralArguments
 from .training_state import TrainingParts
 
 logger = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ def run(
         accelerator.init_trackers(task.name, config=tracker_config(metrics.arguments))
     training = prepare(task, model, arguments, spectral, accelerator, monitored)
     # Last before the loop: it restores the random number generators.
-    begun = begin(arguments, accelerator, training.checkpoints)
+    resumed = start_or_resume(arguments, accelerator, training.checkpoints)
     if finished:
         logger.info(f"The run in {arguments.output_dir} is finished; there is nothing to continue.")
     else:
-        done = train(task, training, arguments, accelerator, metrics, begun, show_progress(arguments, accelerator))
+        done = train(task, training, arguments, accelerator, metrics, resumed, show_progress(arguments, accelerator))
         if task.amounts.budget.share(done.step, done.seconds) < 1:
             report_stop(task, arguments, done)
         else:
@@ -198,7 +198,7 @@ def is_finished(arguments: RunArguments, accelerator: Accelerator) -> bool:
     return arguments.resume_from_checkpoint and run_on_main_process(accelerator, metrics_file.is_file)
 
 
-def begin(arguments: RunArguments, accelerator: Accelerator, checkpoints: Checkpoints) -> Progress:
+def start_or_resume(arguments: RunArguments, accelerator: Accelerator, checkpoints: Checkpoints) -> Progress:
     """Start at step 0, or restore the newest good checkpoint and start where it ends."""
     if not arguments.resume_from_checkpoint:
         if accelerator.is_main_process:  # it would say that the new run is finished
@@ -206,12 +206,12 @@ def begin(arguments: RunArguments, accelerator: Accelerator, checkpoints: Checkp
                 (Path(arguments.output_dir) / name).unlink(missing_ok=True)
         checkpoints.start_over()
         return Progress()
-    begun = checkpoints.resume()
-    if begun is None:
+    resumed = checkpoints.resume()
+    if resumed is None:
         logger.info(f"There is no checkpoint in {arguments.output_dir} yet: starting from the beginning.")
         return Progress()
-    logger.info(f"Continuing after step {begun.step}, from the newest good checkpoint in {arguments.output_dir}.")
-    return begun
+    logger.info(f"Continuing after step {resumed.step}, from the newest good checkpoint in {arguments.output_dir}.")
+    return resumed
 
 
 def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..run.run_description import sequences_fingerprint
 from .cleaning import Cleaning
+from .corpora import corpus_streams
 from .packing import require_sequences, token_dtype
-from .sources import corpus_streams
 from .token_cache import TokenCache, prepare_tokenizer, prepare_tokens
 from .tokenization import load_tokenizer
 

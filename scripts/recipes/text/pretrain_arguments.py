@@ -7,10 +7,10 @@ from transformers import AutoConfig, HfArgumentParser
 
 from hf_specattn.crammed_bert import CrammedBertConfig
 
-from ..run.arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
-from ..run.initialization import INITIALIZATION_SETTINGS, check_initialization
+from ..run.projection_init import INITIALIZATION_SETTINGS, check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.schedules import SCHEDULES, Budget
+from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
 from .cleaning import Cleaning
 from .mlm_data import MlmDataSettings
 from .presets import PRESETS

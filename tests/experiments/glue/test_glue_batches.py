@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recipes.glue.batches import BATCHES_PER_GROUP, epoch_batches
+from recipes.glue.glue_batches import BATCHES_PER_GROUP, epoch_batches
 
 LENGTHS = np.random.default_rng(0).integers(3, 129, 1003)
 

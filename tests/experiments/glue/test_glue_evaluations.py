@@ -2,9 +2,9 @@
 
 import pytest
 
-from hf_specattn.checkpoints.evaluations import read_evaluations
-from recipes.glue.evaluations import write_glue_evaluations
-from recipes.glue.results import FAILED, RunRecord
+from hf_specattn.checkpoints.evaluations_file import read_evaluations
+from recipes.glue.glue_evaluations import write_glue_evaluations
+from recipes.glue.glue_results import FAILED, RunRecord
 
 
 def record(model, task, seed, status="finished", **scores):

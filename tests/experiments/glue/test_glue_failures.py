@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from recipes.glue.failures import describe_error, kind_of
-from recipes.glue.metrics import UndefinedScoreError
-from recipes.run.metrics import NonFiniteLossError
+from recipes.glue.glue_scores import UndefinedScoreError
+from recipes.run.run_metrics import NonFiniteLossError
 
 
 @pytest.mark.parametrize(

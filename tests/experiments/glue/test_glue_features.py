@@ -6,7 +6,6 @@ import torch
 from transformers import AutoTokenizer, BertTokenizer, ByT5Tokenizer
 
 from recipes.glue import features
-from recipes.glue.data import Examples, GlueDataError
 from recipes.glue.features import (
     Collator,
     load_tokens,
@@ -14,6 +13,7 @@ from recipes.glue.features import (
     tokenize,
     tokenizer_fingerprint,
 )
+from recipes.glue.glue_files import Examples, GlueDataError
 from recipes.text.documents import Document
 from recipes.text.tokenization import train_wordpiece
 

@@ -4,7 +4,7 @@ import huggingface_hub.constants
 import pytest
 from transformers import BertConfig
 
-from recipes.glue.models import model_fingerprint
+from recipes.glue.glue_models import model_fingerprint
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_specattn import CrammedBertConfig, CrammedBertForSequenceClassification
-from recipes.glue.data import Examples
 from recipes.glue.features import Collator, tokenize
+from recipes.glue.glue_files import Examples
 from recipes.glue.prediction import accepted_inputs, predict_logits, write_submission
 from recipes.glue.tasks import TASKS
-from recipes.run.metrics import NonFiniteLossError
+from recipes.run.run_metrics import NonFiniteLossError
 from recipes.text.documents import Document
 from recipes.text.tokenization import train_wordpiece
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.glue.report import CONSTANT, markdown, notes, picture
-from recipes.glue.results import RunRecord
+from recipes.glue.glue_report import CONSTANT, markdown, notes, picture
+from recipes.glue.glue_results import RunRecord
 from recipes.glue.summary import Summary
 from recipes.glue.tasks import COLUMNS, TASKS
 

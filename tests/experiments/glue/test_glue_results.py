@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from recipes.glue.results import (
+from recipes.glue.glue_results import (
     Results,
     ResultsError,
     RunRecord,

@@ -17,7 +17,7 @@ from recipes.images.augmentation import (
     seed_generators,
     training_transform,
 )
-from recipes.images.models import image_processor
+from recipes.images.image_models import image_processor
 from recipes.run.randomness import Purpose
 
 STRONG = Augmentation(0.3, 0, 0.5, "rand-m9-mstd0.5-inc1", 0.9)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from recipes.images.arguments import ImageArguments, parse_arguments
+from recipes.images.image_arguments import ImageArguments, parse_arguments
 from recipes.images.presets import PRESETS, RECIPES, deviations
 
 

@@ -12,7 +12,7 @@ from transformers import (
 
 from hf_specattn import AttentionSpec, architectures
 from hf_specattn.conditioning import can_be_saved
-from recipes.images.models import (
+from recipes.images.image_models import (
     ABLATED_WEIGHTS_FILE,
     ImageModelError,
     ImageModelSettings,
@@ -22,8 +22,8 @@ from recipes.images.models import (
     model_input,
     save_classifier,
 )
-from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import remove_layer_norms
+from recipes.run.projection_init import remove_layer_norms
+from recipes.run.spectral_arguments import SpectralArguments
 
 CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -5,7 +5,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
-from recipes.images.models import ImageModelSettings, build_stock_model
+from recipes.images.image_models import ImageModelSettings, build_stock_model
 from recipes.images.optimization import AveragedWeights, build_adamw, not_decayed
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -1,9 +1,9 @@
 import pytest
 import timm
 
-from recipes.images.arguments import ImageArguments, parse_arguments
-from recipes.images.plan import describe_plan
-from recipes.run.arguments import SpectralArguments
+from recipes.images.image_arguments import ImageArguments, parse_arguments
+from recipes.images.image_plan import describe_plan
+from recipes.run.spectral_arguments import SpectralArguments
 
 
 def test_the_plan_of_the_default():

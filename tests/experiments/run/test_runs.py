@@ -6,7 +6,7 @@ from unittest.mock import create_autospec
 import pytest
 
 from recipes.run.checkpointing import Checkpoints, Progress
-from recipes.run.runs import begin
+from recipes.run.runs import start_or_resume
 
 
 @pytest.mark.parametrize("resumes", [False, True])
@@ -17,6 +17,6 @@ def test_a_run_from_the_start_takes_away_what_an_earlier_one_measured(resumes, t
     checkpoints = create_autospec(Checkpoints, instance=True)
     checkpoints.resume.return_value = Progress(3)
     arguments = SimpleNamespace(output_dir=str(tmp_path), resume_from_checkpoint=resumes)
-    begun = begin(arguments, SimpleNamespace(is_main_process=True), checkpoints)
+    begun = start_or_resume(arguments, SimpleNamespace(is_main_process=True), checkpoints)
     assert begun.step == (3 if resumes else 0)
     assert {path.name for path in tmp_path.iterdir()} == (others | measured if resumes else others)

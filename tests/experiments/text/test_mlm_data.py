@@ -8,7 +8,8 @@ from huggingface_hub.constants import HF_HOME
 from reference import Corpora, load_corpora, pack_documents
 
 from recipes.run.run_description import sequences_fingerprint
-from recipes.text import sources, streams
+from recipes.text import corpora as sources
+from recipes.text import streams
 from recipes.text.cleaning import normalize_text
 from recipes.text.documents import CorpusError, Document
 from recipes.text.mlm_data import MlmData, MlmDataSettings, prepare_mlm_data
@@ -101,7 +102,7 @@ def test_a_long_document_in_parts(prepare, corpus, monkeypatch):
 
 def test_the_embedded_corpus(prepare, monkeypatch):
     documents = [Document(f"topic:{index}", f"The statement number {index} says it. " * 4) for index in range(40)]
-    for module in ("recipes.text.sources", "reference"):
+    for module in ("recipes.text.corpora", "reference"):
         monkeypatch.setattr(f"{module}.embedded_documents", lambda *_: iter(documents))
     monkeypatch.setattr(sources, "_library_state", lambda library: "state")
     assert_holds(prepare(validation_fraction=0.3), load_corpora(validation_fraction=0.3))

@@ -31,7 +31,7 @@ from hf_specattn import OutputChangedError, SpectralConfig, balance, condition
 from hf_specattn.checkpoints import conversion, destinations
 from hf_specattn.checkpoints.conversion import Options, balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.destinations import DestinationError
-from hf_specattn.checkpoints.sources import SourceError, find_source
+from hf_specattn.checkpoints.source_checkpoint import SourceError, find_source
 
 BERT, LLAMA = ARCHITECTURES["bert"], ARCHITECTURES["llama"]
 MASKED_LM = "AutoModelForMaskedLM"

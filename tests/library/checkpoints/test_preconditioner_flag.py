@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Trainer, 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, fold, modeling, precondition
 from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checkpoints.remote_code import add_remote_code
-from hf_specattn.checkpoints.sources import SourceError
+from hf_specattn.checkpoints.source_checkpoint import SourceError
 from hf_specattn.layers import spectral_layers
 from hf_specattn.preconditioner import preconditioned_layers
 from hf_specattn.preconditioning import find_output_projections

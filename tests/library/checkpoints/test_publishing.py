@@ -15,10 +15,10 @@ from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfi
 from hf_specattn.checkpoints import publishing
 from hf_specattn.checkpoints.cards import TEMPLATE_OF
 from hf_specattn.checkpoints.conversion import Options, convert, fold_checkpoint
-from hf_specattn.checkpoints.evaluations import write_evaluations
+from hf_specattn.checkpoints.evaluations_file import write_evaluations
 from hf_specattn.checkpoints.publishing import PublishingError, plan, publish
 from hf_specattn.checkpoints.remote_code import source_files
-from hf_specattn.checkpoints.sources import SourceError
+from hf_specattn.checkpoints.source_checkpoint import SourceError
 
 BERT = ARCHITECTURES["bert"]
 CRAMMED_SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -41,7 +41,7 @@ def test_values_are_those_of_the_functions(tmp_path):
     monitor = SpectralMonitor(
         2, batch=BATCH | {"labels": BATCH["input_ids"]}, jacobian_heads=2, queries=4, file=tmp_path / "monitor.json"
     )
-    values = monitor.begin(model)
+    values = monitor.first_values(model)
     rows = spectra(model)
     for name in ("query", "key", "value"):
         chosen = [row for row in rows if row.projection == name]
@@ -70,7 +70,7 @@ def test_values_are_those_of_the_functions(tmp_path):
 def test_gradients_of_a_step_and_layers_that_are_chosen():
     model = bert()
     monitor = SpectralMonitor(2, batch=BATCH, layers=[-1], jacobian_heads=0)
-    monitor.begin(model)
+    monitor.first_values(model)
     model(**BATCH, labels=BATCH["input_ids"]).loss.backward()
     assert [monitor.is_due(step) for step in (1, 2, 3, 4)] == [False, True, False, True]
     monitor.observe_gradients(model, 1)
@@ -155,11 +155,11 @@ def test_resumes_its_record(tmp_path):
     file = tmp_path / "monitor.json"
     first = SpectralMonitor(2, batch=BATCH, jacobian_heads=0, file=file)
     model = bert()
-    first.begin(model)
+    first.first_values(model)
     for step in (2, 4):
         first.measure(model, step)
     second = SpectralMonitor(2, batch=BATCH, jacobian_heads=0, file=file)
-    assert second.begin(model, step=3) == {}
+    assert second.first_values(model, step=3) == {}
     second.measure(model, 4)
     assert [record["step"] for record in json.loads(file.read_text())["records"]] == [0, 2, 4]
 
@@ -167,7 +167,7 @@ def test_resumes_its_record(tmp_path):
 def test_warns_before_the_first_step(warning_log):
     model = BertForMaskedLM(TINY.config())
     condition(model, SpectralConfig(lambda_=30.0))
-    SpectralMonitor(2, batch={"input_ids": torch.arange(12)[None]}, jacobian_heads=0).begin(model)
+    SpectralMonitor(2, batch={"input_ids": torch.arange(12)[None]}, jacobian_heads=0).first_values(model)
     (message,) = warning_log.messages
     assert "is saturated" in message
     assert "lambda_=" in message
@@ -178,7 +178,7 @@ def test_infinite_condition_numbers_are_null_in_the_file(tmp_path):
     with torch.no_grad():
         model.bert.encoder.layer[0].attention.self.value.weight.zero_()
     monitor = SpectralMonitor(2, batch=BATCH, jacobian_heads=0, file=tmp_path / "monitor.json")
-    values = monitor.begin(model)
+    values = monitor.first_values(model)
     assert monitor.records[0]["kappa_value"][0] == [None] * 4
     assert math.isfinite(values["spectral/kappa_value"])
 
@@ -198,7 +198,7 @@ def test_bad_settings(settings, message):
 
 def test_without_data_to_look_at():
     with pytest.raises(ValueError, match=r"needs batch=\{"):
-        SpectralMonitor().begin(bert())
+        SpectralMonitor().first_values(bert())
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):

@@ -6,9 +6,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...images.arguments import ImageArguments
-from ...images.models import build_stock_model
-from ...images.plan import planned_amounts
+from ...images.image_arguments import ImageArguments
+from ...images.image_models import build_stock_model
+from ...images.image_plan import planned_amounts
 
 # A forward pass, and a backward pass of twice its operations.
 PASSES = 3

@@ -70,7 +70,7 @@ class Sweep:
         title: Of the report.
         script: The training script.
         settings, variants: The grid; the first variant is the one that differences are taken to.
-        seeds: Of every cell.
+        seeds: Of every arm.
         layout: How the short table is laid out: "settings" or "variants" as its columns, or "time".
         common: Flags of every run.
         tunings: What is chosen first.
@@ -124,10 +124,10 @@ class Sweep:
         }
 
     def runs(self, setting: Setting, variant: Variant, chosen: Mapping[str, float | str]) -> list["PlannedRun"]:
-        """Return the runs of a cell, one for each seed.
+        """Return the runs of an arm, one for each seed.
 
         Args:
-            setting, variant: The cell.
+            setting, variant: The arm.
             chosen: What the tunings chose for the setting, or a name in its place.
 
         Raises:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from .design import PlannedRun, Setting, Sweep, SweepError
-from .results import Results, choose, metric_of, read_cell
 from .runner import Machine, failure, run_all
+from .sweep_results import Results, choose, metric_of, read_arm
 
 
 def run_sweep(sweep: Sweep, runs_dir: Path, machine: Machine, disable_tqdm: bool = False) -> Results:
@@ -30,11 +30,11 @@ def run_sweep(sweep: Sweep, runs_dir: Path, machine: Machine, disable_tqdm: bool
     }
     ordered = [run for position in range(len(sweep.seeds)) for runs in planned.values() for run in [runs[position]]]
     run_all(ordered, runs_dir, machine, description=sweep.name, disable_tqdm=disable_tqdm)
-    cells = {key: read_cell(runs, runs_dir) for key, runs in planned.items()}
-    metric = metric_of(cells.values())
+    arms = {key: read_arm(runs, runs_dir) for key, runs in planned.items()}
+    metric = metric_of(arms.values())
     if metric is None:
         raise SweepError(f"No run of {sweep.name} came to its end; the first: {failure(ordered[0], runs_dir)}")
-    return Results(sweep, metric, chosen, tried, cells)
+    return Results(sweep, metric, chosen, tried, arms)
 
 
 def planned_runs(sweep: Sweep, values: Mapping[str, float | str]) -> list[tuple[Setting, PlannedRun]]:
@@ -61,14 +61,14 @@ def _read_tuning(
     for setting, names in tuning.items():
         tried[setting], chosen[setting] = {}, {}
         for name, values in names.items():
-            cells = {value: read_cell(runs, runs_dir) for value, runs in values.items()}
-            metric = metric_of(cells.values())
+            arms = {value: read_arm(runs, runs_dir) for value, runs in values.items()}
+            metric = metric_of(arms.values())
             if metric is None:
                 first = next(run for runs in values.values() for run in runs)
                 raise SweepError(
                     f"No run that tunes the {name} of {setting} came to its end: {failure(first, runs_dir)}"
                 )
-            tried[setting][name] = {value: cell.mean(metric) for value, cell in cells.items()}
+            tried[setting][name] = {value: arm.mean(metric) for value, arm in arms.items()}
             best = choose(tried[setting][name], metric)
             assert best is not None
             chosen[setting][name] = best

@@ -48,7 +48,7 @@ def grid_sweep(values: GridValues, script: Path, seeds: Sequence[int], common: S
     Args:
         values: To take the product of.
         script: The training script.
-        seeds: Of every cell.
+        seeds: Of every arm.
         common: Further flags of every run.
 
     Raises:

@@ -3,7 +3,7 @@
 import pytest
 
 from recipes.compare.sweeps.cost import gpu_hours, training_operations
-from recipes.images.arguments import parse_arguments
+from recipes.images.image_arguments import parse_arguments
 
 
 def test_the_operations_of_a_small_vit():

@@ -7,11 +7,11 @@ from scripts_loading import REPOSITORY
 from hf_specattn import SpectralConfig, condition
 from recipes.compare.sweeps.design import Setting
 from recipes.compare.sweeps.execution import planned_runs
-from recipes.compare.sweeps.presets import FAMILIES, SCALES, SMALL_RECIPE, SWEEPS
-from recipes.images.arguments import parse_arguments
-from recipes.images.models import build_stock_model
-from recipes.images.plan import planned_amounts
-from recipes.run.initialization import initialize_projections, remove_layer_norms
+from recipes.compare.sweeps.sweep_presets import FAMILIES, SCALES, SMALL_RECIPE, SWEEPS
+from recipes.images.image_arguments import parse_arguments
+from recipes.images.image_models import build_stock_model
+from recipes.images.image_plan import planned_amounts
+from recipes.run.projection_init import initialize_projections, remove_layer_norms
 
 SCRIPTS = REPOSITORY / "scripts"
 

@@ -14,9 +14,9 @@ from recipes.compare.comparison import METRICS
 from recipes.compare.sweeps import execution
 from recipes.compare.sweeps.design import Setting, Sweep, SweepError, Tuning, Variant
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
-from recipes.compare.sweeps.report import as_json, picture, report, short_table
-from recipes.compare.sweeps.results import choose
 from recipes.compare.sweeps.runner import Machine
+from recipes.compare.sweeps.sweep_report import as_json, picture, report, short_table
+from recipes.compare.sweeps.sweep_results import choose
 
 ACCURACY, LOSS = METRICS["images"]["accuracy"], METRICS["images"]["loss"]
 SCALED = Variant("stock, tuned scale", ("--scale", "{scale}"), start="tuned scale")
@@ -72,15 +72,15 @@ def make_results(sweep, runs_dir, monkeypatch, failing=()):
 
 
 def table_of(text, first):
-    """The rows of the table whose header's first cell is `first`, by their first cell."""
+    """The rows of the table whose header's first arm is `first`, by their first arm."""
     lines = iter(text.splitlines())
     header = next(line for line in lines if line.startswith(f"| {first} |"))
     rows = []
     for line in lines:
         if not line.startswith("|"):
             break
-        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
-    return [cell.strip() for cell in header.strip("|").split(" | ")], rows[1:]
+        rows.append([arm.strip() for arm in line.strip("|").split(" | ")])
+    return [arm.strip() for arm in header.strip("|").split(" | ")], rows[1:]
 
 
 def test_the_best_value_is_chosen():
@@ -92,7 +92,7 @@ def test_the_best_value_is_chosen():
 def test_the_tuned_value_is_what_the_grid_runs(results):
     assert results.chosen == {"A": {"scale": 2.0}, "B": {"scale": 2.0}}
     assert results.tried["A"]["scale"] == pytest.approx({1.0: 60.0, 2.0: 70.0, 4.0: 65.0})
-    tuned = results.cells["A", SCALED.label].values(ACCURACY)
+    tuned = results.arms["A", SCALED.label].values(ACCURACY)
     assert tuned == pytest.approx({0: 70.0, 1: 71.0, 2: 73.0})
 
 
@@ -107,11 +107,11 @@ def test_the_short_table(results):
 
 def test_every_cell_with_its_differences(results, tmp_path):
     text = report(results, tmp_path, "python scripts/sweep.py example")
-    _, rows = table_of(text.split("## Every cell")[1], "model")
-    cells = {tuple(row[:2]): row[2:] for row in rows}
+    _, rows = table_of(text.split("## Every arm")[1], "model")
+    arms = {tuple(row[:2]): row[2:] for row in rows}
     stock, one = [60.0, 61.0, 63.0], [71.0, 74.0, 72.0]
     low, high = stats.ttest_rel(one, stock).confidence_interval(0.95)
-    runs, _, to_stock, to_tuned, to_control, at_chance, passes = cells["A", "identity, lambda 1"]
+    runs, _, to_stock, to_tuned, to_control, at_chance, passes = arms["A", "identity, lambda 1"]
     assert (runs, at_chance) == ("3 of 3", "0")
     assert to_stock == f"+11.00 ({low:+.2f} to {high:+.2f})"
     low, high = stats.ttest_rel(one, [70.0, 71.0, 73.0]).confidence_interval(0.95)
@@ -121,9 +121,9 @@ def test_every_cell_with_its_differences(results, tmp_path):
     assert "Controls: of identity, lambda 1: identity, lambda 10." in text
     # The target is the mean of the tuned stock, 71.33: the second validation, step 20 of 8 images over 40, of two runs.
     assert passes == "4.0 (2 of 3)"
-    assert cells["A", "stock"][2:] == ["–", cells["A", "stock"][3], "–", "0", "– (0 of 3)"]
+    assert arms["A", "stock"][2:] == ["–", arms["A", "stock"][3], "–", "0", "– (0 of 3)"]
     # Below twice 1 / 10.
-    assert cells["A", "identity, lambda 10"][5] == "3"
+    assert arms["A", "identity, lambda 10"][5] == "3"
     assert "At chance" in text
     assert "Table 9 of nowhere:" in text
     assert "Chosen by the mean over the seeds 7, 8" in text
@@ -162,7 +162,7 @@ def test_failed_runs_are_named_and_in_no_mean(tmp_path, monkeypatch):
     _, rows = table_of(text, "accuracy (%)")
     assert rows[2][1] == "failed"
     assert rows[1][2] == f"{fmean([71.0, 74.0]):.2f} ± {stdev([71.0, 74.0]):.2f}"
-    folders = [run.directory(tmp_path).relative_to(tmp_path) for cell in results.cells.values() for run in cell.failed]
+    folders = [run.directory(tmp_path).relative_to(tmp_path) for arm in results.arms.values() for run in arm.failed]
     assert len(folders) == 4
     assert all(str(folder) in text for folder in folders)
     assert set(picture(results)) == {"png", "svg"}
@@ -180,7 +180,7 @@ def test_a_sweep_without_any_result(tmp_path, monkeypatch):
 def test_runs_that_do_not_compare_are_said(results, tmp_path):
     run = SWEEP.runs(SWEEP.settings[0], ONE, {})[0]
     write_image_record(run.directory(tmp_path), 0, [0.7, 0.7], validation_fingerprint="another")
-    again = replace(results, cells={**results.cells, ("A", ONE.label): execution.read_cell([run], tmp_path)})
+    again = replace(results, arms={**results.arms, ("A", ONE.label): execution.read_arm([run], tmp_path)})
     assert "**Caution, runs differ where they should not.** A: validation data" in report(again, tmp_path, "x")
 
 
@@ -195,11 +195,11 @@ def test_the_pictures_decode_and_repeat(layout, tmp_path, monkeypatch):
 
 def test_every_number_as_json(results):
     content = as_json(results)
-    cell = next(cell for cell in content["cells"] if (cell["setting"], cell["variant"]) == ("B", ONE.label))
-    assert cell["values"] == pytest.approx({"0": 71.0, "1": 74.0, "2": 72.0})
-    assert cell["seconds"] == {"0": 15.0, "1": 16.0, "2": 17.0}
+    arm = next(arm for arm in content["arms"] if (arm["setting"], arm["variant"]) == ("B", ONE.label))
+    assert arm["values"] == pytest.approx({"0": 71.0, "1": 74.0, "2": 72.0})
+    assert arm["seconds"] == {"0": 15.0, "1": 16.0, "2": 17.0}
     assert content["chosen"]["A"] == {"scale": 2.0}
-    assert len(content["cells"]) == 8
+    assert len(content["arms"]) == 8
 
 
 def test_the_plan_has_the_tuning_first():

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..run.arguments import SpectralArguments, explicitly_given
+from ..run.spectral_arguments import SpectralArguments, explicitly_given
 from .features import LEAST_LENGTH
 from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
 from .tasks import DEFAULT_DATASET, GlueTask, parse_tasks

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 
-from recipes.glue.metrics import (
+from recipes.glue.glue_scores import (
     FUNCTIONS,
     UndefinedScoreError,
     predictions_from_logits,

@@ -12,20 +12,20 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 from hf_specattn.crammed_bert import CrammedBertConfig
 
 from ..run.batching import Batch, BatchOrder
-from ..run.initialization import INITIALIZATION_SETTINGS
 from ..run.loop import Amounts, Task
-from ..run.metrics import MLM_LOSS_NAME
 from ..run.optimization import build_adamw
+from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.run_description import sequences_fingerprint
+from ..run.run_metrics import MLM_LOSS_NAME
 from ..run.runs import show_progress
 from ..run.saving import save_pretrained
 from ..run.schedules import learning_rate_factor
 from ..run.training_state import gather_weights
-from .evaluation import accepts_masked_positions, evaluate_mlm
 from .masking import MaskedBatch, MaskingRule
 from .mlm_data import prepare_mlm_data
-from .plan import training_tokens
+from .mlm_evaluation import accepts_masked_positions, evaluate_mlm
 from .pretrain_arguments import PretrainArguments
+from .pretrain_plan import training_tokens
 
 logger = logging.getLogger(__name__)
 

@@ -11,19 +11,19 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
-from ..run.arguments import SpectralArguments
 from ..run.distributed import run_on_main_process
-from ..run.initialization import INITIALIZATION_SETTINGS
 from ..run.loop import Amounts, Task
+from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
-from .arguments import ImageArguments
+from ..run.spectral_arguments import SpectralArguments
 from .augmentation import evaluation_transform, normalization, training_transform
-from .batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
-from .evaluation import evaluate_images
-from .models import ImageModelError, image_processor, model_input, save_classifier
+from .classification_evaluation import evaluate_images
+from .image_arguments import ImageArguments
+from .image_batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
+from .image_datasets import load_image_data
+from .image_models import ImageModelError, image_processor, model_input, save_classifier
 from .optimization import AveragedWeights, build_adamw
-from .sources import load_image_data
 
 logger = logging.getLogger(__name__)
 

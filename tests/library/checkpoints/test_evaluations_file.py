@@ -6,7 +6,7 @@ import math
 import pytest
 from huggingface_hub import EvalResult
 
-from hf_specattn.checkpoints.evaluations import EVALUATIONS, read_evaluations, write_evaluations
+from hf_specattn.checkpoints.evaluations_file import EVALUATIONS, read_evaluations, write_evaluations
 
 
 def result(metric="perplexity", value=7.389, split="validation", **more):

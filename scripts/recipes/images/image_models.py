@@ -26,10 +26,10 @@ from hf_specattn.conditioning import can_be_saved, condition, fold
 from hf_specattn.files import write_bytes
 from hf_specattn.layers import spectral_layers
 from hf_specattn.modeling import MODEL_TYPE_PREFIX
-from hf_specattn.reports import ProjectionReport
+from hf_specattn.projection_report import ProjectionReport
 
-from ..run.arguments import SpectralArguments
 from ..run.saving import save_pretrained
+from ..run.spectral_arguments import SpectralArguments
 
 TIMM_PREFIX = "timm/"
 

@@ -3,13 +3,13 @@ import pytest
 import torch
 from models import ARCHITECTURES, VOCABULARY
 
-from recipes.text.evaluation import (
+from recipes.text.masking import MaskingRule
+from recipes.text.mlm_evaluation import (
     EVALUATION_EPOCH,
     EVALUATION_SEED,
     accepts_masked_positions,
     evaluate_mlm,
 )
-from recipes.text.masking import MaskingRule
 
 RULE = MaskingRule(mask_token_id=4, vocab_size=VOCABULARY)
 

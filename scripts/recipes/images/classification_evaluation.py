@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import nn
 
-from .batches import ValidationImages, load_batches
+from .image_batches import ValidationImages, load_batches
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult
 
-from hf_specattn.checkpoints.evaluations import write_evaluations
+from hf_specattn.checkpoints.evaluations_file import write_evaluations
 
-from .arguments import folder_name
-from .results import RunRecord
+from .glue_arguments import folder_name
+from .glue_results import RunRecord
 from .tasks import DEFAULT_DATASET, METRIC_TITLES, TASKS
 
 GLUE_EVALUATIONS = "evaluations_glue-*.json"

@@ -23,12 +23,12 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, logging
 
 from ..compare.comparison import spectral_label
-from ..run.arguments import SpectralArguments
-from ..run.metrics import RunMetrics
 from ..run.run_description import model_description
+from ..run.run_metrics import RunMetrics
 from ..run.saving import save_pretrained
+from ..run.spectral_arguments import SpectralArguments
 from ..text.streams import file_digest
-from .arguments import GlueArguments, folder_name
+from .glue_arguments import GlueArguments, folder_name
 from .protocols import Protocol
 from .tasks import GlueTask
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field, fields
 
 from transformers import HfArgumentParser
 
-from ..run.arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
-from ..run.initialization import check_initialization
+from ..run.projection_init import check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
+from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
 from .augmentation import Augmentation
-from .batches import Mixing
-from .models import ImageModelSettings
+from .image_batches import Mixing
+from .image_datasets import ImageDataSettings
+from .image_models import ImageModelSettings
 from .presets import PRESETS
-from .sources import ImageDataSettings
 
 # One source of images: naming another by a flag replaces a preset's or a recorded run's.
 SOURCES = ("idx_dir", "train_dir", "dataset_name")

@@ -26,8 +26,8 @@ from hf_specattn.diagnostics import (
     write_report,
     write_training_report,
 )
+from hf_specattn.diagnostics.attention_figures import training_figure
 from hf_specattn.diagnostics.command import report
-from hf_specattn.diagnostics.figures import training_figure
 
 BERT = ARCHITECTURES["bert"]
 

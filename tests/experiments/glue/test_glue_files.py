@@ -7,7 +7,7 @@ import glue_files
 import numpy as np
 import pytest
 
-from recipes.glue.data import Examples, GlueDataError, read_examples
+from recipes.glue.glue_files import Examples, GlueDataError, read_examples
 from recipes.glue.tasks import TASKS
 
 ALL_SPLITS = [(task, split) for task in TASKS.values() for split in task.splits]

@@ -1,4 +1,4 @@
-"""What the runs of a sweep came to: cells with their values, what the tuning chose, and how fast a result was reached."""
+"""What the runs of a sweep came to: arms with their values, what the tuning chose, and how fast a result was reached."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from .runner import finished
 
 
 @dataclass(frozen=True)
-class Cell:
+class ArmResult:
     """The runs of one variant of one setting.
 
     Attributes:
@@ -34,8 +34,8 @@ class Cell:
         """Standard deviation over the seeds (divisor n - 1); None for fewer than two runs."""
         return stdev(self.values(metric).values()) if len(self.runs) > 1 else None
 
-    def difference(self, other: "Cell", metric: Metric) -> PairedDifference | None:
-        """This cell's result minus the other's over common seeds; None without any."""
+    def difference(self, other: "ArmResult", metric: Metric) -> PairedDifference | None:
+        """This arm's result minus the other's over common seeds; None without any."""
         return paired_difference(self.values(metric), other.values(metric))
 
     def at_chance(self) -> int:
@@ -82,33 +82,33 @@ class Results:
         metric: What it is judged by.
         chosen: Setting's label -> name of the tuning -> value.
         tried: The same, down to value -> mean result.
-        cells: (setting's label, variant's label) -> runs.
+        arms: (setting's label, variant's label) -> runs.
     """
 
     sweep: Sweep
     metric: Metric
     chosen: Mapping[str, Mapping[str, float]]
     tried: Mapping[str, Mapping[str, Mapping[float, float | None]]] = field(repr=False)
-    cells: Mapping[tuple[str, str], Cell] = field(repr=False)
+    arms: Mapping[tuple[str, str], ArmResult] = field(repr=False)
 
-    def cell(self, setting: Setting, variant: Variant) -> Cell:
-        """The runs of a cell."""
-        return self.cells[setting.label, variant.label]
+    def arm(self, setting: Setting, variant: Variant) -> ArmResult:
+        """The runs of an arm."""
+        return self.arms[setting.label, variant.label]
 
-    def reference(self, setting: Setting) -> Cell:
-        """The cell that differences are taken to."""
-        return self.cell(setting, self.sweep.reference)
+    def reference(self, setting: Setting) -> ArmResult:
+        """The arm that differences are taken to."""
+        return self.arm(setting, self.sweep.reference)
 
-    def second_reference(self, setting: Setting) -> Cell | None:
+    def second_reference(self, setting: Setting) -> ArmResult | None:
         """The other one, where the sweep has it."""
         label = self.sweep.second_reference
-        return None if label is None else self.cells[setting.label, label]
+        return None if label is None else self.arms[setting.label, label]
 
     def differences(self) -> list[str]:
         """One line for whatever runs of one setting differ in that should not, such as the number of steps."""
         lines = []
         for setting in self.sweep.settings:
-            runs = [run for variant in self.sweep.variants for run in self.cell(setting, variant).runs.values()]
+            runs = [run for variant in self.sweep.variants for run in self.arm(setting, variant).runs.values()]
             lines += [f"{setting.label}: {line}" for line in (find_differences(runs) if runs else [])]
         return lines
 
@@ -120,16 +120,16 @@ def choose(tried: Mapping[float, float | None], metric: Metric) -> float | None:
     return max(known, key=lambda value: (sign * known[value], -value)) if known else None
 
 
-def read_cell(runs: Iterable[PlannedRun], runs_dir: Path) -> Cell:
-    """Read the runs of a cell."""
+def read_arm(runs: Iterable[PlannedRun], runs_dir: Path) -> ArmResult:
+    """Read the runs of an arm."""
     records = {run: finished(run, runs_dir) for run in runs}
-    return Cell(
+    return ArmResult(
         {run.seed: record for run, record in records.items() if record is not None},
         tuple(run for run, record in records.items() if record is None),
     )
 
 
-def metric_of(cells: Iterable[Cell]) -> Metric | None:
+def metric_of(arms: Iterable[ArmResult]) -> Metric | None:
     """Return what the runs are judged by; None without any run."""
-    runs = [run for cell in cells for run in cell.runs.values()]
+    runs = [run for arm in arms for run in arm.runs.values()]
     return find_metric(runs) if runs else None

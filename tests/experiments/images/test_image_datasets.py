@@ -5,7 +5,7 @@ from image_files import idx_bytes, write_folders, write_idx
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from recipes.images.sources import (
+from recipes.images.image_datasets import (
     ImageDataError,
     ImageDataSettings,
     find_images,

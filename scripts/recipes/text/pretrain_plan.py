@@ -12,11 +12,11 @@ from hf_specattn.config import SpectralConfig
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from hf_specattn.layers import spectral_layers
 
-from ..run.arguments import SpectralArguments
-from ..run.initialization import describe_initialization
 from ..run.memory import MemoryEstimate, estimate_training_memory
+from ..run.projection_init import describe_initialization
 from ..run.schedules import ramped_micro_steps
-from .evaluation import accepts_masked_positions
+from ..run.spectral_arguments import SpectralArguments
+from .mlm_evaluation import accepts_masked_positions
 from .presets import PRESETS, deviations
 from .pretrain_arguments import PretrainArguments
 

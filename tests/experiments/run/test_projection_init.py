@@ -3,14 +3,14 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from hf_specattn import SpectralConfig, condition
-from recipes.run.arguments import SpectralArguments
-from recipes.run.initialization import (
+from recipes.run.projection_init import (
     InitializationArguments,
     check_initialization,
     describe_initialization,
     parse_norm_reference,
     remove_layer_norms,
 )
+from recipes.run.spectral_arguments import SpectralArguments
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 

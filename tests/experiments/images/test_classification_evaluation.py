@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from recipes.images.augmentation import evaluation_transform, normalization
-from recipes.images.batches import ValidationImages
-from recipes.images.evaluation import evaluate_images
-from recipes.images.sources import ArrayImages, ImageSplit
+from recipes.images.classification_evaluation import evaluate_images
+from recipes.images.image_batches import ValidationImages
+from recipes.images.image_datasets import ArrayImages, ImageSplit
 
 
 class Brightness(nn.Module):

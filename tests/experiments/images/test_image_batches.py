@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from recipes.images.augmentation import Augmentation, normalization, training_transform
-from recipes.images.batches import (
+from recipes.images.image_batches import (
     REPEATED_BLOCK,
     Batches,
     ImageOrder,
@@ -14,7 +14,7 @@ from recipes.images.batches import (
     load_batches,
     smooth_targets,
 )
-from recipes.images.sources import ArrayImages, ImageSplit
+from recipes.images.image_datasets import ArrayImages, ImageSplit
 from recipes.run.batching import epoch_permutation
 
 

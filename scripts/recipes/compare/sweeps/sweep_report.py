@@ -10,7 +10,7 @@ from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, ren
 
 from ..comparison import PairedDifference
 from .design import Setting, Variant
-from .results import Cell, Results
+from .sweep_results import ArmResult, Results
 
 NOTHING = "–"
 
@@ -19,7 +19,7 @@ NOTHING = "–"
 
 
 def report(results: Results, runs_dir: Path, command: str) -> str:
-    """Return the whole report as Markdown: the short table, the paper's, what was tuned, every cell, and what to know.
+    """Return the whole report as Markdown: the short table, the paper's, what was tuned, every arm, and what to know.
 
     Args:
         results: Of the sweep.
@@ -33,7 +33,7 @@ def report(results: Results, runs_dir: Path, command: str) -> str:
         parts += [f"{caption}:", markdown_table(header, rows)]
     if sweep.tunings:
         parts += ["## Tuned first", _tuning_text(results), tuning_table(results)]
-    parts += ["## Every cell", cell_table(results), *_notes(results, runs_dir)]
+    parts += ["## Every arm", arm_table(results), *_notes(results, runs_dir)]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -46,7 +46,7 @@ def _settings_as_columns(results: Results) -> str:
     sweep = results.sweep
     header = [f"{results.metric.name} ({results.metric.unit})", *(setting.label for setting in sweep.settings)]
     rows = [
-        [variant.label, *(describe_cell(results, results.cell(setting, variant)) for setting in sweep.settings)]
+        [variant.label, *(describe_arm(results, results.arm(setting, variant)) for setting in sweep.settings)]
         for variant in sweep.variants
     ]
     return markdown_table(header, rows)
@@ -57,7 +57,7 @@ def _variants_as_columns(results: Results) -> str:
     names = [variant.label if variant.strength is None else f"{variant.strength:g}" for variant in sweep.variants]
     header = [f"{results.metric.name} ({results.metric.unit}); numbers are lambdas", *names]
     rows = [
-        [setting.label, *(describe_cell(results, results.cell(setting, variant)) for variant in sweep.variants)]
+        [setting.label, *(describe_arm(results, results.arm(setting, variant)) for variant in sweep.variants)]
         for setting in sweep.settings
     ]
     return markdown_table(header, rows)
@@ -68,24 +68,24 @@ def _with_times(results: Results) -> str:
     rows = []
     for setting in results.sweep.settings:
         for variant in results.sweep.variants:
-            cell = results.cell(setting, variant)
-            seconds = cell.seconds()
+            arm = results.arm(setting, variant)
+            seconds = arm.seconds()
             rows.append(
                 [
                     f"{setting.label} {variant.label}",
-                    describe_cell(results, cell),
+                    describe_arm(results, arm),
                     NOTHING if seconds is None else f"{seconds:.1f}",
-                    _time_ratio(cell, results.reference(setting)),
+                    _time_ratio(arm, results.reference(setting)),
                 ]
             )
     return markdown_table(header, rows)
 
 
-def _time_ratio(cell: Cell, reference: Cell) -> str:
+def _time_ratio(arm: ArmResult, reference: ArmResult) -> str:
     """The median over seeds of the time of a run over that of the reference's run of the same seed."""
     ratios = [
         run.record.final["seconds"] / reference.runs[seed].record.final["seconds"]
-        for seed, run in cell.runs.items()
+        for seed, run in arm.runs.items()
         if seed in reference.runs
     ]
     if not ratios:
@@ -100,8 +100,8 @@ LAYOUTS: dict[str, Callable[[Results], str]] = {
 }
 
 
-def cell_table(results: Results) -> str:
-    """One row for each cell: result, differences with intervals, runs at chance, speed of learning."""
+def arm_table(results: Results) -> str:
+    """One row for each arm: result, differences with intervals, runs at chance, speed of learning."""
     sweep, metric = results.sweep, results.metric
     several = len(sweep.settings) > 1
     second = sweep.second_reference
@@ -122,18 +122,18 @@ def cell_table(results: Results) -> str:
         reference, other = results.reference(setting), results.second_reference(setting)
         target = (other or reference).mean(metric)
         for variant in sweep.variants:
-            cell = results.cell(setting, variant)
+            arm = results.arm(setting, variant)
             rows.append(
                 [
                     *([setting.label] if several else []),
                     variant.label,
-                    f"{len(cell.runs)} of {len(sweep.seeds)}",
-                    describe_cell(results, cell),
-                    _difference(cell, reference, results),
-                    *([_difference(cell, other, results)] if other is not None else []),
+                    f"{len(arm.runs)} of {len(sweep.seeds)}",
+                    describe_arm(results, arm),
+                    _difference(arm, reference, results),
+                    *([_difference(arm, other, results)] if other is not None else []),
                     *([_difference_to_control(setting, variant, results)] if controlled else []),
-                    str(cell.at_chance()),
-                    NOTHING if target is None else _passes(cell, results, target),
+                    str(arm.at_chance()),
+                    NOTHING if target is None else _passes(arm, results, target),
                 ]
             )
     return markdown_table(header, rows)
@@ -156,18 +156,18 @@ def tuning_table(results: Results) -> str:
     return markdown_table(["model", "tuned", f"value: mean {results.metric.name} ({results.metric.unit})"], rows)
 
 
-def describe_cell(results: Results, cell: Cell) -> str:
-    """Mean and standard deviation of a cell."""
-    mean, deviation, digits = cell.mean(results.metric), cell.deviation(results.metric), results.metric.digits
+def describe_arm(results: Results, arm: ArmResult) -> str:
+    """Mean and standard deviation of an arm."""
+    mean, deviation, digits = arm.mean(results.metric), arm.deviation(results.metric), results.metric.digits
     if mean is None:
         return "failed"
     return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
 
 
-def _difference(cell: Cell, reference: Cell, results: Results) -> str:
-    if cell is reference:
+def _difference(arm: ArmResult, reference: ArmResult, results: Results) -> str:
+    if arm is reference:
         return NOTHING
-    found: PairedDifference | None = cell.difference(reference, results.metric)
+    found: PairedDifference | None = arm.difference(reference, results.metric)
     if found is None:
         return "no common seed"
     text = f"{found.mean:+.{results.metric.digits}f}"
@@ -180,20 +180,20 @@ def _difference(cell: Cell, reference: Cell, results: Results) -> str:
 def _difference_to_control(setting: Setting, variant: Variant, results: Results) -> str:
     if variant.control is None:
         return NOTHING
-    control = results.cells[setting.label, variant.control]
-    return _difference(results.cell(setting, variant), control, results)
+    control = results.arms[setting.label, variant.control]
+    return _difference(results.arm(setting, variant), control, results)
 
 
-def _passes(cell: Cell, results: Results, target: float) -> str:
-    passes, runs = cell.passes_until(results.metric, target)
-    return f"{NOTHING if passes is None else f'{passes:.1f}'} ({runs} of {len(cell.runs)})"
+def _passes(arm: ArmResult, results: Results, target: float) -> str:
+    passes, runs = arm.passes_until(results.metric, target)
+    return f"{NOTHING if passes is None else f'{passes:.1f}'} ({runs} of {len(arm.runs)})"
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _introduction(results: Results) -> str:
-    run = next(run for cell in results.cells.values() for run in cell.runs.values())
+    run = next(run for arm in results.arms.values() for run in arm.runs.values())
     facts, arguments = run.record.facts, run.record.arguments
     what = facts.get("images") or arguments.get("train_file") or arguments.get("dataset_name") or "the script's data"
     items = "images" if run.unit == "images" else "sequences"
@@ -222,8 +222,8 @@ def _tuning_text(results: Results) -> str:
 
 def _notes(results: Results, runs_dir: Path) -> list[str]:
     notes = [f"**Caution, runs differ where they should not.** {line}." for line in results.differences()]
-    cells = results.cells.values()
-    if any(len(cell.runs) > 1 for cell in cells):
+    arms = results.arms.values()
+    if any(len(arm.runs) > 1 for arm in arms):
         notes.append(
             "Intervals are those of the mean difference over seeds (Student's t; paired: a seed fixes the initial weights "
             "and the batches). One that contains 0 does not tell which is better. Among many comparisons about one in twenty "
@@ -232,9 +232,9 @@ def _notes(results: Results, runs_dir: Path) -> list[str]:
     if controls := {variant.label: variant.control for variant in results.sweep.variants if variant.control}:
         pairs = "; ".join(f"of {label}: {control}" for label, control in controls.items())
         notes.append(f"Controls: {pairs}.")
-    if any(cell.at_chance() for cell in cells):
+    if any(arm.at_chance() for arm in arms):
         notes.append("At chance: the runs whose final accuracy is below twice that of guessing.")
-    if failed := [run for cell in cells for run in cell.failed]:
+    if failed := [run for arm in arms for run in arm.failed]:
         folders = "; ".join(os.path.relpath(run.directory(runs_dir), runs_dir) for run in failed)
         notes.append(f"Runs that did not come to their end, and are in no mean: {folders}.")
     if results.sweep.layout == "time":
@@ -247,18 +247,18 @@ def _notes(results: Results, runs_dir: Path) -> list[str]:
 
 def as_json(results: Results) -> dict[str, Any]:
     """Return every number of the report, by setting and variant."""
-    cells = []
+    arms = []
     for setting in results.sweep.settings:
         for variant in results.sweep.variants:
-            cell = results.cell(setting, variant)
-            cells.append(
+            arm = results.arm(setting, variant)
+            arms.append(
                 {
                     "setting": setting.label,
                     "variant": variant.label,
-                    "values": {str(seed): value for seed, value in cell.values(results.metric).items()},
-                    "seconds": {str(seed): run.record.final["seconds"] for seed, run in cell.runs.items()},
-                    "failed_seeds": [run.seed for run in cell.failed],
-                    "at_chance": cell.at_chance(),
+                    "values": {str(seed): value for seed, value in arm.values(results.metric).items()},
+                    "seconds": {str(seed): run.record.final["seconds"] for seed, run in arm.runs.items()},
+                    "failed_seeds": [run.seed for run in arm.failed],
+                    "at_chance": arm.at_chance(),
                 }
             )
     tried = {
@@ -266,7 +266,7 @@ def as_json(results: Results) -> dict[str, Any]:
         for setting, names in results.tried.items()
     }
     unit = {"metric": results.metric.key, "unit": results.metric.unit}
-    return {"sweep": results.sweep.name, **unit, "chosen": results.chosen, "tried": tried, "cells": cells}
+    return {"sweep": results.sweep.name, **unit, "chosen": results.chosen, "tried": tried, "arms": arms}
 
 
 # --- picture ---------------------------------------------------------------------------------------------------------
@@ -285,12 +285,12 @@ def _over_lambda(results: Results) -> Any:
     for index, setting in enumerate(sweep.settings):
         color = COLORS[index % len(COLORS)]
         strengths = [variant for variant in sweep.variants if variant.strength is not None]
-        drawn = [(variant.strength, results.cell(setting, variant)) for variant in strengths]
+        drawn = [(variant.strength, results.arm(setting, variant)) for variant in strengths]
         _errorbars(axes, drawn, results, f"{setting.label}, identity", color, MARKERS[index % len(MARKERS)], "-")
         plain = [variant for variant in sweep.variants if variant.strength is None]
         for style, variant in zip(("--", ":", "-."), plain):
-            cell = results.cell(setting, variant)
-            mean, deviation = cell.mean(metric), cell.deviation(metric) or 0.0
+            arm = results.arm(setting, variant)
+            mean, deviation = arm.mean(metric), arm.deviation(metric) or 0.0
             if mean is not None:
                 axes.axhline(mean, color=color, linestyle=style, label=f"{setting.label}, {variant.label}")
                 axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
@@ -303,13 +303,13 @@ def _over_lambda(results: Results) -> Any:
 
 
 def _errorbars(
-    axes: Any, drawn: Sequence[tuple[Any, Cell]], results: Results, label: str, color: str, marker: str, line: str
+    axes: Any, drawn: Sequence[tuple[Any, ArmResult]], results: Results, label: str, color: str, marker: str, line: str
 ) -> None:
-    known = [(x, cell) for x, cell in drawn if cell.runs]
+    known = [(x, arm) for x, arm in drawn if arm.runs]
     axes.errorbar(
         [x for x, _ in known],
-        [cell.mean(results.metric) for _, cell in known],
-        yerr=[cell.deviation(results.metric) or 0.0 for _, cell in known],
+        [arm.mean(results.metric) for _, arm in known],
+        yerr=[arm.deviation(results.metric) or 0.0 for _, arm in known],
         color=color,
         marker=marker,
         linestyle=line,
@@ -331,15 +331,15 @@ def _rows(results: Results) -> Any:
     for panel, setting in zip(grid.flat, sweep.settings):
         for index, start in enumerate(starts):
             drawn = [
-                (rows.index(_row_of(item)), results.cell(setting, item))
+                (rows.index(_row_of(item)), results.arm(setting, item))
                 for item in sweep.variants
                 if item.start == start
             ]
-            drawn = [(row, cell) for row, cell in drawn if cell.runs]
+            drawn = [(row, arm) for row, arm in drawn if arm.runs]
             panel.errorbar(
-                [cell.mean(metric) for _, cell in drawn],
+                [arm.mean(metric) for _, arm in drawn],
                 [row + 0.22 * (index - (len(starts) - 1) / 2) for row, _ in drawn],
-                xerr=[cell.deviation(metric) or 0.0 for _, cell in drawn],
+                xerr=[arm.deviation(metric) or 0.0 for _, arm in drawn],
                 color=COLORS[index % len(COLORS)],
                 marker=MARKERS[index % len(MARKERS)],
                 markersize=4,
@@ -348,7 +348,7 @@ def _rows(results: Results) -> Any:
                 label=f"from the {start}" if start else "from the model's own start",
             )
         for index, reference in enumerate(
-            cell for cell in (results.reference(setting), results.second_reference(setting)) if cell is not None
+            arm for arm in (results.reference(setting), results.second_reference(setting)) if arm is not None
         ):
             if reference.runs:
                 panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from reference import load_corpora
 
-from recipes.text import sources
+from recipes.text import corpora as sources
+from recipes.text.corpora import corpus_streams, embedded_stream, separate_validation_stream, training_stream
 from recipes.text.documents import CorpusError, Document
 from recipes.text.embedded_corpus import EMBEDDED_CORPUS_NAME, embedded_documents
 from recipes.text.mlm_data import MlmDataSettings
-from recipes.text.sources import corpus_streams, embedded_stream, separate_validation_stream, training_stream
 from recipes.text.streams import CorpusStream
 from recipes.text.text_files import file_documents
 

@@ -8,7 +8,7 @@ from typing import Any
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
 
 from ..compare.comparison import PairedDifference
-from .results import differing_settings
+from .glue_results import differing_settings
 from .summary import Average, Scores, Summary
 from .tasks import METRIC_TITLES, Column
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from huggingface_hub import EvalResult
 
-from recipes.run.metrics import (
+from recipes.run.run_metrics import (
     NonFiniteLossError,
     RunMetrics,
     loss_curve,

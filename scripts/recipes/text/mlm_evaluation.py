@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from numpy.typing import NDArray
 from torch import nn
 
-from ..run.metrics import perplexity
+from ..run.run_metrics import perplexity
 from .masking import MaskingRule
 from .token_cache import TokenCache
 

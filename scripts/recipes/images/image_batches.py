@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..run.batching import epoch_permutation
 from ..run.randomness import Purpose
 from .augmentation import Transform, restored_generators, seed_generators
-from .sources import ImageSplit
+from .image_datasets import ImageSplit
 
 # So far apart are the copies of an image under repeated augmentation: mixed images are never copies of each other, and a
 # batch that is larger by the repeats has them all.

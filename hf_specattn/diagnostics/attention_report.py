@@ -13,9 +13,7 @@ from torch import nn
 from ..figures import render
 from ..files import write_bytes
 from .advice import advise
-from .attentions import Architecture
-from .capture import CapturedAttention, capture
-from .figures import (
+from .attention_figures import (
     distributions_figure,
     heat_maps_figure,
     is_conditioned,
@@ -23,6 +21,8 @@ from .figures import (
     spectra_figure,
     training_figure,
 )
+from .attentions import Architecture
+from .capture import CapturedAttention, capture
 from .indicator import Indicator, jacobian_indicator
 from .jacobian import jacobian_spectrum
 from .saturation import Saturation

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..run.arguments import SpectralArguments
-from ..run.initialization import describe_initialization
 from ..run.memory import estimate_training_memory
-from .arguments import ImageArguments
+from ..run.projection_init import describe_initialization
+from ..run.spectral_arguments import SpectralArguments
 from .augmentation import Augmentation
-from .models import ImageModelSettings, build_stock_model, model_input
+from .image_arguments import ImageArguments
+from .image_datasets import find_images
+from .image_models import ImageModelSettings, build_stock_model, model_input
 from .presets import RECIPES, deviations
-from .sources import find_images
 
 # Training images and classes of datasets that nobody downloads for a plan.
 KNOWN_SIZES = {"ILSVRC/imagenet-1k": (1_281_167, 1000)}

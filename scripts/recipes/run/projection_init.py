@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from hf_specattn.conditioning import refuse_to_save
 from hf_specattn.config import SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
-from hf_specattn.reports import ProjectionReport
+from hf_specattn.projection_report import ProjectionReport
 
-from .arguments import SpectralArguments
+from .spectral_arguments import SpectralArguments
 
 # Names of the flags.
 INITIALIZATION_SETTINGS = ("projection_init", "initialization_scale", "match_norm_of")

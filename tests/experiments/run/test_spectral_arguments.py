@@ -2,7 +2,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from hf_specattn import SpectralConfig
-from recipes.run.arguments import SpectralArguments, explicitly_given, parse_lambda
+from recipes.run.spectral_arguments import SpectralArguments, explicitly_given, parse_lambda
 
 
 def parse(*flags: str) -> SpectralArguments:

@@ -14,9 +14,10 @@ from transformers import AutoModelForMaskedLM
 from hf_specattn import SpectralConfig, condition
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
 from recipes.run.memory import MemoryEstimate, estimate_training_memory
-from recipes.text import plan
+from recipes.text import pretrain_plan as plan
 from recipes.text.masking import MaskingRule
-from recipes.text.plan import (
+from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
+from recipes.text.pretrain_plan import (
     added_correction_bytes,
     conditioning,
     describe_plan,
@@ -24,7 +25,6 @@ from recipes.text.plan import (
     stock_model,
     training_tokens,
 )
-from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 
 SIZES = {
     "hidden_size": 16,
