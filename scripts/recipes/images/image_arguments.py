@@ -13,7 +13,7 @@ from .augmentation import Augmentation
 from .image_batches import Mixing
 from .image_datasets import ImageDataSettings
 from .image_models import ImageModelSettings
-from .presets import PRESETS
+from .imagenet_recipes import PRESETS
 
 # One source of images: naming another by a flag replaces a preset's or a recorded run's.
 SOURCES = ("idx_dir", "train_dir", "dataset_name")
@@ -52,8 +52,8 @@ class ImageArguments(RunArguments):
         default=None,
         metadata={
             "help": "Values for the other flags, which those given on the command line replace: digits (the defaults), or "
-            "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base.",
-            "choices": list(PRESETS),
+            "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base; or a YAML file "
+            "of your own.",
         },
     )
 

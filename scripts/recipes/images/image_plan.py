@@ -14,7 +14,7 @@ from .augmentation import Augmentation
 from .image_arguments import ImageArguments
 from .image_datasets import find_images
 from .image_models import ImageModelSettings, build_stock_model, model_input
-from .presets import RECIPES, deviations
+from .imagenet_recipes import RECIPES, deviations
 
 # Training images and classes of datasets that nobody downloads for a plan.
 KNOWN_SIZES = {"ILSVRC/imagenet-1k": (1_281_167, 1000)}

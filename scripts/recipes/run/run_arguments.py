@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers import HfArgumentParser
 
 from .checkpointing import list_checkpoints
+from .preset_files import as_defaults, find_preset
 from .projection_init import InitializationArguments
 from .run_metrics import METRICS_FILE
 from .spectral_arguments import SpectralArguments, check_bounds, explicitly_given, refuse_unknown_trackers
@@ -142,7 +143,8 @@ def parse_run_arguments(
 
     try:
         if "preset" in explicitly_given(parser, ["preset"], argv):
-            set_defaults(presets[parser.parse_known_args(argv)[0].preset], replaced_of_preset or replaced)
+            values = find_preset(parser.parse_known_args(argv)[0].preset, presets)
+            set_defaults(as_defaults(values, vars(parser.parse_args([]))), replaced_of_preset or replaced)
         named = parser.parse_known_args(argv)[0]
         if named.eval_only and named.model_name_or_path is not None:
             set_defaults(recorded_settings(named.model_name_or_path, data_settings), replaced)

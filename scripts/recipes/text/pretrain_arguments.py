@@ -12,8 +12,8 @@ from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.schedules import SCHEDULES, Budget
 from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
 from .cleaning import Cleaning
+from .crammed_recipe import PRESETS
 from .mlm_data import MlmDataSettings
-from .presets import PRESETS
 from .token_cache import ORDERS
 
 DEFAULT_STEPS = 300
@@ -72,8 +72,8 @@ class PretrainArguments(RunArguments):
         default=None,
         metadata={
             "help": "Values for the other flags, which those given on the command line replace: demo (the defaults), "
-            "crammed-bert (the published recipe, a day of one A6000), crammed-bert-small (hours of a consumer GPU).",
-            "choices": list(PRESETS),
+            "crammed-bert (the published recipe, a day of one A6000), crammed-bert-small (hours of a consumer GPU); "
+            "or a YAML file of your own.",
         },
     )
 

@@ -16,8 +16,8 @@ from ..run.memory import MemoryEstimate, estimate_training_memory
 from ..run.projection_init import describe_initialization
 from ..run.schedules import ramped_micro_steps
 from ..run.spectral_arguments import SpectralArguments
+from .crammed_recipe import PRESETS, deviations
 from .mlm_evaluation import accepts_masked_positions
-from .presets import PRESETS, deviations
 from .pretrain_arguments import PretrainArguments
 
 

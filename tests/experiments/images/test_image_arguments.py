@@ -3,7 +3,7 @@ import json
 import pytest
 
 from recipes.images.image_arguments import ImageArguments, parse_arguments
-from recipes.images.presets import PRESETS, RECIPES, deviations
+from recipes.images.imagenet_recipes import PRESETS, RECIPES, deviations
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from models import ARCHITECTURES
 from hf_specattn import SpectralConfig, condition
 from recipes.run.run_arguments import recorded_settings
 from recipes.run.schedules import Budget
+from recipes.text.crammed_recipe import PRESETS
 from recipes.text.mlm_data import MlmDataSettings
-from recipes.text.presets import PRESETS
 from recipes.text.pretrain_arguments import (
     DATA_SETTINGS,
     DEFAULT_STEPS,
@@ -241,7 +241,7 @@ REFUSALS = [
     ("--hidden_size 33 --num_attention_heads 1", "--hidden_size 33 must be even"),
     ("--intermediate_size 31", "--intermediate_size 31 must be even"),
     # Choices.
-    ("--preset big", "invalid choice: 'big' (choose from"),
+    ("--preset big", "--preset big is none of demo, crammed-bert, crammed-bert-small and no file that ends in .yaml"),
     ("--sequence_order random", "invalid choice: 'random' (choose from"),
     ("--lr_scheduler_type cosine", "invalid choice: 'cosine' (choose from"),
     # Which corpus.

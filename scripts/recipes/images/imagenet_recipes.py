@@ -1,0 +1,43 @@
+"""The presets of `train_image_classification.py`, and what a run changes of a published recipe."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..run.preset_files import read_yaml
+
+_FILE = read_yaml(Path(__file__).with_name("image_presets.yaml"))
+RECIPES: dict[str, dict[str, Any]] = _FILE["published"]
+
+
+def _on_one_gpu(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    one_gpu = _FILE["one_gpu"]
+    values = {name: value for name, value in recipe.items() if name != "global_batch_size"}
+    cuts = recipe["global_batch_size"] // one_gpu["per_device_train_batch_size"]
+    return values | one_gpu | {"gradient_accumulation_steps": cuts}
+
+
+# The defaults of the flags, and each recipe.
+PRESETS: dict[str, dict[str, Any]] = {"digits": {}} | {name: _on_one_gpu(recipe) for name, recipe in RECIPES.items()}
+
+
+def deviations(preset: str, settings: Mapping[str, Any], global_batch_size: int, changes: list[str]) -> list[str]:
+    """Return one line for each setting in which a run is not the published recipe.
+
+    Args:
+        preset: Whose recipe.
+        settings: The run's, by the names of the flags.
+        global_batch_size: Images per optimizer step, over all processes.
+        changes: What else the run does to the model, in words.
+    """
+    run = dict(settings) | {"global_batch_size": global_batch_size}
+    recipe = RECIPES[preset]
+    lines = [f"{name}: {run[name]} (published: {value})" for name, value in recipe.items() if run[name] != value]
+    lines += [f"{name}: {run[name]} (published: None)" for name in ("model_name_or_path", "config_name") if run[name]]
+    if run["mixed_precision"] == "bf16":
+        lines.append("mixed precision bf16 (published: fp16 or none)")
+    if recipe["mixup"]:
+        lines.append(
+            "mixup and CutMix: each image with its neighbour (published: with another of the same process's batch)"
+        )
+    return lines + changes

@@ -1,0 +1,57 @@
+"""Presets: values of flags in YAML, which stand in the repository or are a user's own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ENDINGS = (".yaml", ".yml")
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a mapping.
+
+    Raises:
+        ValueError: for a file that is absent or holds anything else.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {type(content).__name__} and no mapping of flags to values, such as seed: 1.")
+    return content
+
+
+def find_preset(name: str, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The values of `--preset`: one of the script's by name, or those of a user's own file.
+
+    Raises:
+        ValueError: for a name that is neither, and for a file that is no preset.
+    """
+    if name in presets:
+        return presets[name]
+    if name.endswith(ENDINGS):
+        return read_yaml(Path(name).expanduser())
+    raise ValueError(f"--preset {name} is none of {', '.join(presets)} and no file that ends in .yaml.")
+
+
+def as_defaults(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a preset as defaults of a parser; numbers as text, which it reads as that of a flag.
+
+    Args:
+        values: By the names of flags.
+        known: The parser's own defaults.
+
+    Raises:
+        ValueError: for a name that is no flag, and for a value that no flag has.
+    """
+    if unknown := sorted(str(name) for name in values if name not in known or name == "preset"):
+        raise ValueError(f"The preset sets {', '.join(unknown)}: no such flag; --help lists them, by the same names.")
+    if nested := sorted(name for name, value in values.items() if isinstance(value, dict)):
+        raise ValueError(f"The preset sets {', '.join(nested)} to a mapping; a flag has one value, or a list of them.")
+    return {
+        name: str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        for name, value in values.items()
+    }
