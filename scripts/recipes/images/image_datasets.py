@@ -7,7 +7,10 @@ Images stay as they lie on the disk until they are asked for, but for the small 
 import gzip
 import hashlib
 import io
+import os
 import struct
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -22,11 +25,18 @@ from transformers.utils import logging
 
 from hf_specattn import compat_extras
 
+from ..run.dataset_folders import warn_of_unread_files
+from ..run.messages import one_line
 from ..run.randomness import Purpose, random_words
+from .decoding import REMARKS, decode, remarks
 
 logger = logging.get_logger(__name__)
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+# Files in folders of classes that are taken for images; of others a warning says that they are left out.
+IMAGE_ENDINGS = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".jp2", ".bmp", ".dib", ".gif", ".webp", ".avif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
 # What the four files of MNIST, Fashion-MNIST and their like are called, after `train-` and `t10k-`; also gzipped.
 IDX_IMAGES, IDX_LABELS = "images-idx3-ubyte", "labels-idx1-ubyte"
 IDX_UNSIGNED_BYTES = 8  # the third byte of the magic number; the fourth is the number of dimensions
@@ -103,6 +113,8 @@ class HubImages:
 
     def open(self, index: int) -> Image.Image:
         value = self.rows[int(index)][self.column]
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            raise ValueError("there is no image: the value is null")
         if value["bytes"] is not None:
             return Image.open(io.BytesIO(value["bytes"]))
         return Image.open(value["path"])
@@ -146,17 +158,18 @@ class ImageSplit:
         return len(self.labels)
 
     def load(self, index: int, mode: str) -> Image.Image:
-        """Return one image, decoded, in PIL's mode "L" (grey) or "RGB".
+        """Return one image as `decode` does, in PIL's mode "L" (grey) or "RGB".
 
         Raises:
             ImageDataError: naming the image, where it cannot be read.
         """
         try:
-            return self.images.open(index).convert(mode)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            with self.images.open(index) as image:
+                return decode(image, mode)
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise ImageDataError(
-                f"{self.images.name(index)} cannot be read ({error}). Replace it or take it away, then start the run again, "
-                "or leave such images out with --skip_unreadable_images."
+                f"{self.images.name(index)} cannot be read ({one_line(error)}). Replace it or take it away, then start "
+                "the run again, or leave such images out with --skip_unreadable_images."
             ) from error
 
     def take(self, indices: NDArray[np.int64]) -> "ImageSplit":
@@ -237,10 +250,13 @@ def load_image_data(
     splits, skipped = [], []
     for split, part in ((data.train, "training"), (data.validation, "validation")):
 
-        def check(split: ImageSplit = split) -> dict[int, str]:
-            return unreadable_images(split, settings.check_images, show_progress)
+        def check(split: ImageSplit = split) -> tuple[dict[int, str], dict[str, list[int]]]:
+            return look_at_images(split, settings.check_images, show_progress)
 
-        problems = check() if once is None else once(check)
+        problems, found = check() if once is None else once(check)
+        for words, which in found.items():
+            first = split.images.name(which[0])
+            logger.warning(f"{len(which):,} of the {len(split):,} {part} images {words}. The first is {first}.")
         splits.append(_without_unreadable(split, part, problems, settings.skip_unreadable_images))
         skipped += [split.images.name(index) for index in problems]
     checked = replace(data, train=splits[0], validation=splits[1], skipped=tuple(skipped))
@@ -344,8 +360,8 @@ def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     try:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             content = stream.read()
-    except (OSError, EOFError) as error:
-        raise ImageDataError(f"{file} cannot be read ({error}); get it anew.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ImageDataError(f"{file} cannot be read ({one_line(error)}); get it again.") from error
     header = 4 + 4 * dimensions
     expected = bytes([0, 0, IDX_UNSIGNED_BYTES, dimensions])
     if len(content) < header or content[:4] != expected:
@@ -375,7 +391,8 @@ def read_image_folders(train_dir: str | Path, validation_dir: str | Path) -> Ima
         pairs = [(path, names.index(name)) for name in sorted(classes) for path in classes[name]]
         digest = hashlib.sha256()
         for path, label in pairs:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0{names[label]}\n".encode())
+            size = path.stat().st_size if path.exists() else 0  # a link that leads nowhere is found unreadable later
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{names[label]}\n".encode())
         labels = np.array([label for _, label in pairs], dtype=np.int64)
         splits.append(ImageSplit(FileImages(tuple(path for path, _ in pairs)), labels, digest.hexdigest()[:16]))
     train, validation = splits
@@ -397,11 +414,16 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
             "--train_dir and --validation_dir."
         ) from error
     try:
-        loaded = datasets.load_dataset(str(name), settings.dataset_config_name, revision=settings.dataset_revision)
-    except compat_extras.dataset_errors() as error:
+        builder = datasets.load_dataset_builder(
+            str(name), settings.dataset_config_name, revision=settings.dataset_revision
+        )
+        warn_of_unread_files(str(name), builder)
+        builder.download_and_prepare()
+        loaded = builder.as_dataset()
+    except Exception as error:  # of whatever kind a reader of files raises
         raise ImageDataError(
-            f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {error}. Check "
-            "--dataset_name, --dataset_config_name, the network and your access to it."
+            f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {one_line(error)}. "
+            "Check --dataset_name, --dataset_config_name, the network and your access to it."
         ) from error
     splits: list[ImageSplit] = []
     classes: tuple[str, ...] | None = None
@@ -413,12 +435,13 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         rows = loaded[split]
         _check_columns(rows, settings, datasets)
         classes = classes or tuple(rows.features[settings.label_column].names)
-        labels = np.asarray(rows[settings.label_column], dtype=np.int64)
-        if (labels < 0).any():
+        values = rows[settings.label_column][:]
+        if without := [row for row, label in enumerate(values) if label is None or not 0 <= label < len(classes)]:
             raise ImageDataError(
-                f"--{flag} {split} of {name!r} has {int((labels < 0).sum()):,} images without a label; name a split that has "
-                "labels."
+                f"--{flag} {split} of {name!r} has {len(without):,} images without a label, in the rows {_some(without)}; "
+                "name a split that has labels, or leave those rows out of it."
             )
+        labels = np.asarray(values, dtype=np.int64)
         images = rows.cast_column(settings.image_column, datasets.Image(decode=False))
         images = images.select_columns([settings.image_column])
         splits.append(
@@ -476,8 +499,10 @@ def _without_unreadable(split: ImageSplit, part: str, problems: Mapping[int, str
     return split.take(np.setdiff1d(np.arange(len(split)), list(problems)))
 
 
-def unreadable_images(split: ImageSplit, how: str, show_progress: bool = False) -> dict[int, str]:
-    """Return which images cannot be read, and why.
+def look_at_images(
+    split: ImageSplit, how: str, show_progress: bool = False
+) -> tuple[dict[int, str], dict[str, list[int]]]:
+    """Return which images cannot be read, and why; and which are read with something taken from them, in words.
 
     Args:
         split: Whose images to read, in several threads: decoders leave Python's lock.
@@ -485,20 +510,24 @@ def unreadable_images(split: ImageSplit, how: str, show_progress: bool = False) 
             opens it.
     """
 
-    def problem(index: int) -> str | None:
+    def look(index: int) -> str | list[str]:
         try:
             with split.images.open(index) as image:
+                found = remarks(image)
                 if how == "decode":
                     image.draft("RGB", (max(image.width // 8, 1), max(image.height // 8, 1)))
-                    image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return str(error).splitlines()[0] if str(error) else type(error).__name__
-        return None
+                    decode(image, "RGB")
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
+            return one_line(error)
+        return found
 
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:
-        found = pool.map(problem, range(len(split)))
-        found = tqdm(found, total=len(split), desc="Checking images", unit="image", disable=not show_progress)
-        return {index: why for index, why in enumerate(found) if why is not None}
+        looks = pool.map(look, range(len(split)))
+        bar = tqdm(looks, total=len(split), desc="Checking images", unit="image", disable=not show_progress)
+        found = list(bar)
+    problems = {index: why for index, why in enumerate(found) if isinstance(why, str)}
+    altered = {words: [index for index, words_of in enumerate(found) if words in words_of] for words in REMARKS}
+    return problems, {words: which for words, which in altered.items() if which}
 
 
 def _check_columns(rows: Any, settings: ImageDataSettings, datasets: Any) -> None:
@@ -515,22 +544,46 @@ def _check_columns(rows: Any, settings: ImageDataSettings, datasets: Any) -> Non
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise ImageDataError(f"{folder} is no folder; name one that holds a folder of images for each class.")
-    endings = {ending.lower() for ending in IMAGE_ENDINGS}
-    classes = {
-        child.name: sorted(path for path in child.rglob("*") if path.suffix.lower() in endings and path.is_file())
-        for child in sorted(folder.iterdir())
-        if child.is_dir() and not child.name.startswith(".")
-    }
-    if not classes:
+    names = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    if not names:
         raise ImageDataError(
             f"{folder} holds no folder; put the images of each class into a folder of its name there."
         )
+    classes: dict[str, list[Path]] = {name: [] for name in names}
+    others: Counter[str] = Counter()
+    for path in _files_below(folder):
+        kind = path.suffix.lower()
+        if path.parent != folder and kind in IMAGE_ENDINGS:
+            classes[path.relative_to(folder).parts[0]].append(path)
+        else:
+            others["in no class's folder" if path.parent == folder else kind or "without an ending"] += 1
     if empty := [name for name, paths in classes.items() if not paths]:
         raise ImageDataError(
-            f"{folder}: no image in the folder(s) {_some(empty)} (endings looked for: {', '.join(sorted(endings))}). Add "
+            f"{folder}: no image in the folder(s) {_some(empty)} (endings looked for: {', '.join(IMAGE_ENDINGS)}). Add "
             "images, or remove the class from both splits."
         )
+    if others:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in sorted(others.items()))
+        logger.warning(
+            f"{folder}: {others.total():,} files are left out ({counts}). Images are files in the classes' folders that end "
+            f"in {', '.join(IMAGE_ENDINGS)}."
+        )
     return classes
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, through links to folders too, but for what is hidden; a link that leads nowhere is one."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that it lies in, or that was read already
+            raise ImageDataError(
+                f"{place} leads to a folder whose images are read by another path, too. Remove the link."
+            )
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _idx_file(folder: Path, name: str) -> Path:
@@ -551,7 +604,7 @@ def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _some(names: Sequence[str], separator: str = ", ") -> str:
+def _some(names: Sequence[Any], separator: str = ", ") -> str:
     more = len(names) - NAMED_AT_MOST
-    listed = [*names[:NAMED_AT_MOST], *([f"... and {more:,} more"] if more > 0 else [])]
+    listed = [*map(str, names[:NAMED_AT_MOST]), *([f"... and {more:,} more"] if more > 0 else [])]
     return separator.join(listed)
