@@ -24,7 +24,7 @@ def save_pretrained(
 
     Args:
         model: The unwrapped model.
-        processor: Its tokenizer or image processor.
+        processor: Its tokenizer or image processor; None: it has none.
         directory: Created if missing; files of the same names are replaced.
         state_dict: The gathered weights, where the model's own are sharded.
     """
@@ -32,7 +32,8 @@ def save_pretrained(
     directory.mkdir(parents=True, exist_ok=True)
     remove_leftovers(directory)
     with tempfile.TemporaryDirectory(dir=directory, prefix=f"{temporary_name('saving')}-") as temporary:
-        processor.save_pretrained(temporary)
+        if processor is not None:
+            processor.save_pretrained(temporary)
         model.save_pretrained(temporary, state_dict=state_dict)
         files = sorted(Path(temporary).iterdir(), key=lambda path: (path.name == "config.json", path.name))
         for file in files:
