@@ -34,15 +34,14 @@ import logging
 import sys
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from hf_specattn import condition
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
-from recipes.run.projection_init import describe_conditioning, initialize_projections
+from recipes.run.conditioned_model import SAMPLES, condition_model
+from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.sharding import will_shard
 from recipes.run.spectral_arguments import SpectralArguments
@@ -71,26 +70,23 @@ def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, acceler
         logger.info(line)
 
 
-def build_model(arguments: PretrainArguments, spectral: SpectralArguments, vocab_size: int) -> PreTrainedModel:
-    """Build or load the model, without dropout, set how its projections begin, and condition it if asked to.
+def build_model(arguments: PretrainArguments, vocab_size: int) -> PreTrainedModel:
+    """Build or load the model, without dropout, and set how its projections begin.
 
     A stock and a conditioned model of one seed start from the same W.
     """
     set_seed(arguments.seed)
     if arguments.model_name_or_path is not None:
-        return load_model(arguments.model_name_or_path, spectral, vocab_size)
+        return load_model(arguments.model_name_or_path, vocab_size)
     model = CrammedBertForMaskedLM(arguments.new_model_config(vocab_size))
     initialize_projections(model, arguments.initialization())
-    if (settings := spectral.to_config()) is not None:
-        reports = condition(model, settings, init=spectral.init)
-        logger.info(describe_conditioning(reports, settings, spectral.init))
     return model
 
 
-def load_model(path: str, spectral: SpectralArguments, vocab_size: int) -> PreTrainedModel:
+def load_model(path: str, vocab_size: int) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(path)
     no_dropout = {name: 0.0 for name in DROPOUT_SETTINGS if hasattr(config, name)}
-    model = AutoModelForMaskedLM.from_pretrained(path, **no_dropout, **spectral.to_loading_kwargs())
+    model = AutoModelForMaskedLM.from_pretrained(path, **no_dropout)
     if model.config.vocab_size < vocab_size:
         raise CorpusError(
             f"The tokenizer has {vocab_size} tokens and the model of {path} only {model.config.vocab_size}; name the "
@@ -114,14 +110,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         # The corpus is read, or found prepared; it decides the tokenizer, and that the size of the model.
         task = MlmTask(arguments, accelerator)
-        model = build_model(arguments, spectral, task.vocab_size)
+        model = build_model(arguments, task.vocab_size)
+        condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()
-        monitored = None
-        if arguments.spectral_monitor_every:
-            monitored = {"input_ids": torch.from_numpy(task.data.validation[np.arange(2)].astype("int64"))}
         # Train, with checkpoints, from the newest one where the run is resumed; save, and measure what was saved.
-        run(task, model, arguments, spectral, accelerator, monitored)
+        run(task, model, arguments, spectral, accelerator)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,10 @@ from transformers import PreTrainedModel
 from recipes.images.classification_task import ImageTask
 from recipes.images.image_arguments import ImageArguments, parse_arguments
 from recipes.images.image_datasets import ImageDataError
-from recipes.images.image_models import ImageModelError, build_stock_model, condition_model
+from recipes.images.image_models import ImageModelError, build_stock_model
 from recipes.images.image_plan import describe_plan
-from recipes.run.projection_init import describe_conditioning, initialize_projections, remove_layer_norms
+from recipes.run.conditioned_model import SAMPLES, condition_model
+from recipes.run.projection_init import initialize_projections, remove_layer_norms
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.spectral_arguments import SpectralArguments
 
@@ -61,8 +62,8 @@ def show_plan(arguments: ImageArguments, spectral: SpectralArguments, accelerato
         logger.info(line)
 
 
-def build_model(arguments: ImageArguments, spectral: SpectralArguments, task: ImageTask) -> PreTrainedModel:
-    """Build or load the model, set how its projections begin, and condition it if asked to.
+def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
+    """Build or load the model, and set how its projections begin.
 
     A stock and a conditioned model of one seed start from the same W.
     """
@@ -74,8 +75,6 @@ def build_model(arguments: ImageArguments, spectral: SpectralArguments, task: Im
             logger.info(f"Took {remove_layer_norms(model)} layer norms out of the model.")
     except ValueError as error:
         raise ImageModelError(str(error)) from error
-    if (config := spectral.to_config()) and (reports := condition_model(model, spectral)):
-        logger.info(describe_conditioning(reports, config, spectral.init))
     return model
 
 
@@ -93,7 +92,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         # The images are found and looked at; they decide the classes, and what the model reads.
         task = ImageTask(arguments, spectral, accelerator)
-        model = build_model(arguments, spectral, task)
+        model = build_model(arguments, task)
+        condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
         # Train, with checkpoints, from the newest one where the run is resumed; save, and measure what was saved.
         run(task, model, arguments, spectral, accelerator)
 

@@ -76,13 +76,15 @@ class Advice:
         return [text]
 
 
-def advise(model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None) -> Advice:
+def advise(
+    model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None, *, bound: bool = True
+) -> Advice:
     """Look at the model's attention on a batch, and find by trial which lambda would do better.
 
     Each trial is a forward pass with another lambda; the model is left as it was. For a model conditioned with
     `init="additive"`, before training: later W has grown around its lambda.
 
-    Args, errors: as in [`capture`].
+    Args, errors: as in [`capture`]; without `bound` the Weyl bound, which takes an SVD of each weight, is left out.
     """
 
     def saturated_layers() -> tuple[int, ...]:
@@ -104,25 +106,47 @@ def advise(model: nn.Module, inputs: Mapping[str, Any], architecture: Architectu
                 return not saturated_layers()
 
         better = _largest_fine(is_fine, lambda_)
-    unbounded, bound = _bounded_lambda(model, architecture)
+    unbounded, bounded = _bounded_lambda(model, architecture) if bound else ((), None)
     saturates = None
-    if bound is not None and lambda_ is not None:
-        with _scaled_lambda(layers, bound / lambda_):
+    if bounded is not None and lambda_ is not None:
+        with _scaled_lambda(layers, bounded / lambda_):
             saturates = bool(saturated_layers())
-    return Advice(saturated, lambda_, better, unbounded, bound, saturates)
+    return Advice(saturated, lambda_, better, unbounded, bounded, saturates)
 
 
-def _largest_fine(is_fine: Any, lambda_: float) -> float | None:
-    """The largest lambda below the present one, by bisection of its logarithm, rounded down to two digits."""
+def unsaturated_lambda(model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None) -> float | None:
+    """The largest lambda, at most the present one, at which no layer's softmax is saturated on a batch.
+
+    All projections share it. It is found by trial, a forward pass each, to 5 %; the model is left as it was.
+
+    Args, errors: as in [`capture`]; the model is conditioned by the identity with one lambda, with `init="additive"`.
+
+    Returns:
+        The present lambda where nothing is saturated, else a smaller one, rounded down to three digits; None where a
+        thousandth of the present one saturates, too.
+    """
+    layers = _identity_layers(model, architecture)
+    (lambda_,) = {layer.spectral.lambda_for(name) for layer in layers for name in layer.spectral.targets}
+    assert lambda_ is not None
+
+    def is_fine(factor: float) -> bool:
+        with _scaled_lambda(layers, factor, ("query", "key", "value")):
+            return not is_saturated(saturation(model, inputs, architecture))
+
+    return lambda_ if is_fine(1.0) else _largest_fine(is_fine, lambda_, width=0.04, digits=3)
+
+
+def _largest_fine(is_fine: Any, lambda_: float, width: float = 0.05, digits: int = 2) -> float | None:
+    """The largest lambda below the present one, by bisection of its logarithm to a width, rounded down to so many digits."""
     low, high = math.log(SMALLEST_FACTOR), 0.0
     if not is_fine(SMALLEST_FACTOR):
         return None
-    while high - low > 0.05:
+    while high - low > width:
         middle = (low + high) / 2
         low, high = (middle, high) if is_fine(math.exp(middle)) else (low, middle)
     value = lambda_ * math.exp(low)
-    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return float(f"{math.floor(value / unit + 1e-9) * unit:.2g}")
+    unit = 10.0 ** (math.floor(math.log10(value)) - digits + 1)
+    return float(f"{math.floor(value / unit + 1e-9) * unit:.{digits}g}")
 
 
 def _bounded_lambda(model: nn.Module, architecture: Architecture) -> tuple[tuple[str, ...], float | None]:
@@ -152,14 +176,16 @@ def _identity_layers(model: nn.Module, architecture: Architecture) -> list[Spect
 
 
 @contextlib.contextmanager
-def _scaled_lambda(layers: list[SpectralLayer], factor: float) -> Iterator[None]:
-    """While within, lambda of query and key is `factor` times what it is; that of value stays."""
+def _scaled_lambda(
+    layers: list[SpectralLayer], factor: float, projections: tuple[str, ...] = ("query", "key")
+) -> Iterator[None]:
+    """While within, lambda of these projections is `factor` times what it is; that of the others stays."""
     before = [layer.spectral for layer in layers]
     try:
         for layer in layers:
             spectral = layer.spectral
             numbers = {
-                name: value * (factor if name in ("query", "key") else 1.0)
+                name: value * (factor if name in projections else 1.0)
                 for name in spectral.targets
                 if (value := spectral.lambda_for(name)) is not None
             }

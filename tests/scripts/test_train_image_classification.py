@@ -237,9 +237,9 @@ def test_the_controls_and_the_ablation_train(train):
     ):
         folder = train(*flags, name=str(index))
         assert np.isfinite(metrics_of(folder)["final"]["validation_loss"])
-    assert (folder / "weights_without_layer_norm.safetensors").is_file()
+    assert (folder / "weights_alone.safetensors").is_file()
     assert not (folder / "config.json").exists()
-    assert not any("layernorm" in name for name in load_file(folder / "weights_without_layer_norm.safetensors"))
+    assert not any("layernorm" in name for name in load_file(folder / "weights_alone.safetensors"))
 
 
 def test_runs_compare_by_accuracy(train, tmp_path, capsys):
@@ -285,7 +285,7 @@ def test_bad_input_ends_the_run_with_a_message(train, tmp_path):
         train("--skip_unreadable_images", data=data, name="other")
     with pytest.raises(SystemExit, match=r"error: Images of 10 x 10 cannot be cut into patches of --patch_size 4"):
         train("--image_size", "10", name="size")
-    with pytest.raises(SystemExit, match=r"error: --spectral_conditioning: No query, key or value projection"):
+    with pytest.raises(SystemExit, match=r"error: No query, key or value projection"):
         train(*IDENTITY, model=["--timm_model", "resnet10t", "--image_size", "32"], name="projections")
     assert not any((tmp_path / name).exists() for name in ("other", "size", "projections"))
 

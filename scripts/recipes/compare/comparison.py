@@ -12,7 +12,7 @@ import numpy as np
 from hf_specattn.config import PROJECTIONS
 
 from ..run.run_metrics import METRICS_FILE, RunMetrics
-from ..run.spectral_arguments import SpectralArguments
+from ..run.spectral_arguments import AUTO, SpectralArguments
 
 STOCK = "stock"
 
@@ -280,15 +280,17 @@ def spectral_label(record: RunMetrics) -> str:
 
     Flags that mean the same (no `--lambda_`, or the default's value) give the same words.
     """
-    given = {name: value for name, value in record.arguments.items() if name in SPECTRAL_SETTINGS}
-    arguments = SpectralArguments(**given)
+    settable = {setting.name for setting in fields(SpectralArguments) if setting.init}
+    arguments = SpectralArguments(**{name: value for name, value in record.arguments.items() if name in settable})
     config = arguments.to_config()
     if config is None:
         # Continued from a conditioned checkpoint, which keeps its settings without any flag.
         inherited = str(record.facts.get("model_type", "")).startswith("specattn_")
         return "conditioned as its checkpoint" if inherited else STOCK
     parts: list[str] = [config.method]
-    if isinstance(config.lambda_, Mapping):
+    if arguments.is_automatic:
+        parts.append(f"lambda {AUTO}")
+    elif isinstance(config.lambda_, Mapping):
         parts.append("lambda " + " ".join(f"{name}={value:.12g}" for name, value in config.lambda_.items()))
     elif config.lambda_ is not None:
         parts.append(f"lambda {config.lambda_:.12g}")

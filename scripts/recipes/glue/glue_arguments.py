@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..run.spectral_arguments import SpectralArguments, explicitly_given
+from ..run.spectral_arguments import AUTO, SpectralArguments, explicitly_given
 from .features import LEAST_LENGTH
 from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
 from .tasks import DEFAULT_DATASET, GlueTask, parse_tasks
@@ -176,6 +176,8 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[GlueArgument
 
 def _check_together(arguments: GlueArguments, spectral: SpectralArguments, given_lora: set[str]) -> None:
     parse_tasks(arguments.tasks)
+    if spectral.is_automatic:
+        raise ValueError(f"--lambda_ {AUTO} is found by the training scripts; give a number, or leave it out (10).")
     if arguments.compare_stock and not spectral.spectral_conditioning:
         raise ValueError("--compare_stock compares with the conditioning of the flags; add --spectral_conditioning.")
     if given_lora and arguments.peft is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -120,6 +121,11 @@ class ImageTask(Task):
         """Steps of warmup."""
         return self.arguments.warmup_of(len(self.data.train), self.amounts.batch)
 
+    def samples(self, count: int) -> dict[str, Tensor]:
+        images = len(self.data.validation)
+        # From all of it: images of a folder lie class by class.
+        return {"pixel_values": self.validation[np.linspace(0, images - 1, min(count, images)).astype(np.int64)][0]}
+
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:
         data, planned = self.data, self.amounts.batch * self.steps
         return {
@@ -148,11 +154,13 @@ class ImageTask(Task):
         )
 
     def must_match(self) -> dict[str, Any]:
-        config = self.spectral.to_config()
+        config, preconditioner = self.spectral.to_config(), self.arguments.preconditioner()
         return {
             **{name: getattr(self.arguments, name) for name in RUN_SETTINGS},
             "warmup_steps": self.warmup,
             "spectral_settings": None if config is None else config.describe(),
+            # Only where it was chosen: runs from before this flag can be resumed.
+            **({} if preconditioner is None else {"preconditioner": preconditioner.describe()}),
             "image_size": self.size,
             "channels": self.channels,
             "train_fingerprint": self.data.train.fingerprint,

@@ -22,14 +22,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_specattn.conditioning import can_be_saved, condition, fold
+from hf_specattn.conditioning import can_be_saved, fold
 from hf_specattn.files import write_bytes
 from hf_specattn.layers import spectral_layers
-from hf_specattn.modeling import MODEL_TYPE_PREFIX
-from hf_specattn.projection_report import ProjectionReport
+from hf_specattn.preconditioner import preconditioned_layers
 
 from ..run.saving import save_pretrained
-from ..run.spectral_arguments import SpectralArguments
 
 TIMM_PREFIX = "timm/"
 
@@ -128,29 +126,6 @@ def build_stock_model(
         model = _new_model(settings, labels, size, channels)
     _check_forward(model, size, channels, len(class_names))
     return model
-
-
-def condition_model(model: PreTrainedModel, spectral: SpectralArguments) -> list[ProjectionReport]:
-    """Condition the model as the flags say; without them, or where its checkpoint was conditioned so, do nothing.
-
-    Raises:
-        ImageModelError: for a model without projections that are known, and for settings that do not fit it.
-    """
-    config = spectral.to_config()
-    if config is None:
-        return []
-    if model.config.model_type.startswith(MODEL_TYPE_PREFIX):
-        if model.config.spectral_config == config:
-            return []
-        raise ImageModelError(
-            f"The flags ask for {config.describe()}, and the checkpoint was trained with "
-            f"{model.config.describe_conditioning()}. Leave the flags out to go on as it is; to change it, fold the model "
-            "(hf_specattn.fold), save it, and condition it anew."
-        )
-    try:
-        return condition(model, config, init=spectral.init)
-    except ValueError as error:
-        raise ImageModelError(f"--spectral_conditioning: {error}") from error
 
 
 def load_config(path: str) -> PreTrainedConfig:
@@ -337,26 +312,28 @@ def _check_forward(model: PreTrainedModel, size: int, channels: int, classes: in
 # --- saving ----------------------------------------------------------------------------------------------------------
 
 # Not a name by which it would be taken for a model's checkpoint.
-ABLATED_WEIGHTS_FILE = "weights_without_layer_norm.safetensors"
+BARE_WEIGHTS_FILE = "weights_alone.safetensors"
 
 
 def save_classifier(model: PreTrainedModel, processor: Any, directory: str) -> bool:
     """Save a trained model and its processor, in a form that the Auto classes load as what it is.
 
     A conditioned model that has no class of its own (one of timm) is saved folded: stock, with weights `W + C`. Of one
-    without layer norms, which no class is, the weights alone are saved, as `weights_without_layer_norm.safetensors`.
+    without layer norms, or of timm's with a preconditioner, which no class is, the weights alone are saved, as
+    `weights_alone.safetensors`.
 
     Returns:
         Whether the Auto classes load it.
     """
-    if not can_be_saved(model) and next(spectral_layers(model), None) is not None and _has_layer_norms(model):
+    stock_when_folded = _has_layer_norms(model) and next(preconditioned_layers(model), None) is None
+    if not can_be_saved(model) and next(spectral_layers(model), None) is not None and stock_when_folded:
         model = fold(copy.deepcopy(model))  # type: ignore[assignment]
     if can_be_saved(model):
         save_pretrained(model, processor, directory)
         return True
     Path(directory).mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    write_bytes(Path(directory) / ABLATED_WEIGHTS_FILE, safetensors.torch.save(weights))
+    write_bytes(Path(directory) / BARE_WEIGHTS_FILE, safetensors.torch.save(weights))
     return False
 
 

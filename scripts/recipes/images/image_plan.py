@@ -63,11 +63,14 @@ def describe_plan(
 
 def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> list[str]:
     """Return in words what a run changes of its model before training; empty where nothing."""
-    config = spectral.to_config()
-    changes = [] if config is None else [f"spectral conditioning: {config.describe()}, init {spectral.init}"]
-    if (start := describe_initialization(arguments.initialization())) is not None:
-        changes.append(start)
-    return changes + ["no layer norms"] * arguments.no_layer_norm
+    conditioning = spectral.describe()
+    changes = [
+        None if conditioning is None else f"spectral conditioning: {conditioning}",
+        arguments.describe_preconditioner(),
+        describe_initialization(arguments.initialization()),
+        "no layer norms" if arguments.no_layer_norm else None,
+    ]
+    return [change for change in changes if change is not None]
 
 
 def planned_amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int, int, int, int]:

@@ -108,6 +108,10 @@ class Task(ABC):
     validation_fingerprint: str
 
     @abstractmethod
+    def samples(self, count: int) -> dict[str, Tensor]:
+        """What the model reads of a few samples of the validation data: to look at its attention."""
+
+    @abstractmethod
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:
         """What is about to happen, for `metrics.json`."""
 

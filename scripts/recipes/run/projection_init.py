@@ -1,6 +1,5 @@
 """How query, key and value begin in a run: the flags of `hf_specattn.initialize`, and the ablation of layer norm."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -9,7 +8,6 @@ from transformers import PreTrainedModel
 from hf_specattn.conditioning import refuse_to_save
 from hf_specattn.config import SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
-from hf_specattn.projection_report import ProjectionReport
 
 from .spectral_arguments import SpectralArguments
 
@@ -96,15 +94,6 @@ def parse_norm_reference(text: str | None) -> SpectralConfig | None:
 def initialize_projections(model: nn.Module, initialization: Initialization) -> None:
     """`hf_specattn.initialize` with the settings of a run."""
     initialize(model, initialization.kind, initialization.scale, initialization.norm_reference)
-
-
-def describe_conditioning(reports: Sequence[ProjectionReport], config: SpectralConfig, init: str) -> str:
-    """What `condition` did to a run's model, in words."""
-    before, after = (max(getattr(report, kappa) for report in reports) for kappa in ("kappa_before", "kappa_after"))
-    return (
-        f"Conditioned {len(reports)} projections by {config.describe()}, init {init}: the largest condition number was "
-        f"{before:.4g} of W and is {after:.4g} of W + C."
-    )
 
 
 def describe_initialization(initialization: Initialization) -> str | None:

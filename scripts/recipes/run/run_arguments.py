@@ -12,7 +12,13 @@ from .checkpointing import list_checkpoints
 from .preset_files import as_defaults, find_preset
 from .projection_init import InitializationArguments
 from .run_metrics import METRICS_FILE
-from .spectral_arguments import SpectralArguments, check_bounds, explicitly_given, refuse_unknown_trackers
+from .spectral_arguments import (
+    PreconditionerArguments,
+    SpectralArguments,
+    check_bounds,
+    explicitly_given,
+    refuse_unknown_trackers,
+)
 
 AT_LEAST_ONE = (
     "per_device_train_batch_size",
@@ -24,7 +30,7 @@ AT_LEAST_ONE = (
 
 
 @dataclass
-class RunArguments(InitializationArguments):
+class RunArguments(PreconditionerArguments, InitializationArguments):
     """Arguments of a training run. Scripts add theirs, and set other defaults by `default_of`."""
 
     show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
@@ -69,6 +75,12 @@ class RunArguments(InitializationArguments):
     report_to: list[str] | None = field(
         default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
     )
+    spectral_monitor_every: int = field(
+        default=0,
+        metadata={
+            "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
+        },
+    )
     disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
     eval_only: bool = field(
         default=False, metadata={"help": "Measure --model_name_or_path on its run's validation data; write nothing."}
@@ -82,12 +94,13 @@ class RunArguments(InitializationArguments):
         """
         bounds: list[tuple[str, float, float]] = [(name, 1, 2**31) for name in AT_LEAST_ONE]
         bounds += [("max_steps", 1, 2**31)] if self.max_steps is not None else []
-        bounds += [("save_steps", 0, 2**31), ("seed", 0, 2**32 - 1)]
+        bounds += [("save_steps", 0, 2**31), ("spectral_monitor_every", 0, 2**31), ("seed", 0, 2**32 - 1)]
         bounds += [("weight_decay", 0, 1e9), ("max_grad_norm", 0, 1e9)]
         check_bounds(self, bounds)
         if not 0 < self.learning_rate < 1e9:
             raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
-        self.initialization()  # refuses bad values
+        self.initialization()  # refuses bad values, as the next does
+        self.preconditioner()
         if self.eval_only and getattr(self, "model_name_or_path", None) is None:
             raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
         if self.resume_from_checkpoint and self.overwrite_output_dir:
@@ -152,6 +165,7 @@ def parse_run_arguments(
         if arguments.eval_only and spectral.spectral_conditioning:
             raise ValueError("--eval_only measures a model as it was saved; leave out --spectral_conditioning.")
         refuse(parser, arguments, spectral, argv)
+        spectral.find_lambda_by_default()
         if not (arguments.eval_only or arguments.show_plan):
             check_output_dir(arguments)
     except (ValueError, OSError) as error:

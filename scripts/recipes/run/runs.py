@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from hf_specattn.checkpoints.evaluations_file import EVALUATIONS, write_evaluations
 
 from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
+from .conditioned_model import ConditioningError
 from .distributed import run_on_main_process
 from .loop import Task, Training, report_evaluation, train
 from .run_arguments import RunArguments
@@ -40,13 +41,11 @@ def run(
     arguments: Any,
     spectral: SpectralArguments,
     accelerator: Accelerator,
-    monitored: dict[str, Any] | None = None,
 ) -> None:
     """Train `model` on `task`, from the newest checkpoint where the run is resumed; save it, and measure what was saved.
 
     Args:
         arguments: A dataclass with those of `RunArguments` among its fields.
-        monitored: The batch on which the monitor looks at attention, every `arguments.spectral_monitor_every` steps.
     """
     configure_sharding(accelerator, model)
     metrics = RunMetrics(arguments=asdict(arguments) | asdict(spectral))
@@ -56,7 +55,7 @@ def run(
     finished = is_finished(arguments, accelerator)
     if not finished:
         accelerator.init_trackers(task.name, config=tracker_config(metrics.arguments))
-    training = prepare(task, model, arguments, spectral, accelerator, monitored)
+    training = prepare(task, model, arguments, spectral, accelerator)
     # Last before the loop: it restores the random number generators.
     resumed = start_or_resume(arguments, accelerator, training.checkpoints)
     if finished:
@@ -79,7 +78,7 @@ def started(arguments: RunArguments, loggers: Sequence[str], *errors: type[Excep
         loggers: Those that speak on the main process.
         errors: The experiment's own errors whose message says what to do.
     """
-    known: tuple[type[Exception], ...] = (CheckpointError, *errors)
+    known: tuple[type[Exception], ...] = (CheckpointError, ConditioningError, *errors)
     try:
         accelerator = build_accelerator(arguments, loggers)
         with logging_redirect_tqdm():
@@ -146,7 +145,6 @@ def prepare(
     arguments: Any,
     spectral: SpectralArguments,
     accelerator: Accelerator,
-    monitored: dict[str, Any] | None = None,
 ) -> Training:
     """Optimizer, schedule, processes and checkpoints; the arguments are those of `run`."""
     optimizer = task.optimizer(model)
@@ -158,12 +156,12 @@ def prepare(
     limit = arguments.save_total_limit
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
     monitor = None
-    if monitored is not None and accelerator.is_main_process:
+    if arguments.spectral_monitor_every and accelerator.is_main_process:
         # Here, because the Trainer's callbacks come with it, which take seconds.
         from hf_specattn.diagnostics.monitor import MONITOR_FILE, SpectralMonitor
 
         file = Path(arguments.output_dir) / MONITOR_FILE
-        monitor = SpectralMonitor(arguments.spectral_monitor_every, batch=monitored, file=file)
+        monitor = SpectralMonitor(arguments.spectral_monitor_every, batch=task.samples(2), file=file)
     # Dropout and stochastic depth differ between processes.
     set_seed(arguments.seed, device_specific=True)
     exact = spectral.spectral_exact_refresh

@@ -11,6 +11,9 @@ from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
 from hf_specattn.config import INITS, SpectralConfig, check_choice
+from hf_specattn.preconditioner import AXES, GRADIENTS, SCALES, PreconditionerConfig
+
+AUTO = "auto"  # of --lambda_
 
 
 @dataclass
@@ -26,7 +29,11 @@ class SpectralArguments:
     )
     lambda_: str | None = field(
         default=None,
-        metadata={"help": "Strength of the identity correction: a number, or one per target as query=10,key=10 (10)."},
+        metadata={
+            "help": "Strength of the identity correction: a number, one per target as query=10,key=10, or auto: 10, or the "
+            "largest value below it at which no layer's softmax is saturated on the first samples. Training takes auto where "
+            "nothing is given, GLUE 10."
+        },
     )
     spectral_method: str | None = field(
         default=None, metadata={"help": "identity (default) or svd.", "choices": ["identity", "svd"]}
@@ -56,6 +63,9 @@ class SpectralArguments:
         },
     )
 
+    # What auto came to in a run.
+    found_lambda: float | None = field(default=None, init=False)
+
     def __post_init__(self) -> None:
         given = [name for name, value in self._settings().items() if value is not None]
         if given and not self.spectral_conditioning:
@@ -63,6 +73,8 @@ class SpectralArguments:
             raise ValueError(f"{flags} given without --spectral_conditioning; add that flag, or leave {flags} out.")
         config = self.to_config()  # refuses bad values before any work
         check_choice("spectral_init", self.init, INITS)
+        if self.is_automatic and config is not None and config.method != "identity":
+            raise ValueError(f"--lambda_ {AUTO}: of the identity correction; leave it out for {config.method}.")
         if self.spectral_exact_refresh is not None and (config is None or not config.dynamic):
             raise ValueError(
                 f"--spectral_exact_refresh {self.spectral_exact_refresh} says how corrections are recomputed, and without "
@@ -79,23 +91,44 @@ class SpectralArguments:
         """How weights enter, for `condition`."""
         return "additive" if self.spectral_init is None else self.spectral_init
 
+    @property
+    def is_automatic(self) -> bool:
+        """Whether lambda is to be found, or was."""
+        return self.lambda_ == AUTO
+
+    def find_lambda_by_default(self) -> None:
+        """Take auto for the identity correction where the command line names no lambda."""
+        identity = self.spectral_conditioning and self.spectral_method in (None, "identity")
+        if identity and self.init == "additive" and self.lambda_ is None:
+            self.lambda_ = AUTO
+
     def to_config(self) -> SpectralConfig | None:
-        """Return the settings for `condition`, or None without `--spectral_conditioning`."""
+        """Return the settings for `condition`, or None without `--spectral_conditioning`; with the lambda that was found."""
         if not self.spectral_conditioning:
             return None
         settings: dict[str, Any] = {
             "method": self.spectral_method,
-            "lambda_": parse_lambda(self.lambda_),
+            "lambda_": self.found_lambda if self.is_automatic else parse_lambda(self.lambda_),
             "targets": self.spectral_targets,
             "granularity": self.spectral_granularity,
             "refresh_every": self.spectral_refresh_every,
         }
         return SpectralConfig(**{name: value for name, value in settings.items() if value is not None})
 
+    def describe(self) -> str | None:
+        """The settings in words; None without `--spectral_conditioning`."""
+        config = self.to_config()
+        if config is None:
+            return None
+        automatic = self.is_automatic and self.found_lambda is None
+        found_later = " or below (auto: found on the first samples)" if automatic else ""
+        return f"{config.describe()}{found_later}, init {self.init}"
+
     def to_loading_kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments for `from_pretrained`; empty without `--spectral_conditioning`."""
         if not self.spectral_conditioning:
             return {}
+        assert not self.is_automatic  # found by a run alone
         given = {name: value for name, value in self._settings().items() if value is not None}
         given.pop("spectral_exact_refresh", None)  # for `refresh`: the model's function does not depend on it
         if self.lambda_ is not None:
@@ -103,16 +136,67 @@ class SpectralArguments:
         return {"spectral_conditioning": True, **given}
 
     def _settings(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "spectral_conditioning"}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("spectral_conditioning", "found_lambda")
+        }
+
+
+@dataclass
+class PreconditionerArguments:
+    """The flags of preconditioned attention; without `--attention_preconditioner` none of the others may be given."""
+
+    attention_preconditioner: str | None = field(
+        default=None,
+        metadata={
+            "help": "Divide each head's output by its norms before the output projection: row (each position by its norm "
+            "over the channels) or column. None: do not.",
+            "choices": list(AXES),
+        },
+    )
+    preconditioner_gradient: str | None = field(
+        default=None,
+        metadata={
+            "help": "Take the norms for constants (detached, default) or differentiate them (through).",
+            "choices": list(GRADIENTS),
+        },
+    )
+    preconditioner_scale: str | None = field(
+        default=None,
+        metadata={
+            "help": "The norm afterwards: unit (1, default), rms (entries of size 1) or match (the mean norm at the start).",
+            "choices": list(SCALES),
+        },
+    )
+    preconditioner_eps: float | None = field(default=None, metadata={"help": "Smaller norms count as this (1e-6)."})
+
+    def preconditioner(self) -> PreconditionerConfig | None:
+        """The settings for `precondition`; None without `--attention_preconditioner`.
+
+        Raises:
+            ValueError: for values that cannot be.
+        """
+        settings = {name: getattr(self, f"preconditioner_{name}") for name in ("gradient", "scale", "eps")}
+        given = {name: value for name, value in settings.items() if value is not None}
+        if self.attention_preconditioner is not None:
+            return PreconditionerConfig(self.attention_preconditioner, **given)
+        if given:
+            flags = ", ".join(f"--preconditioner_{name}" for name in given)
+            raise ValueError(f"{flags} given without --attention_preconditioner; add that flag, or leave {flags} out.")
+        return None
+
+    def describe_preconditioner(self) -> str | None:
+        """The same in words."""
+        settings = self.preconditioner()
+        return None if settings is None else f"preconditioner {settings.describe()}"
 
 
 def parse_lambda(text: str | None) -> float | dict[str, float] | None:
-    """Read `--lambda_`: a number such as `10`, or one per projection such as `query=10,key=2.5`.
+    """Read `--lambda_`: a number such as `10`, or one per projection such as `query=10,key=2.5`; None for auto.
 
     Raises:
         ValueError: for text of neither form, and for a projection that is named twice.
     """
-    if text is None:
+    if text is None or text == AUTO:
         return None
     if "=" not in text:
         return _number(text, text)
@@ -168,5 +252,6 @@ def _number(value: str, text: str) -> float:
 
 def _unreadable(text: str) -> ValueError:
     return ValueError(
-        f"--lambda_ {text!r} is neither a number, such as 10, nor one number per projection, such as query=10,key=2.5."
+        f"--lambda_ {text!r} is neither a number, such as 10, nor one number per projection, such as query=10,key=2.5, nor "
+        f"{AUTO}."
     )

@@ -174,12 +174,6 @@ class PretrainArguments(RunArguments):
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/pretrain_mlm")
     eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
-    spectral_monitor_every: int = field(
-        default=0,
-        metadata={
-            "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
-        },
-    )
 
     def __post_init__(self) -> None:
         self.check_run()
@@ -242,7 +236,6 @@ class PretrainArguments(RunArguments):
         bounds += [(name, 1, 2**31) for name in OPTIONAL_COUNTS if getattr(self, name) is not None]
         bounds += [
             ("eval_steps", 0, 2**31),
-            ("spectral_monitor_every", 0, 2**31),
             ("batch_size_ramp", 0, 1),
         ]
         check_bounds(self, bounds)

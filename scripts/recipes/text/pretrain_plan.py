@@ -63,20 +63,14 @@ def describe_plan(
         _memory_line(arguments, spectral, model, mixed_precision, autocast),
     ]
     if PRESETS.get(arguments.preset or "demo"):
-        changed = deviations(
-            vars(arguments), micro_batch * arguments.gradient_accumulation_steps, conditioning(spectral)
-        )
+        changed = deviations(vars(arguments), micro_batch * arguments.gradient_accumulation_steps, spectral.describe())
         if (start := describe_initialization(arguments.initialization())) is not None:
             changed.append(f"{start} (published: as drawn)")
+        if (preconditioner := arguments.describe_preconditioner()) is not None:
+            changed.append(f"{preconditioner} (published: none)")
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines
-
-
-def conditioning(spectral: SpectralArguments) -> str | None:
-    """Return the spectral conditioning that the flags ask for, in words; None where they ask for none."""
-    config = spectral.to_config()
-    return None if config is None else f"{config.describe()}, init {spectral.init}"
 
 
 def stock_model(arguments: PretrainArguments) -> PreTrainedModel:
@@ -95,9 +89,11 @@ def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model
     vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
     unchanged = "as it stands, none added" if arguments.model_name_or_path else "none"
     start = describe_initialization(arguments.initialization())
+    preconditioner = arguments.describe_preconditioner()
     return (
         f"Model: {model.config.model_type}, {origin}, {model.num_parameters():,} parameters, vocabulary of {vocabulary}; "
-        f"{'' if start is None else f'{start}; '}spectral conditioning: {conditioning(spectral) or unchanged}."
+        f"{'' if start is None else f'{start}; '}spectral conditioning: {spectral.describe() or unchanged}"
+        f"{'' if preconditioner is None else f'; {preconditioner}'}."
     )
 
 

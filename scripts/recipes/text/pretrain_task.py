@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -87,6 +88,10 @@ class MlmTask(Task):
     def vocab_size(self) -> int:
         """Tokens of the tokenizer."""
         return len(self.data.tokenizer)
+
+    def samples(self, count: int) -> dict[str, Tensor]:
+        rows = self.data.validation[np.arange(min(count, len(self.data.validation)))]
+        return {"input_ids": torch.from_numpy(rows.astype("int64"))}
 
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:
         data = self.data

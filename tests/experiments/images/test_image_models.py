@@ -10,20 +10,25 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_specattn import AttentionSpec, architectures
+from hf_specattn import (
+    AttentionSpec,
+    PreconditionerConfig,
+    SpectralConfig,
+    architectures,
+    condition,
+    precondition,
+)
 from hf_specattn.conditioning import can_be_saved
 from recipes.images.image_models import (
-    ABLATED_WEIGHTS_FILE,
+    BARE_WEIGHTS_FILE,
     ImageModelError,
     ImageModelSettings,
     build_stock_model,
-    condition_model,
     image_processor,
     model_input,
     save_classifier,
 )
 from recipes.run.projection_init import remove_layer_norms
-from recipes.run.spectral_arguments import SpectralArguments
 
 CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -31,7 +36,8 @@ TIMM = ImageModelSettings(
     timm_model="vit_tiny_patch16_224",
     timm_model_args={"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2},
 )
-IDENTITY = SpectralArguments(spectral_conditioning=True, lambda_="1.0")
+IDENTITY = SpectralConfig(lambda_=1.0)
+TIMM_ATTENTION = AttentionSpec("Attention", {"qkv": ("query", "key", "value")}, query_heads="num_heads", output="proj")
 PROCESSOR = image_processor(8, (0.5,), (0.5,), 1.0)
 
 
@@ -45,10 +51,9 @@ def vit_folder(tmp_path):
 @pytest.fixture
 def conditioned_timm(monkeypatch):
     """A conditioned model of timm: it has no class of its own to be saved as."""
-    spec = AttentionSpec("Attention", {"qkv": ("query", "key", "value")}, query_heads="num_heads")
-    monkeypatch.setitem(architectures.ARCHITECTURES, "timm_vit", (spec,))
+    monkeypatch.setitem(architectures.ARCHITECTURES, "timm_vit", (TIMM_ATTENTION,))
     model = build_stock_model(TIMM, CLASSES, 8, 1)
-    assert len(condition_model(model, IDENTITY)) == 6
+    assert len(condition(model, IDENTITY)) == 6
     return model
 
 
@@ -136,24 +141,13 @@ def test_images_of_another_size_than_the_models_are_refused(vit_folder):
         build_stock_model(ImageModelSettings(model_name_or_path=vit_folder), CLASSES, 12, 3)
 
 
-def test_a_model_without_projections_cannot_be_conditioned():
-    settings = ImageModelSettings(timm_model="resnet18")
-    model = build_stock_model(settings, CLASSES, 224, 3)
-    assert condition_model(model, SpectralArguments()) == []
-    with pytest.raises(ImageModelError, match="--spectral_conditioning: No query, key or value projection found"):
-        condition_model(model, IDENTITY)
-
-
-def test_a_conditioned_checkpoint_goes_on_as_it_is_and_no_other_way(tmp_path):
+def test_a_conditioned_checkpoint_goes_on_as_it_is(tmp_path):
     model = build_stock_model(ImageModelSettings(**SMALL), CLASSES, 8, 1)
-    condition_model(model, IDENTITY)
+    condition(model, IDENTITY)
     assert save_classifier(model, PROCESSOR, str(tmp_path))
     loaded = build_stock_model(ImageModelSettings(model_name_or_path=str(tmp_path)), CLASSES, 8, 1)
     assert loaded.config.model_type == "specattn_vit"
     assert torch.equal(logits_of(loaded), logits_of(model))
-    assert condition_model(loaded, IDENTITY) == []
-    with pytest.raises(ImageModelError, match="trained with"):
-        condition_model(loaded, SpectralArguments(spectral_conditioning=True, lambda_="2.0"))
 
 
 def test_a_conditioned_model_of_timm_is_saved_folded(conditioned_timm, tmp_path):
@@ -173,6 +167,13 @@ def test_a_conditioned_model_of_timm_is_saved_folded(conditioned_timm, tmp_path)
 def test_a_model_without_layer_norms_is_saved_as_weights_alone(tmp_path):
     model = build_stock_model(ImageModelSettings(**SMALL), CLASSES, 8, 1)
     remove_layer_norms(model)
-    condition_model(model, IDENTITY)
+    condition(model, IDENTITY)
     assert not save_classifier(model, PROCESSOR, str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == [ABLATED_WEIGHTS_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [BARE_WEIGHTS_FILE]
+
+
+def test_a_preconditioned_model_of_timm_is_saved_as_weights_alone(conditioned_timm, tmp_path):
+    probe = {"pixel_values": torch.zeros(1, 1, 8, 8)}
+    precondition(conditioned_timm, PreconditionerConfig(), probe, TIMM_ATTENTION)
+    assert not save_classifier(conditioned_timm, PROCESSOR, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [BARE_WEIGHTS_FILE]

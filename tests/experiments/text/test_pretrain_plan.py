@@ -19,7 +19,6 @@ from recipes.text.masking import MaskingRule
 from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 from recipes.text.pretrain_plan import (
     added_correction_bytes,
-    conditioning,
     describe_plan,
     expected_memory,
     stock_model,
@@ -251,9 +250,9 @@ def test_a_conditioned_checkpoint_is_planned_for_as_it_is(lines_of, tmp_path):
 )
 def test_the_conditioning_in_words(lines_of, flags, config, init):
     words = f"{config.describe()}, init {init}"
-    assert conditioning(parse(*flags)[1]) == words
+    assert parse(*flags)[1].describe() == words
     assert lines_of(*TINY, *flags)[0].endswith(f"; spectral conditioning: {words}.")
-    assert conditioning(parse()[1]) is None
+    assert parse()[1].describe() is None
 
 
 def test_steps_and_schedule_over_steps(lines_of):
