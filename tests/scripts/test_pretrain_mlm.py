@@ -286,6 +286,16 @@ def test_a_stock_checkpoint_is_conditioned_while_loading(pretrain):
     assert after["validation_loss"] == pytest.approx(before["validation_loss"], rel=1e-5)
 
 
+def test_the_lambda_that_is_found_is_that_of_the_checkpoint_it_goes_on_from(pretrain):
+    first = pretrain("--spectral_conditioning", "--max_steps", "1", name="first")
+    found = metrics_of(first)["arguments"]["found_lambda"]
+    assert json.loads((first / "config.json").read_text())["lambda_"] == found
+    flags = ["--spectral_conditioning", "--lambda_", "auto", "--max_steps", "1"]
+    second = pretrain("--model_name_or_path", str(first), *flags, name="second", new_model=False)
+    assert metrics_of(second)["arguments"]["found_lambda"] == found
+    assert json.loads((second / "config.json").read_text())["lambda_"] == found
+
+
 def test_other_architectures_train_too(pretrain, tmp_path):
     first = pretrain(name="tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(first)

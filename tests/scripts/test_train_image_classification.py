@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from scripts_loading import REPOSITORY, load_script
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from hf_specattn import AttentionSpec, architectures
+from hf_specattn import AttentionSpec, PreconditionerConfig, architectures
 from hf_specattn.checkpoints.evaluations_file import read_evaluations
 from recipes.compare import comparison
 from recipes.run import loop
@@ -51,6 +51,16 @@ STEPS = [
 FEW = ["--max_train_samples", "40", "--max_validation_samples", "20"]
 IDENTITY = ["--spectral_conditioning", "--lambda_", "1.0"]
 DYNAMIC = ["--spectral_conditioning", "--spectral_method", "svd", "--spectral_refresh_every", "2"]
+# Both sources of the method, with the lambda that the run finds, and a look at them.
+BOTH = [
+    "--spectral_conditioning",
+    "--attention_preconditioner",
+    "row",
+    "--preconditioner_scale",
+    "match",
+    "--spectral_monitor_every",
+    "2",
+]
 # Everything that draws random numbers, and the average.
 CHANCE = [
     "--random_shift",
@@ -184,7 +194,9 @@ def test_accumulation_changes_nothing(train):
         assert first["train_loss"] == pytest.approx(second["train_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], [*IDENTITY, *CHANCE], DYNAMIC], ids=["stock", "identity-chance", "dynamic"])
+@pytest.mark.parametrize(
+    "flags", [[], [*IDENTITY, *CHANCE], DYNAMIC, BOTH], ids=["stock", "identity-chance", "dynamic", "both"]
+)
 def test_a_stopped_run_goes_on_to_the_same_result(train, monkeypatch, flags):
     whole = train(*flags, name="whole")
     step_of = loop.train_step
@@ -201,6 +213,19 @@ def test_a_stopped_run_goes_on_to_the_same_result(train, monkeypatch, flags):
     assert [path.name for path in list_checkpoints(resumed)][-1] == "checkpoint-000003"
     train(*flags, "--resume_from_checkpoint", "--dataloader_num_workers", "1", name="resumed")
     assert_same_result(resumed, whole)
+
+
+def test_what_a_run_with_both_sources_records(train):
+    folder = train(*BOTH)
+    arguments = metrics_of(folder)["arguments"]
+    config = AutoConfig.from_pretrained(folder)
+    assert arguments["lambda_"] == "auto"
+    assert arguments["found_lambda"] == config.lambda_ <= 10
+    assert config.preconditioner_config == PreconditionerConfig(scale="match")
+    records = json.loads((folder / "spectral_monitor.json").read_text())["records"]
+    assert [record["step"] for record in records] == [0, 2, 4, 6]
+    with pytest.raises(SystemExit, match='preconditioner_scale: "match" -> "unit"'):
+        train(*BOTH[:3], "--resume_from_checkpoint", "--lambda_", str(config.lambda_), name="run")
 
 
 def test_a_conditioned_model_of_timm_with_stochastic_depth_goes_on_too(train, timm_in_the_table):

@@ -128,11 +128,11 @@ class SpectralArguments:
         """Return the keyword arguments for `from_pretrained`; empty without `--spectral_conditioning`."""
         if not self.spectral_conditioning:
             return {}
-        assert not self.is_automatic  # found by a run alone
         given = {name: value for name, value in self._settings().items() if value is not None}
         given.pop("spectral_exact_refresh", None)  # for `refresh`: the model's function does not depend on it
-        if self.lambda_ is not None:
-            given["lambda_"] = parse_lambda(self.lambda_)
+        given["lambda_"] = self.found_lambda if self.is_automatic else parse_lambda(self.lambda_)
+        if given["lambda_"] is None:
+            del given["lambda_"]
         return {"spectral_conditioning": True, **given}
 
     def _settings(self) -> dict[str, Any]:
