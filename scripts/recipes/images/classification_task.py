@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..run.distributed import run_on_main_process
 from ..run.loop import Amounts, Task
+from ..run.optimization import parameter_groups
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
@@ -24,7 +25,7 @@ from .image_arguments import ImageArguments
 from .image_batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
 from .image_datasets import load_image_data
 from .image_models import ImageModelError, image_processor, model_input, save_classifier
-from .optimization import AveragedWeights, build_adamw
+from .vision_optimization import AveragedWeights, not_decayed
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,8 @@ class ImageTask(Task):
         }
 
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
-        return build_adamw(model, self.arguments.learning_rate, self.arguments.weight_decay)
+        groups = parameter_groups(model, self.arguments.weight_decay, not_decayed(model))
+        return torch.optim.AdamW(groups, lr=self.arguments.learning_rate)
 
     def averaged(self, model: PreTrainedModel) -> AveragedWeights | None:
         decay = self.arguments.model_ema_decay

@@ -1,22 +1,23 @@
-"""AdamW as in cramming, with the parameters that are exempt from weight decay."""
+"""Which parameters decay, for AdamW; cramming's own settings of it."""
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Collection[str] = ()) -> list[dict[str, Any]]:
     """Sort the trainable parameters into a decayed and an exempt group; each one, tied or not, is in one of them once.
 
-    Matrices and larger decay. Biases, the gains of norms and single scalars are exempt: they are few, and pulling them to
-    zero shrinks activations instead of regularizing.
+    Matrices and larger decay, but for those named. Biases, the gains of norms and single scalars are exempt: they are few,
+    and pulling them to zero shrinks activations instead of regularizing.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
-    for parameter in model.parameters():  # names tied weights once
+    for name, parameter in model.named_parameters():  # names tied weights once
         if parameter.requires_grad:
-            (decayed if parameter.ndim >= 2 else exempt).append(parameter)
+            (decayed if parameter.ndim >= 2 and name not in not_decayed else exempt).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -1,15 +1,13 @@
-"""AdamW over timm's parameter groups, and the average of weights over steps."""
+"""What vision recipes do not decay, and the average of weights over steps."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
 from transformers import PreTrainedModel
 
-# Beside what timm exempts (vectors: biases and gains), the learned tables and tokens that vision recipes never decay.
+# Beside vectors (biases and gains), the learned tables and tokens that vision recipes never decay.
 NOT_DECAYED = (
     "cls_token",
     "dist_token",
@@ -19,19 +17,6 @@ NOT_DECAYED = (
     "pos_embed",
     "position_bias_table",
 )
-
-
-def build_adamw(
-    model: nn.Module,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> torch.optim.AdamW:
-    """Build AdamW; biases, the gains of norms, position tables and class tokens are exempt from decay, as in timm."""
-    groups: Any = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=not_decayed(model))
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
 
 
 def not_decayed(model: nn.Module) -> list[str]:

@@ -6,14 +6,15 @@ from torch import nn
 from transformers import SwinConfig, SwinForImageClassification, ViTConfig, ViTForImageClassification
 
 from recipes.images.image_models import ImageModelSettings, build_stock_model
-from recipes.images.optimization import AveragedWeights, build_adamw, not_decayed
+from recipes.images.vision_optimization import AveragedWeights, not_decayed
+from recipes.run.optimization import parameter_groups
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def exempt(model):
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = build_adamw(model, 1e-3, 0.05).param_groups
+    groups = parameter_groups(model, 0.05, not_decayed(model))
     assert sum(len(group["params"]) for group in groups) == len(names)
     return {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
 
