@@ -1,15 +1,15 @@
-"""GLUE's metrics as pure functions of predictions and labels, and the scores of a task by them.
+"""GLUE's metrics, as scikit-learn and SciPy compute them, and the scores of a task by them.
 
-Definitions are scikit-learn's and SciPy's; nothing but NumPy is needed. `glue_metric` offers the same scores through the API
-of the `evaluate` library.
+`glue_metric` offers the same scores through the API of the `evaluate` library.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from sklearn import metrics
 
 from .tasks import HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueTask
 
@@ -19,55 +19,40 @@ class UndefinedScoreError(ValueError):
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the share of predictions that equal their label."""
+    """The share of predictions that equal their label."""
     predicted, expected = _classes(predictions, labels)
-    return float((predicted == expected).mean())
+    return float(metrics.accuracy_score(expected, predicted))
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return the harmonic mean of precision and recall of class 1, `2 TP / (2 TP + FP + FN)`.
-
-    0 where neither predictions nor labels have a 1, as in scikit-learn: nothing was found.
-    """
-    true_positives, false_positives, false_negatives, _ = _confusion(predictions, labels)
-    found = 2 * true_positives + false_positives + false_negatives
-    return 2 * true_positives / found if found else 0.0
+    """The harmonic mean of precision and recall of class 1; 0 where neither predictions nor labels have a 1."""
+    predicted, expected = _two_classes(predictions, labels)
+    return float(metrics.f1_score(expected, predicted, zero_division=0.0))
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return Pearson's correlation of two binary variables (Matthews, 1975), between -1 and 1.
-
-    0 where predictions or labels are of one class only, as in scikit-learn: they tell nothing.
-    """
-    true_positives, false_positives, false_negatives, true_negatives = _confusion(predictions, labels)
-    covariance = true_positives * true_negatives - false_positives * false_negatives
-    product = (
-        (true_positives + false_positives)
-        * (true_positives + false_negatives)
-        * (true_negatives + false_positives)
-        * (true_negatives + false_negatives)
-    )
-    return covariance / math.sqrt(product) if product else 0.0
+    """Pearson's correlation of two binary variables (Matthews, 1975); 0 where one of them is constant."""
+    predicted, expected = _two_classes(predictions, labels)
+    constant = (expected == expected[0]).all()  # scikit-learn warns of a single label
+    return 0.0 if constant else float(metrics.matthews_corrcoef(expected, predicted))
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return Pearson's correlation, between -1 and 1.
+    """Pearson's correlation.
 
     Raises:
         UndefinedScoreError: if all predictions or all labels are equal, or there is one example only.
     """
-    predicted, expected = _scores(predictions, labels)
-    return _correlation(predicted, expected)
+    return float(stats.pearsonr(*_scores(predictions, labels)).statistic)
 
 
 def spearmanr(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Return Spearman's correlation: Pearson's of the ranks, equal values sharing the mean of theirs.
+    """Spearman's correlation: Pearson's of the ranks.
 
     Raises:
         UndefinedScoreError: as in `pearson`.
     """
-    predicted, expected = _scores(predictions, labels)
-    return _correlation(_mean_ranks(predicted), _mean_ranks(expected))
+    return float(stats.spearmanr(*_scores(predictions, labels)).statistic)
 
 
 FUNCTIONS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
@@ -141,16 +126,12 @@ def _require_classes_below(task: GlueTask, values: ArrayLike, name: str) -> None
         )
 
 
-def _confusion(predictions: ArrayLike, labels: ArrayLike) -> tuple[int, int, int, int]:
-    """Return true positives, false positives, false negatives and true negatives of class 1, as unbounded integers."""
+def _two_classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
     predicted, expected = _classes(predictions, labels)
     found = np.union1d(predicted, expected)
     if not np.isin(found, (0, 1)).all():
         raise ValueError(f"This metric is for the classes 0 and 1; got {', '.join(map(str, found))}.")
-    positive, is_one = predicted == 1, expected == 1
-    pairs = (positive & is_one, positive & ~is_one, ~positive & is_one, ~positive & ~is_one)
-    true_positives, false_positives, false_negatives, true_negatives = (int(found.sum()) for found in pairs)
-    return true_positives, false_positives, false_negatives, true_negatives
+    return predicted, expected
 
 
 def _scores(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -163,21 +144,3 @@ def _scores(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float
                 f"all {values.size} {name} are {values[0]:g}, and a correlation with a constant is not defined"
             )
     return predicted, expected
-
-
-def _correlation(left: NDArray[np.float64], right: NDArray[np.float64]) -> float:
-    left, right = _direction(left), _direction(right)
-    return min(1.0, max(-1.0, float(left @ right)))
-
-
-def _direction(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the deviations from the mean, with norm 1."""
-    deviations = values - values.mean()
-    deviations /= np.abs(deviations).max()  # first, so that no square underflows
-    return deviations / np.linalg.norm(deviations)
-
-
-def _mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, groups, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[groups]
