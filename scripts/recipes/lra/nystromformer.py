@@ -8,7 +8,7 @@ That code has four peculiarities, each an option of the configuration, on by def
 them off, an example's output depends on neither its padding nor the other examples of its batch.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -259,7 +259,7 @@ class LraNystromformerModel(LraNystromformerPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.word_embeddings = value
 
     def mask_of(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -314,7 +314,7 @@ class LraNystromformerForSequenceClassification(LraNystromformerPreTrainedModel)
         self.classifier = nn.Sequential(
             nn.Linear(config.hidden_size * (4 if config.pairs else 1), config.intermediate_size),
             nn.ReLU(),
-            nn.Linear(config.intermediate_size, config.num_labels),
+            nn.Linear(config.intermediate_size, cast(int, config.num_labels)),
         )
         self.post_init()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lra_registration import registered  # noqa: F401
+from lra_support import registered  # noqa: F401
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition

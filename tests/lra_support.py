@@ -1,4 +1,4 @@
-"""LRA's models in the Auto classes for the tests that need them: others walk the whole table of architectures."""
+"""LRA's models in the Auto classes for the tests that need them: others walk the whole table."""
 
 from collections.abc import Iterator
 
