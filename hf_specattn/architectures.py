@@ -37,6 +37,8 @@ class AttentionSpec:
             `W_Q M, W_K M^-T`; None says nothing does.
         value_output_barrier: what stands between `X W_V` and `W_O` beside the attention weights of each head, and so
             forbids the gauge `W_V G, G^-1 W_O`; None says nothing does. [`precondition`] refuses what a row names here.
+        harmless: names of the attention's other children and parameters that stand neither on nor behind what its heads
+            give, but before the projections, on the attention weights, or behind W_O; for [`precondition`].
     """
 
     attention: str | tuple[str, ...]
@@ -49,6 +51,7 @@ class AttentionSpec:
     # `balance` takes a row that does not say to forbid both gauges.
     query_key_barrier: str | None = UNSTATED
     value_output_barrier: str | None = UNSTATED
+    harmless: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.modules:
@@ -212,12 +215,12 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "albert": (AttentionSpec("AlbertAttention", QUERY_KEY_VALUE, output="dense"),),
     "beit": (
         AttentionSpec("BeitAttention", Q_K_V_PROJ, output="o_proj"),
-        AttentionSpec(("BeitSelfAttention", "BeitSdpaSelfAttention"), QUERY_KEY_VALUE),
+        AttentionSpec(("BeitSelfAttention", "BeitSdpaSelfAttention"), QUERY_KEY_VALUE, output="..output.dense"),
     ),
     "nystromformer": (AttentionSpec("NystromformerSelfAttention", QUERY_KEY_VALUE, output="..output.dense"),),
     "swin": (
         AttentionSpec("SwinAttention", Q_K_V_PROJ, output="o_proj"),
-        AttentionSpec("SwinSelfAttention", QUERY_KEY_VALUE),
+        AttentionSpec("SwinSelfAttention", QUERY_KEY_VALUE, output="..output.dense"),
     ),
     "swinv2": (
         AttentionSpec("Swinv2Attention", Q_K_V_PROJ),
@@ -225,105 +228,111 @@ ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     ),
 }
 
-# Attention classes of transformers whose children have the usual names; each is a row of docs/survey.md or shares its code
-# with one. A list and not a pattern: a q_proj may hold more than queries (Qwen3Next's also makes the gate).
-ATTENTION_WITH_Q_K_V_PROJ = (
-    "AfmoeAttention",
-    "ApertusAttention",
-    "ArceeAttention",
-    "AriaTextAttention",
-    "BeamAttention",
-    "BigBirdPegasusDecoderAttention",
-    "BioGptAttention",
-    "BitNetAttention",
-    "BlenderbotAttention",
-    "BlenderbotSmallAttention",
-    "Cohere2Attention",
-    "Cohere2MoeAttention",
-    "CohereAttention",
-    "CwmAttention",
-    "DiffLlamaAttention",
-    "Dinov2WithRegistersAttention",
-    "DogeAttention",
-    "Emu3Attention",
-    "Ernie4_5Attention",
-    "Ernie4_5_MoeAttention",
-    "EsmcAttention",
-    "EuroBertAttention",
-    "Exaone4Attention",
-    "ExaoneMoeAttention",
-    "FlexOlmoAttention",
-    "GPTNeoSelfAttention",
-    "Gemma2Attention",
-    "Gemma3Attention",
-    "Gemma4TextAttention",
-    "Gemma4UnifiedTextAttention",
-    "GemmaAttention",
-    "Glm4Attention",
-    "Glm4MoeAttention",
-    "GlmAttention",
-    "GptOssAttention",
-    "GraniteAttention",
-    "GraniteMoeAttention",
-    "GraniteSWAAttention",
-    "GteAttention",
-    "HYV3Attention",
-    "HeliumAttention",
-    "HrmTextAttention",
-    "HyperCLOVAXAttention",
-    "IJepaAttention",
-    "InklingAttention",
-    "Jais2Attention",
-    "JinaEmbeddingsV3Attention",
-    "Kolibri1Attention",
-    "LagunaAttention",
-    "Lfm2Attention",
-    "Lfm3Attention",
-    "Llama4TextAttention",
-    "MBartAttention",
-    "MarianAttention",
-    "MellumAttention",
-    "MetaClip2Attention",
-    "MiMoV2FlashAttention",
-    "MiniMaxAttention",
-    "MiniMaxM2Attention",
-    "MiniMaxM3VLAttention",
-    "Ministral3Attention",
-    "MistralAttention",
-    "MixtralAttention",
-    "MllamaTextSelfAttention",
-    "ModernBertDecoderAttention",
-    "MvpAttention",
-    "NanoChatAttention",
-    "NeoMMEAttention",
-    "NomicBertAttention",
-    "OPTAttention",
-    "Olmo2Attention",
-    "Olmo3Attention",
-    "OlmoAttention",
-    "OlmoHybridAttention",
-    "OlmoeAttention",
-    "PLBartAttention",
-    "PegasusAttention",
-    "PhiAttention",
-    "PhimoeAttention",
-    "SeedOssAttention",
-    "SegformerAttention",
-    "SiglipAttention",
-    "SmolLM3Attention",
-    "SolarOpenAttention",
-    "StableLmAttention",
-    "Starcoder2Attention",
-    "TrOCRAttention",
-    "UltrabertAttention",
-    "VaultGemmaAttention",
-    "ViTMSNAttention",
-    "WhisperAttention",
-)
+# Attention classes of transformers whose children have the usual names, by that of the output projection; each is a row of
+# docs/survey.md or shares its code with one. A list and not a pattern: a q_proj may hold more than queries (Qwen3Next's also
+# makes the gate).
+USUAL_ATTENTION: dict[str, tuple[str, ...]] = {
+    "o_proj": (
+        "ApertusAttention",
+        "ArceeAttention",
+        "AriaTextAttention",
+        "Cohere2Attention",
+        "Cohere2MoeAttention",
+        "CohereAttention",
+        "CwmAttention",
+        "Dinov2WithRegistersAttention",
+        "Emu3Attention",
+        "Ernie4_5Attention",
+        "Ernie4_5_MoeAttention",
+        "EsmcAttention",
+        "EuroBertAttention",
+        "Exaone4Attention",
+        "ExaoneMoeAttention",
+        "FlexOlmoAttention",
+        "Gemma2Attention",
+        "Gemma3Attention",
+        "Gemma4TextAttention",
+        "Gemma4UnifiedTextAttention",
+        "GemmaAttention",
+        "Glm4Attention",
+        "Glm4MoeAttention",
+        "GlmAttention",
+        "GptOssAttention",
+        "GraniteAttention",
+        "GraniteMoeAttention",
+        "GteAttention",
+        "HYV3Attention",
+        "HeliumAttention",
+        "HyperCLOVAXAttention",
+        "IJepaAttention",
+        "InklingAttention",
+        "Jais2Attention",
+        "JinaEmbeddingsV3Attention",
+        "Kolibri1Attention",
+        "Llama4TextAttention",
+        "MellumAttention",
+        "MiMoV2FlashAttention",
+        "MiniMaxAttention",
+        "MiniMaxM2Attention",
+        "MiniMaxM3VLAttention",
+        "Ministral3Attention",
+        "MistralAttention",
+        "MixtralAttention",
+        "MllamaTextSelfAttention",
+        "NanoChatAttention",
+        "NomicBertAttention",
+        "Olmo2Attention",
+        "Olmo3Attention",
+        "OlmoAttention",
+        "OlmoHybridAttention",
+        "OlmoeAttention",
+        "PhimoeAttention",
+        "SeedOssAttention",
+        "SmolLM3Attention",
+        "SolarOpenAttention",
+        "StableLmAttention",
+        "Starcoder2Attention",
+        "UltrabertAttention",
+        "VaultGemmaAttention",
+        "ViTMSNAttention",
+    ),
+    "out_proj": (
+        "BigBirdPegasusDecoderAttention",
+        "BioGptAttention",
+        "BlenderbotAttention",
+        "BlenderbotSmallAttention",
+        "GPTNeoSelfAttention",
+        "Lfm2Attention",
+        "MBartAttention",
+        "MarianAttention",
+        "MetaClip2Attention",
+        "MvpAttention",
+        "OPTAttention",
+        "PLBartAttention",
+        "PegasusAttention",
+        "SiglipAttention",
+        "TrOCRAttention",
+        "WhisperAttention",
+    ),
+    "dense": ("PhiAttention",),
+    "Wo": ("ModernBertDecoderAttention",),
+}
+# The same with something before W_O, which no preconditioner is put behind.
+BARRED_ATTENTION: dict[str, tuple[str, ...]] = {
+    "a gate, which scales what the heads give": (
+        "AfmoeAttention",
+        "BeamAttention",
+        "HrmTextAttention",
+        "LagunaAttention",
+        "Lfm3Attention",
+    ),
+    "a sink, which scales what the heads give": ("GraniteSWAAttention",),
+    "a norm of what the heads give": ("BitNetAttention", "DiffLlamaAttention"),
+    "a gate, and the values taken out of each head's output": ("NeoMMEAttention",),
+}
 BERT_LIKE = (
     "BertGeneration",
     "Camembert",
-    "ConvBert",
     "Data2VecText",
     "Ernie",
     "Esm",
@@ -340,6 +349,11 @@ BERT_LIKE = (
     "Xmod",
 )
 QUERY_HEADS = ("num_attention_heads", "num_heads", "n_heads")
+USUAL_HEADS: dict[str, Any] = {
+    "query_heads": QUERY_HEADS,
+    "key_value_heads": ("num_key_value_heads", *QUERY_HEADS),
+    "defined_in": ("transformers",),
+}
 
 # What `condition` knows beside those: families that the Auto classes load as stock models only.
 MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
@@ -355,26 +369,36 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
         ),
     ),
     "usual names": (
-        AttentionSpec(
-            ATTENTION_WITH_Q_K_V_PROJ,
-            Q_K_V_PROJ,
-            query_heads=QUERY_HEADS,
-            key_value_heads=("num_key_value_heads", *QUERY_HEADS),
-            defined_in=("transformers",),
+        *(AttentionSpec(names, Q_K_V_PROJ, output=output, **USUAL_HEADS) for output, names in USUAL_ATTENTION.items()),
+        AttentionSpec("DogeAttention", Q_K_V_PROJ, output="o_proj", harmless=("A", "dt_proj"), **USUAL_HEADS),
+        *(
+            AttentionSpec(names, Q_K_V_PROJ, value_output_barrier=barrier, **USUAL_HEADS)
+            for barrier, names in BARRED_ATTENTION.items()
         ),
         AttentionSpec(
             tuple(f"{stem}{kind}Attention" for stem in BERT_LIKE for kind in ("Self", "Cross")),
             QUERY_KEY_VALUE,
             query_heads=QUERY_HEADS,
             defined_in=("transformers",),
+            output="..output.dense",
+        ),
+        AttentionSpec(
+            "ConvBertSelfAttention",
+            QUERY_KEY_VALUE,
+            value_output_barrier="a convolution, whose output is put beside that of the heads",
         ),
     ),
     # A BigBird goes over from block-sparse to full attention, projections and all, when it meets a short text.
-    "big_bird": (AttentionSpec(("BigBirdBlockSparseAttention", "BigBirdSelfAttention"), QUERY_KEY_VALUE),),
+    "big_bird": (
+        AttentionSpec(
+            ("BigBirdBlockSparseAttention", "BigBirdSelfAttention"), QUERY_KEY_VALUE, output="..output.dense"
+        ),
+    ),
     "data2vec-vision": (
         AttentionSpec(
             ("Data2VecVisionSelfAttention", "Data2VecVisionSdpaSelfAttention", "Data2VecVisionAttention"),
             QUERY_KEY_VALUE,
+            output="..output.dense",
         ),
     ),
     "deberta-v2": (
@@ -382,15 +406,19 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             "DisentangledSelfAttention",
             {"query_proj": "query", "key_proj": "key", "value_proj": "value"},
             defined_in=("transformers.models.deberta_v2",),
+            output="..output.dense",
         ),
     ),
-    "donut-swin": (AttentionSpec(("DonutSwinSelfAttention", "DonutSwinAttention"), QUERY_KEY_VALUE),),
+    "donut-swin": (
+        AttentionSpec(("DonutSwinSelfAttention", "DonutSwinAttention"), QUERY_KEY_VALUE, output="..output.dense"),
+    ),
     "flaubert": (
         AttentionSpec(
             "MultiHeadAttention",
             Q_K_V_LIN,
             query_heads="n_heads",
             defined_in=("transformers.models.flaubert", "transformers.models.xlm"),
+            output="out_lin",
         ),
     ),
     "funnel": (
@@ -398,25 +426,54 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             "FunnelRelMultiheadAttention",
             {"q_head": "query", "k_head": "key", "v_head": "value"},
             query_heads=("n_head", "num_attention_heads"),
+            output="post_proj",
+            harmless=("layer_norm", "r_w_bias", "r_r_bias", "r_s_bias", "r_kernel", "seg_embed"),
         ),
     ),
-    "hiera": (AttentionSpec("HieraMaskUnitAttention", FUSED_QKV, query_heads="num_heads"),),
-    "imagegpt": (AttentionSpec("ImageGPTAttention", {"c_attn": PROJECTIONS}, query_heads="num_heads"),),
-    "mobilevit": (AttentionSpec("MobileViTSelfAttention", QUERY_KEY_VALUE),),
-    "mpnet": (AttentionSpec("MPNetSelfAttention", Q_K_V),),
-    "perceiver": (AttentionSpec("PerceiverSelfAttention", QUERY_KEY_VALUE, query_heads="num_heads"),),
+    "hiera": (AttentionSpec("HieraMaskUnitAttention", FUSED_QKV, query_heads="num_heads", output="proj"),),
+    "imagegpt": (
+        AttentionSpec("ImageGPTAttention", {"c_attn": PROJECTIONS}, query_heads="num_heads", output="c_proj"),
+    ),
+    "mobilevit": (AttentionSpec("MobileViTSelfAttention", QUERY_KEY_VALUE, output="..output.dense"),),
+    "mpnet": (AttentionSpec("MPNetSelfAttention", Q_K_V, output="o"),),
+    "perceiver": (
+        AttentionSpec(
+            "PerceiverSelfAttention",
+            QUERY_KEY_VALUE,
+            query_heads="num_heads",
+            output="..output.dense",
+            harmless=("layernorm1", "layernorm2"),
+        ),
+    ),
     # The linear maps behind the convolution that shortens keys and values.
     "pvt": (
         AttentionSpec(
-            ("PvtEfficientSelfAttention", "PvtV2SelfAttention", "SegformerEfficientSelfAttention"), QUERY_KEY_VALUE
+            ("PvtEfficientSelfAttention", "SegformerEfficientSelfAttention"),
+            QUERY_KEY_VALUE,
+            output="..output.dense",
+            harmless=("sequence_reduction", "layer_norm"),
         ),
-        AttentionSpec("SegformerAttention", Q_K_V_PROJ),
+        AttentionSpec(
+            "SegformerAttention", Q_K_V_PROJ, output="o_proj", harmless=("sequence_reduction", "layer_norm")
+        ),
+        AttentionSpec(
+            "PvtV2SelfAttention", QUERY_KEY_VALUE, output="proj", harmless=("spatial_reduction", "layer_norm")
+        ),
     ),
     "bloom": (
-        AttentionSpec("BloomAttention", {"query_key_value": PROJECTIONS}, interleaved=True, query_heads="num_heads"),
-        AttentionSpec("GPTNeoXJapaneseAttention", {"query_key_value": PROJECTIONS}, interleaved=True),
         AttentionSpec(
-            "PersimmonAttention", {"query_key_value": PROJECTIONS}, interleaved=True, query_heads="num_heads"
+            ("BloomAttention", "PersimmonAttention"),
+            {"query_key_value": PROJECTIONS},
+            interleaved=True,
+            query_heads="num_heads",
+            output="dense",
+        ),
+        AttentionSpec(
+            "GPTNeoXJapaneseAttention",
+            {"query_key_value": PROJECTIONS},
+            interleaved=True,
+            output="dense",
+            harmless=("dense_bias",),
         ),
     ),
     "phi3": (
@@ -424,6 +481,7 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             ("Phi3Attention", "Phi4MultimodalAttention"),
             {"qkv_proj": PROJECTIONS},
             key_value_heads="num_key_value_heads",
+            output="o_proj",
         ),
     ),
     # Self- and cross-attention are one class.

@@ -1,6 +1,7 @@
 """The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +17,7 @@ from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.publishing import plan, publish
 from .config import PROJECTIONS, SpectralConfig
 from .diagnostics.command import report
+from .preconditioner import PreconditionerConfig
 from .version import __version__
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +47,13 @@ BaseModel = Annotated[
 def convert(
     src: Src,
     dst: Dst,
-    method: Annotated[str, typer.Option(help="identity (C = lambda * I) or svd (C from the SVD of W).")] = "identity",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="identity (C = lambda * I) or svd (C from the SVD of W). Left out: identity, or with --preconditioner no "
+            "corrections."
+        ),
+    ] = None,
     lambda_: Annotated[
         str | None,
         typer.Option(
@@ -53,23 +61,59 @@ def convert(
         ),
     ] = None,
     init: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="additive (W stays, the function changes) or preserve (W becomes W - C, the function stays)."
+            help="additive (the default: W stays, the function changes) or preserve (W becomes W - C, the function stays)."
         ),
-    ] = "additive",
-    targets: Annotated[str, typer.Option(help="The projections to condition, with commas.")] = ",".join(PROJECTIONS),
-    granularity: Annotated[str, typer.Option(help="One C per projection, or per head.")] = "projection",
+    ] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="The projections to condition, with commas. Left out: query,key,value.")
+    ] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="One C per projection (the default), or per head.", metavar="projection|head")
+    ] = None,
+    preconditioner: Annotated[
+        str | None,
+        typer.Option(
+            help="Divide each head's output by its norms, by row or by column (docs/preconditioning.md). Alone, or with "
+            "--method."
+        ),
+    ] = None,
+    preconditioner_gradient: Annotated[
+        str | None, typer.Option(help="detached (the default) or through: whether the norm is differentiated.")
+    ] = None,
+    preconditioner_scale: Annotated[
+        str | None,
+        typer.Option(help="What the norm becomes: unit (the default), rms, or match (as it is on a probe)."),
+    ] = None,
+    preconditioner_eps: Annotated[float | None, typer.Option(help="Smaller norms count as this one (1e-6).")] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     base_model: BaseModel = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
 ) -> None:
-    """Make a conditioned checkpoint of a stock one: each query, key and value projection computes with W + C."""
+    """Make a conditioned checkpoint of a stock one: each query, key and value projection computes with W + C.
+
+    With --preconditioner, a preconditioned one.
+    """
     options = Options(revision, _dtype(dtype), overwrite, allow_pickle, base_model)
-    config = SpectralConfig(method, _lambda(lambda_), tuple(_split(targets)), granularity)
-    _report(convert_checkpoint(src, dst, config, init, options).describe())
+    settings = {"lambda": lambda_, "targets": targets, "granularity": granularity, "init": init}
+    config = None
+    if preconditioner is None or method is not None:
+        named = tuple(PROJECTIONS if targets is None else _split(targets))
+        config = SpectralConfig(method or "identity", _lambda(lambda_), named, granularity or "projection")
+    elif stray := _given(settings):
+        raise ValueError(
+            f"--{stray} does nothing with --preconditioner alone, which adds no correction: add --method, or leave it out."
+        )
+    fields = {"gradient": preconditioner_gradient, "scale": preconditioner_scale, "eps": preconditioner_eps}
+    if preconditioner is None and (stray := _given(fields)):
+        raise ValueError(f"--preconditioner-{stray} does nothing without --preconditioner row or column.")
+    chosen = {name: value for name, value in fields.items() if value is not None}
+    preconditioner_config = None if preconditioner is None else PreconditionerConfig(preconditioner, **chosen)  # type: ignore[arg-type]
+    result = convert_checkpoint(src, dst, config, init or "additive", options, preconditioner_config)
+    _report(result.describe())
 
 
 @app.command()
@@ -163,6 +207,11 @@ def options(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 def _report(text: str) -> None:
     typer.echo(text)
+
+
+def _given(options: Mapping[str, Any]) -> str | None:
+    """The first option that was given."""
+    return next((name for name, value in options.items() if value is not None), None)
 
 
 def _split(text: str) -> list[str]:

@@ -463,12 +463,6 @@ class SpectralModelMixin:
         """As the stock method, in one commit with the code for every head and a generated model card."""
         if IS_REMOTE_CODE:
             return super().push_to_hub(repo_id, **kwargs)  # type: ignore[misc]
-        if self.config.preconditioner_config is not None:
-            raise ValueError(
-                "push_to_hub of a preconditioned model would need a model card that says so, which is not made yet. Call "
-                "save_pretrained(folder) and hf_specattn.checkpoints.remote_code.add_remote_code(Path(folder)), write its "
-                "README.md, and upload it with huggingface_hub.upload_folder."
-            )
         # By its name: an import statement here would make transformers look for that file beside a checkpoint.
         publishing = importlib.import_module(".checkpoints.publishing", __package__)
         return publishing.push_model(self, repo_id, **kwargs)

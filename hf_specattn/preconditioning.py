@@ -49,6 +49,9 @@ SOURCE = "a third-party reading of arXiv 2603.27153"
 HARMLESS_PARTS = (
     "q_norm",
     "k_norm",
+    "q_layernorm",
+    "k_layernorm",
+    "sinks",
     "relative_attention_bias",
     "relative_position_bias",
     "relative_position_bias_table",
@@ -103,19 +106,19 @@ def _output_projection(
     attention = model.get_submodule(name)
     kind = f"{name or 'The model'} ({type(attention).__name__})"
     way_out = "pass architecture=AttentionSpec(..., output='<path to the output projection>')"
-    located = output_module(model, name, spec)
-    if located is None:
-        missing = "the table does not say" if by_table else "the AttentionSpec does not say"
-        why = missing if spec.output is None else f"the part of the model that was given does not hold ({spec.output})"
-        raise ValueError(f"{kind} has an output projection that {why}; {way_out}, or the whole model.")
     between = None if spec.value_output_barrier == UNSTATED else spec.value_output_barrier
     if between is None and by_table:
-        between = unknown_parts(attention, spec, HARMLESS_PARTS)
+        between = unknown_parts(attention, spec, (*HARMLESS_PARTS, *spec.harmless))
     if between is not None:
         raise ValueError(
             f"{kind} cannot be preconditioned: before its output projection stands {between}, so that what enters it is "
             f"not softmax(Q K^T) V of each head. If it is in your model, {way_out}."
         )
+    located = output_module(model, name, spec)
+    if located is None:
+        missing = "the table does not say" if by_table else "the AttentionSpec does not say"
+        why = missing if spec.output is None else f"the part of the model that was given does not hold ({spec.output})"
+        raise ValueError(f"{kind} has an output projection that {why}; {way_out}, or the whole model.")
     full_name: str = located[0]
     module: Any = located[1]
     heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
@@ -216,7 +219,8 @@ class PreconditionReport:
     """What preconditioning does to the heads of one attention on the probe (a third-party reading of arXiv 2603.27153).
 
     The same output `A`, `(positions, head_dim)`, of each head is measured as it stands and preconditioned; the layers before
-    are stock. Over several samples, or windows, condition numbers and bounds are geometric means.
+    are stock in a report of [`precondition`], and as they are in one of [`preconditioning_reports`]. Over several samples, or
+    windows, condition numbers and bounds are geometric means.
 
     Attributes:
         name: full name of the module with W_O.
@@ -249,6 +253,14 @@ class PreconditionReport:
         pairs = zip(self.kappa_before, self.kappa_after)
         return tuple(head for head, (before, after) in enumerate(pairs) if after > before)
 
+    @property
+    def mean_kappa(self) -> tuple[float, float]:
+        """Geometric means over the heads of `kappa_before` and `kappa_after`."""
+        before, after = (
+            math.exp(_mean([math.log(kappa) for kappa in kappas])) for kappas in (self.kappa_before, self.kappa_after)
+        )
+        return before, after
+
 
 def head_condition(heads: Tensor) -> tuple[Tensor, Tensor]:
     """Condition number and log10 of the bound `B` of each head's output, geometric means over samples, in float64.
@@ -269,13 +281,19 @@ def head_condition(heads: Tensor) -> tuple[Tensor, Tensor]:
     return log_kappa.mean(0).exp(), log_bound.mean(0) / math.log(10)
 
 
-def _report(item: OutputProjection, heads: Tensor, preconditioner: PreconditionerConfig) -> PreconditionReport:
-    """The report on one attention, of the stock output of its heads, `(samples, positions, heads, head_dim)` in float64."""
+def _report(
+    item: OutputProjection, heads: Tensor, preconditioner: PreconditionerConfig, stock_norm: float | None = None
+) -> PreconditionReport:
+    """The report on one attention, of the output of its heads, `(samples, positions, heads, head_dim)` in float64.
+
+    Args:
+        stock_norm: what `scale="match"` sets; None for the mean norm of these heads.
+    """
     dim = -1 if preconditioner.axis == "row" else 1
     norms = torch.linalg.vector_norm(heads, dim=dim)
     # Heads are the second last dimension of rows' norms, and of columns' too.
     head_norms = norms.mean((0, 1)) if preconditioner.axis == "row" else norms.mean((0, 2))
-    stock_norm = norms.mean().item()
+    stock_norm = norms.mean().item() if stock_norm is None else stock_norm
     after = precondition_heads(heads.flatten(-2), item.heads, preconditioner, stock_norm).unflatten(
         -1, (item.heads, -1)
     )
@@ -308,21 +326,22 @@ def format_preconditioning(reports: Sequence[PreconditionReport]) -> str:
     return "\n".join(
         [
             *(line.rstrip() for line in lines),
-            f"Means over heads (of condition numbers: geometric) on one probe, with stock layers before. Kappa grew in "
-            f"{grew} of {total} heads. The preconditioner is {SOURCE}.",
+            f"Means over heads (of condition numbers: geometric) on one probe. Kappa grew in {grew} of {total} heads. The "
+            f"preconditioner is {SOURCE}.",
         ]
     )
 
 
 def _row(report: PreconditionReport) -> tuple[str, ...]:
     grew = ", ".join(map(str, report.kappa_grew))
+    before, after = report.mean_kappa
     return (
         report.attention or "(model)",
         f"{report.shape[0]}x{report.shape[1]}",
         f"{_mean(report.mean_norm):.3g}",
         f"{report.norm_after:.3g}",
-        f"{math.exp(_mean([math.log(kappa) for kappa in report.kappa_before])):.4g}",
-        f"{math.exp(_mean([math.log(kappa) for kappa in report.kappa_after])):.4g}",
+        f"{before:.4g}",
+        f"{after:.4g}",
         f"{_mean(report.log10_bound_before):.4g}",
         f"{_mean(report.log10_bound_after):.4g}",
         f"kappa GREW in heads {grew}" if grew else "",
@@ -386,6 +405,32 @@ def precondition(
     )
     set_origin(model, "")
     return reports
+
+
+def preconditioning_reports(
+    model: nn.Module,
+    probe: Mapping[str, Any] | None = None,
+    architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
+) -> list[PreconditionReport]:
+    """What the preconditioner of a preconditioned model does to its heads on a probe, in the layers as they stand.
+
+    Arguments as in [`precondition`]; nothing is changed.
+
+    Returns:
+        One report per attention.
+
+    Raises:
+        ValueError: for a model without a preconditioner, and for a probe that fails or misses an attention.
+    """
+    if not is_preconditioned(model):
+        raise ValueError(
+            f"{type(model).__name__} has no preconditioner; precondition(model, ...) reports what it does."
+        )
+    outputs = [item for item in find_output_projections(model, architecture) if hasattr(item.module, "preconditioner")]
+    attended = _attended(model, outputs, probe)
+    return [
+        _report(item, attended[item.module], item.module.preconditioner, item.module.stock_norm) for item in outputs
+    ]
 
 
 def _agrees_with_table(model: nn.Module, outputs: Sequence[OutputProjection]) -> bool:

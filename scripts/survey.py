@@ -1,4 +1,4 @@
-"""Which architectures can be conditioned: each built tiny, conditioned, and compared with an independent W + C.
+"""Which architectures can be conditioned and preconditioned: each built tiny, changed, and compared with an oracle.
 
     python scripts/survey.py
 
@@ -12,6 +12,9 @@ some ten minutes on two CPU cores. Where the queries, keys and values come from 
 - refused: `condition` raised an error, which is quoted;
 - not built: no small configuration was found, or the stock model does not run with it;
 - wrong: anything else. There must be none.
+
+The same is said of the preconditioner (the row axis): its outputs and gradients are those of a stock model in which what
+every attention gives, seen as it runs and not by the table, has rows of norm 1.
 
 Each model has a process of its own, so that one that fails, hangs or takes too much memory ends alone.
 """
@@ -38,6 +41,7 @@ from recipes.survey.checks import Result, survey
 from recipes.survey.rows import Row, chosen_rows
 
 STATUSES = ("exact", "refused", "not built", "wrong")
+PRECONDITIONED = ("exact", "refused", "wrong")  # of those that were built and attend
 ENCODER_TASKS = ("masked LM", "image classification")
 
 
@@ -123,15 +127,16 @@ def _finished(row: Row, process: Any, receiver: Connection, deadline: float) -> 
 def report(results: Sequence[Result]) -> str:
     """The page: counts, then every row."""
     parts = [
-        "# What can be conditioned\n",
+        "# What can be conditioned, and preconditioned\n",
         "Made by `make survey` (`scripts/survey.py`, which says what the words mean); do not edit. "
         f"transformers {transformers.__version__}, timm {_timm_version()}, torch {torch.__version__.partition('+')[0]}.\n",
         summary(results),
     ]
     for task in dict.fromkeys(result.row.task for result in results):
         chosen = [result for result in results if result.row.task == task]
-        rows = [[f"`{r.row.name}`", r.status, attends(r), r.reason] for r in chosen]
-        parts += [f"\n## {task}\n", markdown_table(["architecture", "result", "attention", "reason"], rows)]
+        rows = [[f"`{r.row.name}`", r.status, r.preconditioned, attends(r), reasons(r)] for r in chosen]
+        header = ["architecture", "conditioned", "preconditioned", "attention", "reason"]
+        parts += [f"\n## {task}\n", markdown_table(header, rows)]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -145,14 +150,22 @@ def attends(result: Result) -> str:
     return {True: "yes", False: "none ran", None: ""}[result.attends]
 
 
+def reasons(result: Result) -> str:
+    """Of conditioning; of preconditioning where that is another one."""
+    if not result.preconditioned_reason or result.preconditioned_reason == result.reason:
+        return result.reason
+    return "; ".join(filter(None, (result.reason, f"preconditioner: {result.preconditioned_reason}")))
+
+
 def summary(results: Sequence[Result]) -> str:
     rows = []
-    for task in dict.fromkeys(result.row.task for result in results):
-        chosen = [result.status for result in results if result.row.task == task]
-        rows.append([task, *(str(chosen.count(status)) for status in STATUSES), str(len(chosen))])
-    every = [result.status for result in results]
-    rows.append(["all", *(str(every.count(status)) for status in STATUSES), str(len(every))])
-    table = markdown_table(["", *STATUSES, "rows"], rows)
+    for task in (*dict.fromkeys(result.row.task for result in results), "all"):
+        chosen = [result for result in results if task in (result.row.task, "all")]
+        statuses, beside = [result.status for result in chosen], [result.preconditioned for result in chosen]
+        counts = [*map(statuses.count, STATUSES), len(chosen), *map(beside.count, PRECONDITIONED)]
+        rows.append([task, *map(str, counts)])
+    preconditioned = [f"preconditioned: {status}" for status in PRECONDITIONED]
+    table = markdown_table(["", *STATUSES, "rows", *preconditioned], rows)
     encoders = [r for r in results if r.row.task in ENCODER_TASKS and r.attends]
     exact = sum(result.status == "exact" for result in encoders)
     if not encoders:
@@ -176,9 +189,9 @@ def main() -> int:
         print(summary(results))
     else:
         print(text)
-    wrong = [result for result in results if result.status == "wrong"]
+    wrong = [result for result in results if "wrong" in (result.status, result.preconditioned)]
     for result in wrong:
-        print(f"wrong: {result.row}: {result.reason}", file=sys.stderr)
+        print(f"wrong: {result.row}: {reasons(result)}", file=sys.stderr)
     return 1 if wrong else 0
 
 

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..architectures import ARCHITECTURES
 from ..compat import tasks_of_pipelines
 from ..figures import markdown_table
 from ..modeling import AUTO_CLASSES, MODEL_TYPE_PREFIX, conditioned_class, conditioned_models
+from ..preconditioner import PreconditionerConfig
 from .evaluations_file import read_evaluations
 from .pictures import PICTURE, kappa_picture
 from .records import Record
@@ -24,8 +26,8 @@ TEMPLATES = "hf_specattn.model_cards"
 
 # What a source's card says that holds for what is made of it too.
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag", "library_name")
-TAGS = {"convert": "spectral-conditioning", "fold": "spectral-conditioning", "balance": "balanced-attention"}
 TEMPLATE_OF = {"convert": "conditioned.md", "fold": "folded.md", "balance": "balanced.md"}
+PRECONDITIONER_TEMPLATE = "preconditioner.md"  # the part of each that is about it
 
 
 def source_card(folder: Path) -> dict[str, Any]:
@@ -68,7 +70,8 @@ def card_files(folder: Path, record: Record, repo_id: str | None = None) -> dict
         template_str=template.read_text(encoding="utf-8"),
         **_variables(config, record, results, repo_id, PICTURE if picture else None),
     )
-    files = {CARD: (str(card).rstrip() + "\n").encode()}
+    # What a template leaves out leaves empty lines.
+    files = {CARD: (re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n").encode()}
     return {**files, PICTURE: picture} if picture else files
 
 
@@ -85,10 +88,19 @@ def _metadata(
     return ModelCardData(
         **{name: value for name, value in inherited.items() if value is not None},
         base_model=record.base_model,
-        tags=list(dict.fromkeys([*tags, TAGS[record.command]])),
+        tags=list(dict.fromkeys([*tags, *_own_tags(record)])),
         model_name=(repo_id or _model_name(record)).rpartition("/")[2] if results else None,
         eval_results=list(results) or None,
     )
+
+
+def _own_tags(record: Record) -> list[str]:
+    said = {
+        "spectral-conditioning": record.spectral,
+        "preconditioned-attention": record.preconditioner,
+        "balanced-attention": record.command == "balance",
+    }
+    return [tag for tag, is_so in said.items() if is_so]
 
 
 def _model_name(record: Record) -> str:
@@ -137,9 +149,13 @@ def _variables(
         "license": record.card.get("license"),
         "spectral": record.spectral,
         "init": record.init,
+        # Of weights alone nothing is known of a source, and no change was measured.
+        "made_here": record.init is not None or record.comparison["relative"] > 0,
         "comparison": record.comparison,
         "diagonal_loss": record.diagonal_loss,
         "kappa_table": kappa_table(record),
+        "preconditioner": record.preconditioner,
+        "about_preconditioner": _about_preconditioner(record),
         "layers": len({row.name for row in record.rows}),
         "picture": picture,
         "notes": [
@@ -152,8 +168,31 @@ def _variables(
     }
 
 
+def _about_preconditioner(record: Record) -> str:
+    if record.preconditioner is None:
+        return ""
+    import jinja2  # the other commands should not wait for it
+
+    template = (importlib.resources.files(TEMPLATES) / PRECONDITIONER_TEMPLATE).read_text(encoding="utf-8")
+    config = PreconditionerConfig(**record.preconditioner)
+    return str(jinja2.Template(template).render(preconditioner=config, table=heads_table(record))).strip()
+
+
+def heads_table(record: Record) -> str:
+    """Condition numbers of the heads' outputs without the preconditioner and with it, in Markdown."""
+    header = ("", "attentions", "A", "C A", "worst A", "worst C A", "heads where it grew")
+    sides = [[_or_inf(row.before) for row in record.heads], [_or_inf(row.after) for row in record.heads]]
+    if not record.heads:
+        return ""
+    figures = [f"{value:.4g}" for value in (*map(_median, sides), *map(max, sides))]
+    grew = f"{sum(row.grew for row in record.heads)} of {sum(row.heads for row in record.heads)}"
+    return markdown_table(header, [("kappa", str(len(record.heads)), *figures, grew)]).strip()
+
+
 def kappa_table(record: Record) -> str:
-    """Condition numbers before and after in Markdown: medians and extremes over the layers, per projection."""
+    """Condition numbers before and after in Markdown: medians and extremes over the layers, per projection; "" of none."""
+    if not record.rows:
+        return ""
     after = "balanced" if record.command == "balance" else "W + C"
     header = ("", "layers", "W", after, "worst W", f"worst {after}", "per head, W", f"per head, {after}")
     lines = []

@@ -7,7 +7,7 @@ module, often the embedding, while the dtype's own error is measured.
 import contextlib
 import logging as standard_logging
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ..config import INITS, SpectralConfig, check_choice
 from ..diagnostics.spectra import spectra
 from ..layers import spectral_layers
 from ..modeling import AUTO_CLASSES
+from ..preconditioner import PreconditionerConfig
+from ..preconditioning import format_preconditioning, precondition, preconditioning_reports
 from .cards import CARD, source_card, write_card
 from .destinations import (
     check_destination,
@@ -31,7 +33,16 @@ from .destinations import (
     whole_folder,
 )
 from .probe import Comparison, Diagonals, Probe, make_batch
-from .records import RECORD, KappaRow, Record, balance_rows, conditioning_rows, spectra_rows
+from .records import (
+    RECORD,
+    HeadsRow,
+    KappaRow,
+    Record,
+    balance_rows,
+    conditioning_rows,
+    heads_rows,
+    spectra_rows,
+)
 from .remote_code import add_remote_code, source_files
 from .source_checkpoint import Source, SourceError, find_source, load_model, unknown_architecture_way_out
 from .tables import format_rows
@@ -93,88 +104,117 @@ class _Done:
     spectral: SpectralConfig | None
     init: str | None = None
     diagonal_loss: float | None = None
+    preconditioner: PreconditionerConfig | None = None
+    heads: list[HeadsRow] = field(default_factory=list)
 
 
 def convert(
     source: str,
     destination: str | Path,
-    config: SpectralConfig,
+    config: SpectralConfig | None,
     init: str = "additive",
     options: Options | None = None,
+    preconditioner: PreconditionerConfig | None = None,
 ) -> Result:
-    """Make a conditioned checkpoint of a stock one: weights, configuration, tokenizer, remote code and model card.
+    """Make a conditioned or preconditioned checkpoint of a stock one: weights, configuration, tokenizer, code and card.
 
     Args:
         source: a folder, or a model on the Hub.
         destination: the new folder; it is there whole or not at all.
-        config: what to add where.
-        init: as in [`condition`]. `"preserve"` must keep the outputs to the tolerance of the dtype.
+        config: what to add where; None for no corrections.
+        init: as in [`condition`]. `"preserve"` must keep the outputs to the tolerance of the dtype (until they are
+            preconditioned).
+        preconditioner: as in [`precondition`], measured on a random probe; None for none. It changes the function.
 
     Raises:
         SourceError: no checkpoint, a damaged one, a conditioned one, or an architecture that is not known.
         DestinationError: a destination that is not empty, the source itself, or a full disk.
         OutputChangedError: with `"preserve"`, if the dtype is too coarse. Nothing is written.
-        ValueError: as in [`condition`].
+        ValueError: as in [`condition`] and [`precondition`], and where there is neither.
     """
     check_choice("init", init, INITS)
+    if config is None and preconditioner is None:
+        raise ValueError("There is nothing to convert to: give a SpectralConfig, a PreconditionerConfig, or both.")
 
     def work(found: Source, model: Any) -> _Done:
         _refuse_unsaveable(found)
         find_projections(model)  # its warnings; the rest is quiet
-        probe = Probe(model, keeps_function=init == "preserve")
-        diagonals = Diagonals(model, config) if init == "preserve" else None
-        with _quiet(condition.__module__):  # what it warns of is measured and said here
-            reports = condition(model, config, init)
-        if config.method == "svd" and init == "additive":
-            _compute_in_float64(model)
-        comparison = probe.compare(model, "Conditioning with init='preserve'")
-        loss = diagonals.loss(model) if diagonals is not None else None
-        return _Done(format_reports(reports), conditioning_rows(reports, init), comparison, config, init, loss)
+        preserves = config is not None and init == "preserve"
+        probe = Probe(model, keeps_function=preserves)
+        done = None if config is None else _condition(model, config, init, probe)
+        if preconditioner is not None:
+            done = _precondition(model, preconditioner, probe, done)
+        assert done is not None
+        return done
 
     return _run("convert", source, destination, options or Options(), work)
 
 
+def _condition(model: Any, config: SpectralConfig, init: str, probe: Probe) -> _Done:
+    diagonals = Diagonals(model, config) if init == "preserve" else None
+    with _quiet(condition.__module__):  # what it warns of is measured and said here
+        reports = condition(model, config, init)
+    if config.method == "svd" and init == "additive":
+        _compute_in_float64(model)
+    comparison = probe.compare(model, "Conditioning with init='preserve'")
+    loss = diagonals.loss(model) if diagonals is not None else None
+    return _Done(format_reports(reports), conditioning_rows(reports, init), comparison, config, init, loss)
+
+
+def _precondition(model: Any, preconditioner: PreconditionerConfig, probe: Probe, done: _Done | None) -> _Done:
+    reports = precondition(model, preconditioner, probe.batch)
+    probe.tolerance = None
+    done = done or _Done("", [], Comparison(0.0, 0.0, None, None), None)
+    return replace(
+        done,
+        table="\n\n".join(filter(None, (done.table, format_preconditioning(reports)))),
+        comparison=probe.compare(model, "Preconditioning"),
+        preconditioner=preconditioner,
+        heads=heads_rows(reports),
+    )
+
+
 def fold_checkpoint(source: str, destination: str | Path, options: Options | None = None) -> Result:
-    """Make a plain checkpoint of the stock architecture of a conditioned one.
+    """Make a plain checkpoint of the stock architecture of a conditioned one; a preconditioner stays.
 
     Arguments, errors and result as in [`convert`]; a source that is not conditioned is an error.
     """
 
     def work(found: Source, model: Any) -> _Done:
-        if not found.is_conditioned:
-            raise SourceError(
-                f"{found.name} is a stock {found.model_type}, not conditioned: there is nothing to fold. `specattn convert` "
-                "makes a conditioned checkpoint of it."
-            )
         probe, diagonals = Probe(model, keeps_function=True), Diagonals(model)
         config, before = model.config.spectral_config, spectra(model)
         with _quiet(condition.__module__):
             fold(model)
         comparison = probe.compare(model, "Folding")
         rows = spectra_rows(before)
-        return _Done(format_rows(rows, is_conditioned=True), rows, comparison, config, None, diagonals.loss(model))
+        table = format_rows(rows, is_conditioned=True)
+        return _Done(table, rows, comparison, config, None, diagonals.loss(model), *_kept_preconditioner(model))
 
     return _run("fold", source, destination, options or Options(), work)
 
 
 def balance_checkpoint(source: str, destination: str | Path, options: Options | None = None) -> Result:
-    """Make a checkpoint of the same stock architecture and function whose heads are balanced (see [`balance`]).
+    """Make a checkpoint of the same architecture and function whose heads are balanced (see [`balance`]).
 
     Arguments, errors and result as in [`convert`]; a conditioned source is an error.
     """
 
     def work(found: Source, model: Any) -> _Done:
-        if found.is_conditioned:
-            raise SourceError(
-                f"{found.name} is conditioned; balancing W would change W + C. `specattn fold` it first."
-            )
         reports = balance(model, make_batch(model))
         change = reports.output_change
         comparison = Comparison(change.absolute, change.relative, reports.dtype_error, reports.tolerance)
         table = format_balance(reports).rsplit("\n", 2)[0]  # its last two lines are said below
-        return _Done(table, balance_rows(reports), comparison, None)
+        return _Done(table, balance_rows(reports), comparison, None, None, None, *_kept_preconditioner(model))
 
     return _run("balance", source, destination, options or Options(), work)
+
+
+def _kept_preconditioner(model: Any) -> tuple[PreconditionerConfig | None, list[HeadsRow]]:
+    """The preconditioner that stays on a folded or balanced model, and what it does to the heads."""
+    preconditioner = getattr(model.config, "preconditioner_config", None)
+    if preconditioner is None:
+        return None, []
+    return preconditioner, heads_rows(preconditioning_reports(model, make_batch(model)))
 
 
 @torch.no_grad()
@@ -221,6 +261,23 @@ def _refuse_wrong_state(command: str, found: Source) -> None:
             f"{found.name} is conditioned already (model type {found.model_type!r}); conditioning twice would add both "
             "corrections. `specattn fold` it first, then convert the result."
         )
+    if command == "convert" and found.is_preconditioned:
+        raise SourceError(
+            f"{found.name} is preconditioned already, which no fold takes away: convert the stock checkpoint that it was "
+            "made of. To add corrections to it as it is, load it, condition(model, SpectralConfig(...)), and save it."
+        )
+    if command == "fold" and not found.is_conditioned:
+        what = "preconditioned" if found.is_preconditioned else "a stock"
+        raise SourceError(
+            f"{found.name} is {what} {found.model_type}, not conditioned: there is nothing to fold. "
+            + (
+                "No weight can hold a preconditioner: it stays."
+                if found.is_preconditioned
+                else "`specattn convert` makes a conditioned checkpoint of it."
+            )
+        )
+    if command == "balance" and found.is_conditioned:
+        raise SourceError(f"{found.name} is conditioned; balancing W would change W + C. `specattn fold` it first.")
 
 
 def _refuse_unsaveable(found: Source) -> None:
@@ -259,9 +316,12 @@ def _notes(command: str, found: Source, done: _Done, info: dict[str, Any], optio
         notes.append(f"In the source, but no part of {found.model_class.__name__}, and left out: {_some(unexpected)}.")
     if command == "balance":
         notes.append(
-            "Conditioning moves, it does not vanish: what W_V loses W_O takes up, and W_Q and W_K share theirs. The "
-            "function is "
-            "the same."
+            "Conditioning moves, it does not vanish: what W_V loses W_O takes up, and W_Q and W_K share theirs. The function "
+            "is the same."
+        )
+    if done.preconditioner is not None and command != "convert":
+        notes.append(
+            "The preconditioner stays: no weight can hold it, and the checkpoint needs this package, or its code beside it."
         )
     return notes
 
@@ -286,6 +346,8 @@ def _record(command: str, found: Source, done: _Done, notes: list[str], options:
         rows=done.rows,
         notes=notes,
         card=card,
+        preconditioner=None if done.preconditioner is None else done.preconditioner.to_dict(),
+        heads=done.heads,
     )
 
 

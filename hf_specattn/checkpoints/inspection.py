@@ -1,6 +1,6 @@
 """What a checkpoint is, without changing it: `specattn inspect`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..architectures import ARCHITECTURES
@@ -8,6 +8,8 @@ from ..checksums import verify
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
 from ..modeling import MODEL_TYPE_PREFIX
+from ..preconditioning import SOURCE, PreconditionReport, format_preconditioning, preconditioning_reports
+from .probe import make_batch
 from .records import KappaRow, read_record, spectra_rows
 from .remote_code import auto_map, needs_remote_code, source_files
 from .source_checkpoint import find_source, load_model
@@ -22,17 +24,20 @@ class Inspection:
         facts: name -> what is to be said, in order.
         rows: condition numbers of W, and of W + C, per projection.
         is_conditioned: whether W + C is another matrix than W.
+        heads: what its preconditioner does to each attention on a random probe; empty where it has none.
     """
 
     facts: dict[str, str]
     rows: list[KappaRow]
     is_conditioned: bool
+    heads: list[PreconditionReport] = field(default_factory=list)
 
     def describe(self) -> str:
-        """The facts and the table."""
+        """The facts and the tables."""
         width = max(map(len, self.facts))
         lines = [f"{name.ljust(width)}  {value}" for name, value in self.facts.items()]
-        return "\n".join([*lines, "", format_rows(self.rows, self.is_conditioned)])
+        preconditioning = ["", format_preconditioning(self.heads)] if self.heads else []
+        return "\n".join([*lines, "", format_rows(self.rows, self.is_conditioned), *preconditioning])
 
 
 def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
@@ -63,6 +68,8 @@ def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: b
             facts["corrections"] = verify(files).describe()
     else:
         facts["conditioned"] = "no"
+    if found.is_preconditioned:
+        facts["preconditioned"] = f"{model.config.preconditioner_config.describe()}: {SOURCE}; no tensor"
     if (record := read_record(found.folder)) is not None:
         entered = f", init {record.init}" if record.init else ""
         facts["made by"] = f"specattn {record.command} from {record.source}{entered} (version {record.version})"
@@ -76,7 +83,8 @@ def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: b
         facts["not in the checkpoint"] = ", ".join(missing)
     if unexpected := sorted(info["unexpected_keys"]):
         facts["not in the model"] = ", ".join(unexpected)
-    return Inspection(facts, spectra_rows(spectra(model)), found.is_conditioned)
+    heads = preconditioning_reports(model, make_batch(model)) if found.is_preconditioned else []
+    return Inspection(facts, spectra_rows(spectra(model)), found.is_conditioned, heads)
 
 
 def _loads_without(folder: Path, config: dict[str, object]) -> str:

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 
 from ..diagnostics.spectra import spectra
 from ..files import megabytes, write_bytes
+from ..preconditioning import preconditioning_reports
 from .cards import CARD, card_files, source_card
 from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
 from .evaluations_file import EVALUATION_FILES
 from .pictures import PICTURE
-from .probe import Comparison
-from .records import RECORD, Record, read_record, spectra_rows
+from .probe import Comparison, make_batch
+from .records import RECORD, Record, heads_rows, read_record, spectra_rows
 from .remote_code import remote_code, source_files
 from .source_checkpoint import CONFIG, SAFETENSORS_INDEX, Source, SourceError, find_source, load_model
 
@@ -230,26 +231,28 @@ def _record(found: Source) -> Record:
         base = card.pop("base_model", None)
         base = record.base_model or (base if isinstance(base, str) else None)
         return replace(record, card={**record.card, **card}, base_model=base)
-    if not found.is_conditioned:
+    if found.is_stock:
         raise SourceError(
-            f"{found.name} has no {CARD}, and is a stock checkpoint that `specattn` did not write, of which nothing is "
-            "known to "
-            f"write one. Add a {CARD}."
+            f"{found.name} has no {CARD}, and is a stock checkpoint that `specattn` did not write, of which nothing is known "
+            f"to write one. Add a {CARD}."
         )
     model, _ = load_model(found)
     return replace(_model_record(model, found.config, found.folder.name), card=card)
 
 
 def _model_record(model: Any, config: Mapping[str, Any], name: str) -> Record:
-    """Of a conditioned model of which only the weights are known."""
+    """Of a conditioned or preconditioned model of which only the weights are known."""
+    spectral, preconditioner = model.config.spectral_config, model.config.preconditioner_config
     return Record(
         command="convert",
         source=name,
         source_revision=None,
         base_model=None,
-        spectral=model.config.spectral_config.to_dict(),
+        spectral=None if spectral is None else spectral.to_dict(),
         init=None,
         comparison=vars(Comparison(0.0, 0.0, None, None)),
         diagonal_loss=None,
-        rows=spectra_rows(spectra(model)),
+        rows=[] if spectral is None else spectra_rows(spectra(model)),
+        preconditioner=None if preconditioner is None else preconditioner.to_dict(),
+        heads=[] if preconditioner is None else heads_rows(preconditioning_reports(model, make_batch(model))),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from ..balance import BalanceReport
 from ..diagnostics.spectra import ProjectionSpectra
 from ..files import write_json
+from ..preconditioning import PreconditionReport
 from ..projection_report import ProjectionReport, Spectrum
 from ..version import __version__
 
@@ -39,6 +40,23 @@ class KappaRow:
 
 
 @dataclass(frozen=True)
+class HeadsRow:
+    """What the preconditioner does to the heads of one attention on a probe.
+
+    Attributes:
+        name: full name of the attention module.
+        before, after: geometric means over the heads of the condition number of a head's output; None where infinite.
+        grew, heads: of how many heads it grew, and how many there are.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    grew: int
+    heads: int
+
+
+@dataclass(frozen=True)
 class Record:
     """What was done.
 
@@ -47,14 +65,16 @@ class Record:
         source: name of the source on the Hub, or of its folder; never where the folder lies.
         source_revision: commit of the source on the Hub.
         base_model: name on the Hub of the model that this one was made of; None where it is not known.
-        spectral: settings of the correction; None for a balanced model.
-        init: how the weights entered; of a converted model.
+        spectral: settings of the correction; None where there is none.
+        init: how the weights entered; of a converted model with a correction.
         comparison: the change of the outputs on the probe (see `probe.Comparison`).
         diagonal_loss: mean relative error of W's diagonal that half precision cost; None where it cost nothing.
         rows: the condition numbers.
         notes: what else is to be said.
         card: what the source's model card says: licence, language, tags, datasets.
         version: of this package.
+        preconditioner: settings of the preconditioner; None where there is none.
+        heads: what it does to the heads.
     """
 
     command: str
@@ -69,6 +89,8 @@ class Record:
     notes: list[str] = field(default_factory=list)
     card: dict[str, Any] = field(default_factory=dict)
     version: str = __version__
+    preconditioner: dict[str, Any] | None = None
+    heads: list[HeadsRow] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's folder."""
@@ -81,7 +103,9 @@ def read_record(folder: Path) -> Record | None:
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:
             return None
-        return Record(**{**content, "rows": [KappaRow(**row) for row in content["rows"]]})
+        rows = [KappaRow(**row) for row in content["rows"]]
+        heads = [HeadsRow(**row) for row in content.get("heads", ())]
+        return Record(**{**content, "rows": rows, "heads": heads})
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -108,6 +132,15 @@ def balance_rows(reports: Sequence[BalanceReport]) -> list[KappaRow]:
 def spectra_rows(spectra: Sequence[ProjectionSpectra]) -> list[KappaRow]:
     """Of a model as it stands: W, and W + C."""
     return [_row(item.name, item.projection, item.raw, item.effective, "") for item in spectra]
+
+
+def heads_rows(reports: Sequence[PreconditionReport]) -> list[HeadsRow]:
+    """Of [`precondition`]'s reports."""
+    rows = []
+    for report in reports:
+        before, after = map(_finite, report.mean_kappa)
+        rows.append(HeadsRow(report.attention, before, after, len(report.kappa_grew), len(report.kappa_before)))
+    return rows
 
 
 def _row(name: str, projection: str, before: Spectrum, after: Spectrum, note: str) -> KappaRow:

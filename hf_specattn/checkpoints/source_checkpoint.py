@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..architectures import ARCHITECTURES
 from ..conditioning import find_projections
-from ..modeling import MODEL_TYPE_PREFIX, PRECONDITIONER_FLAG, crammed_bert_classes
+from ..modeling import FLAG, MODEL_TYPE_PREFIX, PRECONDITIONER_FLAG, crammed_bert_classes
 from .remote_code import refuse_outside
 
 CONFIG = "config.json"
@@ -79,9 +79,19 @@ class Source:
         return str(self.config["model_type"])
 
     @property
+    def is_stock(self) -> bool:
+        """Whether it is neither conditioned nor preconditioned."""
+        return not self.model_type.startswith(MODEL_TYPE_PREFIX)
+
+    @property
     def is_conditioned(self) -> bool:
-        """Whether it is a conditioned checkpoint."""
-        return self.model_type.startswith(MODEL_TYPE_PREFIX)
+        """Whether its projections have corrections."""
+        return not self.is_stock and self.config.get(FLAG) is not False
+
+    @property
+    def is_preconditioned(self) -> bool:
+        """Whether its attention is preconditioned."""
+        return not self.is_stock and bool(self.config.get(PRECONDITIONER_FLAG))
 
     @property
     def weight_bytes(self) -> int:
@@ -106,7 +116,6 @@ def find_source(
     folder, hub_id, commit = _locate(path_or_id, revision, allow_pickle, cache_dir)
     config = _read_config(folder, path_or_id)
     _refuse_quantized_config(config, path_or_id)
-    _refuse_preconditioned(config, path_or_id)
     shards, is_pickle = _list_shards(folder, path_or_id, allow_pickle)
     shards, dtypes = (shards, {}) if is_pickle else _open_shards(folder, shards)
     model_class = _model_class(config, path_or_id)
@@ -128,15 +137,6 @@ def find_source(
         is_pickle=is_pickle,
         model_class=model_class,
     )
-
-
-def _refuse_preconditioned(config: dict[str, Any], path_or_id: str) -> None:
-    axis = config.get(PRECONDITIONER_FLAG)
-    if axis and str(config.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
-        raise SourceError(
-            f"{path_or_id} is preconditioned ({PRECONDITIONER_FLAG}={axis!r}), which `specattn` does not handle. Load it "
-            "with an Auto class, and save, fold or look at the model itself (docs/preconditioning.md)."
-        )
 
 
 def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:

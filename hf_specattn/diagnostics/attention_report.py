@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +12,8 @@ from torch import nn
 
 from ..figures import render
 from ..files import write_bytes
+from ..preconditioner import is_preconditioned
+from ..preconditioning import SOURCE, PreconditionReport, preconditioning_reports
 from .advice import advise
 from .attention_figures import (
     distributions_figure,
@@ -65,12 +67,14 @@ class Diagnosis:
         saturation: of every layer on the batch.
         jacobians: of the heads looked at.
         warnings: what is wrong, in sentences.
+        preconditioning: what the preconditioner does to the heads; empty where there is none.
     """
 
     spectra: list[ProjectionSpectra]
     saturation: list[Saturation]
     jacobians: list[JacobianRow]
     warnings: list[str]
+    preconditioning: list[PreconditionReport] = field(default_factory=list)
 
 
 def diagnose(
@@ -99,6 +103,7 @@ def diagnose(
         saturation=[Saturation.of(item) for item in captured],
         jacobians=jacobians,
         warnings=advise(model, data, architecture).warnings(),
+        preconditioning=preconditioning_reports(model, data, architecture) if is_preconditioned(model) else [],
     )
 
 
@@ -229,6 +234,12 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
         "uniform attention."
     )
     found += diagnosis.warnings or ["No layer's softmax is saturated."]
+    if reports := diagnosis.preconditioning:
+        grew, heads = sum(len(row.kappa_grew) for row in reports), sum(len(row.kappa_before) for row in reports)
+        found.append(
+            f"The attention is preconditioned, {reports[0].preconditioner.describe()} ({SOURCE}): on this input the condition "
+            f"number of what a head gives grew in {grew} of {heads} heads. The Jacobians are of what the heads give before it."
+        )
     if any(row.is_lower_bound for row in diagnosis.jacobians):
         found.append("Some Jacobians are conditioned worse than can be resolved; their numbers are lower bounds.")
     found.append("kappa(W) is a property of the parameters: other weights with other kappa compute the same function.")
@@ -280,6 +291,18 @@ paper's inequality (10). That product is an indicator: read with nonzero singula
 <td>{{ row.indicator.product | number }}</td><td>{{ row.indicator.x | number }}</td>
 <td>{{ row.indicator.softmax | number }}</td><td>{{ row.indicator.query | number }}</td>
 <td>{{ row.indicator.key | number }}</td><td>{{ row.indicator.value | number }}</td></tr>
+{% endfor %}
+</table>
+{% endif %}
+{% if diagnosis.preconditioning %}
+<h2>The preconditioner</h2>
+<p>Condition numbers of the output A of the heads on this input, in the layers as they stand: without the preconditioner and
+with it, geometric means over the heads.</p>
+<table id="preconditioner">
+<tr><th>attention</th><th>kappa(A)</th><th>kappa(C A)</th><th>heads in which it grew</th></tr>
+{% for row in diagnosis.preconditioning %}
+<tr><td>{{ row.attention }}</td><td>{{ row.mean_kappa[0] | number }}</td><td>{{ row.mean_kappa[1] | number }}</td>
+<td>{{ row.kappa_grew | length }} of {{ row.kappa_before | length }}</td></tr>
 {% endfor %}
 </table>
 {% endif %}

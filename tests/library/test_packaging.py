@@ -15,7 +15,7 @@ from scripts_loading import REPOSITORY
 
 from hf_specattn.version import __version__
 
-TEMPLATES = ("balanced.md", "conditioned.md", "folded.md")
+TEMPLATES = ("balanced.md", "conditioned.md", "folded.md", "preconditioner.md")
 # Whatever the tests' environment installs or has on its path does not help.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 

@@ -615,7 +615,10 @@ def test_a_norm_or_gate_before_the_output_projection_is_refused(part):
 def test_an_unknown_output_projection_is_refused():
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     model = transformers.ConvBertModel(transformers.ConvBertConfig(vocab_size=48, **settings))
-    refused(model, r"has an output projection that the table does not say.*AttentionSpec\(..., output='<path")
+    refused(model, r"before its output projection stands a convolution, whose output is put beside .*AttentionSpec\(")
+    spec = AttentionSpec("BertSelfAttention", {"query": "query", "key": "key", "value": "value"})
+    message = r"has an output projection that the AttentionSpec does not say.*AttentionSpec\(..., output='<path"
+    refused(BERT.model(), message, architecture=spec)
 
 
 def test_a_wrong_output_projection_is_refused():

@@ -1,8 +1,8 @@
-"""One architecture: conditioned, and compared with an independent W + C."""
+"""One architecture: conditioned and preconditioned, and compared with an independent W + C, and with normalized heads."""
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_specattn import SpectralConfig, condition, fold
+from hf_specattn import PreconditionerConfig, SpectralConfig, condition, fold, precondition
 from hf_specattn.layers import spectral_layers
 
 from .rows import Row, build
-from .tracing import ROLES, TracedAttention, trace_attention
+from .tracing import ROLES, TracedAttention, trace_attention, with_changed_heads
 
 # Each another number, and small: with 10 the softmax saturates, and its output barely depends on the rest of Q and K.
 LAMBDAS = {"query": 0.5, "key": 0.25, "value": 2.0}
@@ -25,16 +25,24 @@ TOLERANCE = 1e-5
 
 @dataclass(frozen=True)
 class Result:
-    """What was found. `attends`: whether attention ran in the stock model; None where it was not built."""
+    """What was found.
+
+    Attributes:
+        status, reason: of conditioning.
+        attends: whether attention ran in the stock model; None where it was not built.
+        preconditioned, preconditioned_reason: the same of preconditioning; empty where nothing attends.
+    """
 
     row: Row
     status: str
     reason: str = ""
     attends: bool | None = None
+    preconditioned: str = ""
+    preconditioned_reason: str = ""
 
 
 def survey(row: Row) -> Result:
-    """Build, trace, condition, compare."""
+    """Build, trace, condition, precondition, compare."""
     try:
         stock, inputs = build(row)
         expected = outputs_of(stock, inputs)
@@ -44,17 +52,18 @@ def survey(row: Row) -> Result:
     except Exception as error:
         return Result(row, "not built", describe(error))
     attends = bool(traced)
+    beside = preconditioned(stock, inputs) if attends else ("", "")
     reasons = []
     for method in ("identity", "svd"):
         try:
             problem = compare(stock, inputs, traced, method)
         except Refused as refusal:
-            return Result(row, "refused", describe(refusal), attends)
+            return Result(row, "refused", describe(refusal), attends, *beside)
         except Exception as error:
             problem = f"{type(error).__name__} ({describe(error)})"
         if problem:
             reasons.append(f"{method}: {problem}")
-    return Result(row, "wrong" if reasons else "exact", "; ".join(reasons), attends)
+    return Result(row, "wrong" if reasons else "exact", "; ".join(reasons), attends, *beside)
 
 
 class Refused(ValueError):
@@ -95,6 +104,42 @@ def compare(
     if (gap := largest_difference(outputs_of(conditioned, inputs), expected_outputs)) > TOLERANCE:
         return f"folded outputs differ by {gap:.2g}"
     return None
+
+
+def preconditioned(stock: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str, str]:
+    """Status and reason of the row preconditioner: the oracle normalizes the heads that it sees, without the table."""
+    model = copy.deepcopy(stock)
+    try:
+        try:
+            precondition(model, PreconditionerConfig(), probe=inputs)
+        except ValueError as error:
+            if "encoder_hidden_states" not in str(error):
+                raise
+            inputs = {**inputs, "encoder_hidden_states": encoder_states(stock)}  # of a decoder with cross-attention
+            precondition(model, PreconditionerConfig(), probe=inputs)
+    except ValueError as error:
+        return "refused", describe(error)
+    except Exception as error:
+        return "wrong", f"{type(error).__name__} ({describe(error)})"
+    expected = with_normalized_heads(stock, inputs)
+    if (gap := largest_difference(outputs_of(model, inputs), expected)) > TOLERANCE:
+        return "wrong", f"outputs differ by {gap:.2g}"
+    if largest_difference(expected, outputs_of(stock, inputs)) < 100 * TOLERANCE:
+        return "wrong", "normalized heads do not change the outputs, so that comparing them says nothing"
+    gap = largest_difference(gradients(model, inputs), gradients(stock, inputs, with_normalized_heads))
+    return ("wrong", f"gradients differ by {gap:.2g}") if gap > TOLERANCE else ("exact", "")
+
+
+def encoder_states(model: Any) -> Tensor:
+    width = getattr(model.config, "cross_attention_hidden_size", None) or model.config.hidden_size
+    return torch.randn(2, 6, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def with_normalized_heads(stock: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def rows_of_norm_one(heads: Tensor) -> Tensor:
+        return heads / heads.detach().square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+    return tensors_in(with_changed_heads(stock, lambda: stock(**inputs), rows_of_norm_one))
 
 
 def idle_modules(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
@@ -160,10 +205,18 @@ def tensors_in(result: Any) -> dict[str, Tensor]:
     return {str(name): value for name, value in items if isinstance(value, Tensor) and value.is_floating_point()}
 
 
-def gradients(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def run_plainly(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return tensors_in(model(**inputs))
+
+
+def gradients(
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    run: Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]] = run_plainly,
+) -> dict[str, Tensor]:
     """Of the sum of squares of the outputs, by parameter: C is a constant, so those to W and to W + C are the same."""
     model.zero_grad()
-    loss = sum((value.double() ** 2).sum() for value in tensors_in(model(**inputs)).values())
+    loss = sum((value.double() ** 2).sum() for value in run(model, inputs).values())
     assert isinstance(loss, Tensor)
     loss.backward()
     return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}

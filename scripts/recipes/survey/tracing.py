@@ -66,6 +66,19 @@ def trace_attention(model: nn.Module, run: Callable[[], Any]) -> list[TracedAtte
     return _merged(found)
 
 
+def with_changed_heads(model: nn.Module, run: Callable[[], Any], change: Callable[[Tensor], Tensor]) -> Any:
+    """What `run()` returns where what each attention gives, `(..., positions, head_dim)`, is changed.
+
+    Without the names of any module: the outputs of scaled dot product attention, and of the product with the values.
+    """
+    watch = _Watch(model, change)
+    try:
+        with watch:
+            return run()
+    finally:
+        watch.close()
+
+
 @dataclass
 class _Call:
     """One attention call: the tensors, and the names of the modules that were running, outermost first."""
@@ -83,8 +96,9 @@ class _Product:
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor] = lambda heads: heads) -> None:
         super().__init__()
+        self.change = change
         self.modules = dict(model.named_modules())
         self.stack: list[str] = []
         self.calls: list[_Call] = []
@@ -114,6 +128,7 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(ROLES))
             self.calls.append(_Call(tuple(self.stack), {"query": query, "key": key, "value": value}))
+            output = self.change(output)
         elif func is F.multi_head_attention_forward:  # nn.MultiheadAttention: its weights are no module's
             self.calls.append(_Call(tuple(self.stack), {}))
         elif func in SOFTMAXES:
@@ -125,23 +140,25 @@ class _Watch(TorchFunctionMode):
             operands += [
                 item for name in ("input", "other", "mat2", "tensor2") if (item := kwargs.get(name)) is not None
             ]
-            self._product(operands, output)
+            output = self._product(operands, output)
         elif func in SUMMED_PRODUCTS:
             names = ("batch1", "batch2")
-            self._product([args[i + 1] if i + 1 < len(args) else kwargs[n] for i, n in enumerate(names)], output)
+            operands = [args[i + 1] if i + 1 < len(args) else kwargs[n] for i, n in enumerate(names)]
+            output = self._product(operands, output)
         return output
 
-    def _product(self, operands: Sequence[Tensor], output: Tensor) -> None:
+    def _product(self, operands: Sequence[Tensor], output: Tensor) -> Tensor:
         if len(operands) != 2 or min(item.dim() for item in operands) < 3:
-            return
+            return output
         for call in self.calls:
             # The first product of the weights of a softmax is with the values.
             if call.scores_size and "value" not in call.tensors and call.stack[:1] == tuple(self.stack)[:1]:
                 sizes = [item.numel() for item in operands]
                 if call.scores_size in sizes and _common(call.stack, self.stack):
                     call.tensors["value"] = operands[1 - sizes.index(call.scores_size)]
-                    return
+                    return self.change(output)
         self.products.append(_Product(tuple(self.stack), (operands[0], operands[1]), output.numel()))
+        return output
 
     def _softmax(self, scores: Tensor) -> None:
         made = [item for item in self.products if item.size == scores.numel() and _common(item.stack, self.stack)]

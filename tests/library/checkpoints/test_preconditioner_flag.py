@@ -22,9 +22,7 @@ from separate_process import SeparateProcess
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, fold, modeling, precondition
-from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checkpoints.remote_code import add_remote_code
-from hf_specattn.checkpoints.source_checkpoint import SourceError
 from hf_specattn.layers import spectral_layers
 from hf_specattn.preconditioner import preconditioned_layers
 from hf_specattn.preconditioning import find_output_projections
@@ -424,14 +422,3 @@ def test_the_same_attention_by_hand_can_be_saved_and_another_cannot(tmp_path):
     precondition(other, ROW, architecture=two_heads)
     with pytest.raises(ValueError, match="BertModel has no preconditioned class to be saved as"):
         other.save_pretrained(tmp_path / "other")
-
-
-def test_the_command_line_does_not_know_preconditioned_checkpoints(stock_checkpoint, tmp_path):
-    model = load(stock_checkpoint(BERT), **ALONE)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(
-        SourceError, match=r"is preconditioned \(attention_preconditioner='row'\), which `specattn` does not"
-    ):
-        inspect_checkpoint(str(tmp_path))
-    with pytest.raises(ValueError, match="push_to_hub of a preconditioned model"):
-        model.push_to_hub("me/model")

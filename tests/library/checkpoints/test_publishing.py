@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.checkpoints import publishing
-from hf_specattn.checkpoints.cards import TEMPLATE_OF
+from hf_specattn.checkpoints.cards import PRECONDITIONER_TEMPLATE, TEMPLATE_OF
 from hf_specattn.checkpoints.conversion import Options, convert, fold_checkpoint
 from hf_specattn.checkpoints.evaluations_file import write_evaluations
 from hf_specattn.checkpoints.publishing import PublishingError, plan, publish
@@ -215,7 +215,7 @@ def test_the_templates_are_declared_as_package_data():
     setuptools = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert setuptools["package-dir"]["hf_specattn.model_cards"] == "model_cards"
     declared = set(setuptools["package-data"]["hf_specattn.model_cards"])
-    assert set(TEMPLATE_OF.values()) == declared
+    assert {*TEMPLATE_OF.values(), PRECONDITIONER_TEMPLATE} == declared
     assert all((REPOSITORY / "model_cards" / name).is_file() for name in declared)
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import AutoModel
 from typer.testing import CliRunner
 
-from hf_specattn import SpectralConfig, condition
+from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
 from hf_specattn.diagnostics import (
     capture,
     diagnose,
@@ -28,6 +28,7 @@ from hf_specattn.diagnostics import (
 )
 from hf_specattn.diagnostics.attention_figures import training_figure
 from hf_specattn.diagnostics.command import report
+from hf_specattn.preconditioning import preconditioning_reports
 
 BERT = ARCHITECTURES["bert"]
 
@@ -208,3 +209,14 @@ def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     path = write_training_report(groups, tmp_path)
     Image.open(path).load()
     assert path.with_suffix(".svg").is_file()
+
+
+def test_a_preconditioned_model(tmp_path):
+    model = BERT.model()
+    precondition(model, PreconditionerConfig())
+    page = Page(write_report(model, BERT.batch(), tmp_path, jacobian_heads=1).read_text())
+    reports = preconditioning_reports(model, BERT.batch())
+    assert [row[1:3] for row in page.rows("preconditioner")] == [four_digits(*row.mean_kappa) for row in reports]
+    assert any("is preconditioned, row(unit, detached) (a third-party reading" in item for item in page.items)
+    stock = Page(write_report(BERT.model(), BERT.batch(), tmp_path / "stock", jacobian_heads=0).read_text())
+    assert "preconditioner" not in stock.tables
