@@ -5,8 +5,8 @@
     python scripts/sweep.py grid --methods stock svd --refresh_every 0 20 --seeds 0 1 2 -- --num_train_epochs 5
 
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
-conditioning's or the initialization scale's; `grid` takes the product of the values given, with what follows `--` for every
-run.
+conditioning's or the initialization scale's; `precondition` sets preconditioned attention beside both and its controls;
+`grid` takes the product of the values given, with what follows `--` for every run.
 
 As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
 interrupted sweep goes on when its command is repeated.

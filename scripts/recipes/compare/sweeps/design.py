@@ -75,7 +75,7 @@ class Sweep:
         common: Flags of every run.
         tunings: What is chosen first.
         tuning_seeds: For that; none of `seeds`.
-        second_reference: Label of another variant that differences are taken to.
+        second_references: Labels of other variants; differences are taken to the best of them, too.
         published: The paper's table, as header and rows, with a caption; None where it has none.
     """
 
@@ -89,7 +89,7 @@ class Sweep:
     common: Flags = ()
     tunings: tuple[Tuning, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
-    second_reference: str | None = None
+    second_references: tuple[str, ...] = ()
     published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class Sweep:
             if repeated := sorted({label for label in labels if labels.count(label) > 1}):
                 raise SweepError(f"The {kind} {', '.join(repeated)} of {self.name} stand twice; leave one out.")
         known = {variant.label for variant in self.variants}
-        named = {variant.control for variant in self.variants} | {self.second_reference}
+        named = {variant.control for variant in self.variants} | set(self.second_references)
         if missing := sorted(label for label in named if label is not None and label not in known):
             raise SweepError(f"{self.name} compares with {', '.join(missing)}, which is none of its variants.")
         if not (self.settings and self.variants and self.seeds):

@@ -114,6 +114,10 @@ NORM_OF_TUNED = Variant("stock, norm of identity, tuned lambda", ("--match_norm_
 NORM_OF_ONE = Variant("stock, norm of identity, lambda 1", ("--match_norm_of", "identity=1"))
 NORM_OF_SVD = Variant("stock, norm of svd", ("--match_norm_of", "svd"))
 
+ROW: Flags = ("--attention_preconditioner", "row")
+ROW_AT_STOCK_NORM = Variant("row preconditioner, stock norm", (*ROW, "--preconditioner_scale", "match"))
+CONDITIONED_START = Variant("conditioned initialization", ("--projection_init", "conditioned"))
+
 TABLE_1 = (
     "Table 1 of the paper: top-1 accuracy on ImageNet-1k, five seeds",
     (
@@ -176,7 +180,7 @@ def table1(scale: str, scripts: Path) -> Sweep:
         seeds=SEEDS[:3],
         tunings=(SCALE, LAMBDA),
         tuning_seeds=TUNING_SEEDS,
-        second_reference=TUNED_STOCK.label,
+        second_references=(TUNED_STOCK.label,),
         published=TABLE_1,
     )
 
@@ -189,7 +193,7 @@ def table5(scale: str, scripts: Path) -> Sweep:
     sweep = replace(sweep, settings=sweep.settings[:1])
     if scale == "paper":
         return sweep
-    return replace(sweep, tunings=(SCALE,), tuning_seeds=TUNING_SEEDS, second_reference=TUNED_STOCK.label)
+    return replace(sweep, tunings=(SCALE,), tuning_seeds=TUNING_SEEDS, second_references=(TUNED_STOCK.label,))
 
 
 def table6(scale: str, scripts: Path) -> Sweep:
@@ -228,8 +232,23 @@ def evidence(scale: str, scripts: Path) -> Sweep:
         settings=sweep.settings[:1],
         tunings=(SCALE,),
         tuning_seeds=TUNING_SEEDS,
-        second_reference=TUNED_STOCK.label,
+        second_references=(TUNED_STOCK.label,),
     )
+
+
+def precondition(scale: str, scripts: Path) -> Sweep:
+    """The second source beside the first, and both against controls: of the scale, and of the start."""
+    row = Variant("row preconditioner", ROW, control=ROW_AT_STOCK_NORM.label)
+    controls = (STOCK, ROW_AT_STOCK_NORM, CONDITIONED_START)
+    treated = (row, svd(*ROW, label=" + row preconditioner"), svd())
+    small = (*controls, TUNED_STOCK, *treated, identity("{lambda}"))
+    paper = (*controls, *treated, identity(10.0))
+    sweep = _sweep("precondition", "Preconditioned attention, and its controls", scale, scripts, small, paper)
+    sweep = replace(sweep, settings=sweep.settings[:1], second_references=tuple(control.label for control in controls))
+    if scale == "paper":
+        return sweep
+    references = (*sweep.second_references, TUNED_STOCK.label)
+    return replace(sweep, tunings=(SCALE, LAMBDA), tuning_seeds=TUNING_SEEDS, second_references=references)
 
 
 def _from_own_start() -> list[Variant]:
@@ -269,4 +288,5 @@ SWEEPS: dict[str, Callable[[str, Path], Sweep]] = {
     "table6": table6,
     "table7": table7,
     "evidence": evidence,
+    "precondition": precondition,
 }

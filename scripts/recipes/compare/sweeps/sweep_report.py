@@ -104,7 +104,7 @@ def arm_table(results: Results) -> str:
     """One row for each arm: result, differences with intervals, runs at chance, speed of learning."""
     sweep, metric = results.sweep, results.metric
     several = len(sweep.settings) > 1
-    second = sweep.second_reference
+    second = _second_label(results)
     controlled = any(variant.control for variant in sweep.variants)
     header = [
         *(["model"] if several else []),
@@ -119,7 +119,8 @@ def arm_table(results: Results) -> str:
     ]
     rows = []
     for setting in sweep.settings:
-        reference, other = results.reference(setting), results.second_reference(setting)
+        reference, found = results.reference(setting), results.second_reference(setting)
+        other = None if found is None else found[1]
         target = (other or reference).mean(metric)
         for variant in sweep.variants:
             arm = results.arm(setting, variant)
@@ -130,13 +131,18 @@ def arm_table(results: Results) -> str:
                     f"{len(arm.runs)} of {len(sweep.seeds)}",
                     describe_arm(results, arm),
                     _difference(arm, reference, results),
-                    *([_difference(arm, other, results)] if other is not None else []),
+                    *([NOTHING if other is None else _difference(arm, other, results)] if second else []),
                     *([_difference_to_control(setting, variant, results)] if controlled else []),
                     str(arm.at_chance()),
                     NOTHING if target is None else _passes(arm, results, target),
                 ]
             )
     return markdown_table(header, rows)
+
+
+def _second_label(results: Results) -> str | None:
+    labels = results.sweep.second_references
+    return "the best control" if len(labels) > 1 else next(iter(labels), None)
 
 
 def tuning_table(results: Results) -> str:
@@ -232,6 +238,10 @@ def _notes(results: Results, runs_dir: Path) -> list[str]:
     if controls := {variant.label: variant.control for variant in results.sweep.variants if variant.control}:
         pairs = "; ".join(f"of {label}: {control}" for label, control in controls.items())
         notes.append(f"Controls: {pairs}.")
+    if len(results.sweep.second_references) > 1:
+        best = {setting.label: results.second_reference(setting) for setting in results.sweep.settings}
+        named = "; ".join(f"{label}: {found[0]}" for label, found in best.items() if found is not None)
+        notes.append(f"Best controls, by their means: {named}.")
     if any(arm.at_chance() for arm in arms):
         notes.append("At chance: the runs whose final accuracy is below twice that of guessing.")
     if failed := [run for arm in arms for run in arm.failed]:
@@ -347,9 +357,9 @@ def _rows(results: Results) -> Any:
                 capsize=2,
                 label=f"from the {start}" if start else "from the model's own start",
             )
-        for index, reference in enumerate(
-            arm for arm in (results.reference(setting), results.second_reference(setting)) if arm is not None
-        ):
+        second = results.second_reference(setting)
+        references = [results.reference(setting), *([] if second is None else [second[1]])]
+        for index, reference in enumerate(references):
             if reference.runs:
                 panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")
         panel.set(title=setting.label, xlabel=f"final validation {metric.name} ({metric.unit}), mean and deviation")

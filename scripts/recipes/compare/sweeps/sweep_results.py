@@ -99,10 +99,14 @@ class Results:
         """The arm that differences are taken to."""
         return self.arm(setting, self.sweep.reference)
 
-    def second_reference(self, setting: Setting) -> ArmResult | None:
-        """The other one, where the sweep has it."""
-        label = self.sweep.second_reference
-        return None if label is None else self.arms[setting.label, label]
+    def second_reference(self, setting: Setting) -> tuple[str, ArmResult] | None:
+        """The best by its mean of the other ones, with its label; None where the sweep has none, or none was trained."""
+        arms = {label: self.arms[setting.label, label] for label in self.sweep.second_references}
+        means = {label: mean for label, arm in arms.items() if (mean := arm.mean(self.metric)) is not None}
+        if not means:
+            return None
+        best = (max if self.metric.higher_is_better else min)(means, key=lambda label: means[label])
+        return best, arms[best]
 
     def differences(self) -> list[str]:
         """One line for whatever runs of one setting differ in that should not, such as the number of steps."""

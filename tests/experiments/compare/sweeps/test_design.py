@@ -72,6 +72,6 @@ def test_what_no_design_can_be():
     with pytest.raises(SweepError, match="compares with nobody, which is none"):
         replace(SWEEP, variants=(Variant("stock"), Variant("other", control="nobody")))
     with pytest.raises(SweepError, match="compares with nobody, which is none"):
-        replace(SWEEP, second_reference="nobody")
+        replace(SWEEP, second_references=("nobody",))
     with pytest.raises(SweepError, match="has no run"):
         replace(SWEEP, seeds=())

@@ -31,7 +31,7 @@ SWEEP = Sweep(
     seeds=(0, 1, 2),
     tunings=(Tuning("scale", (1.0, 2.0, 4.0), ("--scale", "{value}")),),
     tuning_seeds=(7, 8),
-    second_reference=SCALED.label,
+    second_references=(SCALED.label,),
     published=("Table 9 of nowhere", (("model", "A"), ("original", "80.7"))),
 )
 # The validation accuracies of a run, by what its flags say; seeds add a little to the last one.
@@ -72,15 +72,15 @@ def make_results(sweep, runs_dir, monkeypatch, failing=()):
 
 
 def table_of(text, first):
-    """The rows of the table whose header's first arm is `first`, by their first arm."""
+    """The rows of the table whose header's first cell is `first`."""
     lines = iter(text.splitlines())
     header = next(line for line in lines if line.startswith(f"| {first} |"))
     rows = []
     for line in lines:
         if not line.startswith("|"):
             break
-        rows.append([arm.strip() for arm in line.strip("|").split(" | ")])
-    return [arm.strip() for arm in header.strip("|").split(" | ")], rows[1:]
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return [cell.strip() for cell in header.strip("|").split(" | ")], rows[1:]
 
 
 def test_the_best_value_is_chosen():
@@ -94,6 +94,20 @@ def test_the_tuned_value_is_what_the_grid_runs(results):
     assert results.tried["A"]["scale"] == pytest.approx({1.0: 60.0, 2.0: 70.0, 4.0: 65.0})
     tuned = results.arms["A", SCALED.label].values(ACCURACY)
     assert tuned == pytest.approx({0: 70.0, 1: 71.0, 2: 73.0})
+
+
+def test_the_best_of_several_references_is_taken_and_named(tmp_path, monkeypatch):
+    labels = ("stock", "identity, lambda 10", "identity, lambda 1")
+    results = make_results(replace(SWEEP, second_references=labels), tmp_path, monkeypatch)
+    setting = SWEEP.settings[0]
+    assert results.second_reference(setting) == ("identity, lambda 1", results.arm(setting, ONE))
+    text = report(results, tmp_path, "the command")
+    header, rows = table_of(text.partition("## Every arm")[2], "model")
+    place = header.index("minus the best control, 95 % interval")
+    scaled = next(row for row in rows if row[:2] == ["A", SCALED.label])
+    # 70, 71, 73 minus 71, 74, 72.
+    assert scaled[place].startswith("-1.00 (")
+    assert "Best controls, by their means: A: identity, lambda 1; B: identity, lambda 1." in text
 
 
 def test_the_short_table(results):
@@ -172,7 +186,7 @@ def test_a_sweep_without_any_result(tmp_path, monkeypatch):
     every = {(model, flags, seed) for model in "ab" for flags in CURVES for seed in BY_SEED}
     with pytest.raises(SweepError, match="No run that tunes the scale of A came to its end: it printed nothing"):
         make_results(SWEEP, tmp_path, monkeypatch, every)
-    untuned = replace(SWEEP, tunings=(), variants=SWEEP.variants[:3], second_reference=None)
+    untuned = replace(SWEEP, tunings=(), variants=SWEEP.variants[:3], second_references=())
     with pytest.raises(SweepError, match="No run of example came to its end"):
         make_results(untuned, tmp_path, monkeypatch, every)
 
