@@ -5,9 +5,11 @@ import hashlib
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
 
 from .documents import Document
 from .embedded_corpus import EMBEDDED_CORPUS_NAME, SKIPPED_FOLDERS, embedded_documents
@@ -16,6 +18,8 @@ from .streams import CorpusStream, file_stream, split_first, split_stream
 
 if TYPE_CHECKING:
     from .mlm_data import MlmDataSettings
+
+logger = logging.get_logger(__name__)
 
 
 def corpus_streams(
@@ -32,6 +36,8 @@ def corpus_streams(
     train = training_stream(settings, show_progress)
     validation = separate_validation_stream(settings, show_progress)
     if validation is not None:
+        if same := {*_resolved(settings.train_file)} & {*_resolved(settings.validation_file)}:
+            logger.warning(f"Validation is on text that is trained on, too: {', '.join(sorted(map(str, same)))}.")
         return train, validation, f"{train.origin}; validation on {validation.origin}"
     if settings.validation_documents is not None:
         kept, held_out = split_first(train, settings.validation_documents)
@@ -39,6 +45,10 @@ def corpus_streams(
     kept, held_out = split_stream(train, settings.validation_fraction)
     share = f"{settings.validation_fraction:.4g} of its documents held out by the hash of their names"
     return kept, held_out, f"{train.origin}; {share}"
+
+
+def _resolved(files: Sequence[str] | None) -> Iterator[Path]:
+    return (Path(file).resolve() for file in files or ())
 
 
 def training_stream(settings: "MlmDataSettings", show_progress: bool = False) -> CorpusStream:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hf_specattn import compat_extras
-
-from .documents import CorpusError, Document
-from .streams import CorpusStream, estimated_characters, file_digest, limit_documents
+from ..run.dataset_folders import warn_of_unread_files
+from ..run.messages import one_line
+from .documents import CorpusError, Document, parts_of
+from .streams import PART_CHARACTERS, CorpusStream, estimated_characters, file_digest, limit_documents
 
 ROWS_PER_BATCH = 100  # of some kilobytes to some megabytes each
 
@@ -31,6 +31,7 @@ def hub_stream(
 ) -> CorpusStream:
     """Stream one split of a dataset; each row whose text is not empty is a document, `<dataset>:<split>:<row>`.
 
+    Long ones come in parts.
     The revision is resolved here, once: a reading sees the files that the ingredients name.
 
     Args:
@@ -48,6 +49,7 @@ def hub_stream(
             documents are read, for a missing column, one that is not text, or data that cannot be read.
     """
     builder = _builder(dataset_name, config_name, revision)
+    warn_of_unread_files(dataset_name, builder)
     files = _split_files(builder, dataset_name, split)
     local = all(Path(file).is_file() for file in files)
     name = Path(dataset_name).name if Path(dataset_name).is_dir() else dataset_name
@@ -56,8 +58,8 @@ def hub_stream(
         with _reading_errors(dataset_name):
             rows = _rows(builder, split, streaming, show_progress)
             for index, text in enumerate(_texts(rows, dataset_name, text_column)):
-                if text is not None and text.strip():
-                    yield Document(f"{name}:{split}:{index}", text)
+                for part in parts_of(text, PART_CHARACTERS) if text is not None and text.strip() else ():
+                    yield Document(f"{name}:{split}:{index}", part)
 
     return CorpusStream(
         lambda: limit_documents(documents(), max_documents),
@@ -89,9 +91,9 @@ def _builder(dataset_name: str, config_name: str | None, revision: str | None) -
     datasets = _datasets()
     try:
         return datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
-    except compat_extras.dataset_errors() as error:
+    except Exception as error:  # of whatever kind a reader of files raises
         raise CorpusError(
-            f"The dataset {dataset_name!r} (configuration {config_name!r}) cannot be loaded: {error}. Check "
+            f"The dataset {dataset_name!r} (configuration {config_name!r}) cannot be loaded: {one_line(error)}. Check "
             "--dataset_name, --dataset_config_name and the network, or give files with --train_file."
         ) from error
 
@@ -133,7 +135,7 @@ def _texts(rows: Any, dataset_name: str, text_column: str) -> Iterator[str | Non
     if rows.features is not None:  # a stream may not know them before it is read
         _require_column(dataset_name, text_column, list(rows.features))
         kind = getattr(rows.features[text_column], "dtype", "a nested type")
-        if kind not in ("string", "large_string"):
+        if kind not in ("string", "large_string", "string_view"):
             raise _not_text(dataset_name, text_column, kind)
         rows = rows.select_columns([text_column])
     for batch in rows.iter(batch_size=ROWS_PER_BATCH):
@@ -150,9 +152,9 @@ def _reading_errors(dataset_name: str) -> Iterator[None]:
         yield
     except CorpusError:
         raise
-    except compat_extras.dataset_errors() as error:
+    except Exception as error:  # of whatever kind a reader of files raises
         raise CorpusError(
-            f"The dataset {dataset_name!r} cannot be read: {error}. Check the network, the disk of the cache of "
+            f"The dataset {dataset_name!r} cannot be read: {one_line(error)}. Check the network, the disk of the cache of "
             "`datasets`, or the files."
         ) from error
 

@@ -5,14 +5,19 @@ A stream is made from files here, or from a dataset (see `hub_datasets`), and di
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .documents import CorpusError, Document
 from .text_files import file_documents
+
+logger = logging.get_logger(__name__)
 
 # Enough for 32,768 word pieces; more text only moves the rarest of them.
 SAMPLE_CHARACTERS = 100_000_000
@@ -64,6 +69,8 @@ def file_stream(
     for path in files:
         if not path.is_file():
             next(file_documents(path, text_column))  # says what is wrong with it
+    if repeated := [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]:
+        logger.warning(f"{', '.join(repeated)} is named more than once (perhaps through a link), and read as often.")
 
     def documents() -> Iterator[Document]:
         seen: set[str] = set()
@@ -76,13 +83,20 @@ def file_stream(
     return CorpusStream(
         lambda: limit_documents(documents(), max_documents),
         {
-            "files": [[path.name, file_digest(path)] for path in files],
+            "files": [[path.name, _digest(path)] for path in files],
             "text_column": text_column,
             "max_documents": max_documents,
         },
         ", ".join(map(str, files)),
         sum(estimated_characters(path) for path in files) if max_documents is None else None,
     )
+
+
+def _digest(path: Path) -> str:
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise CorpusError(f"{path} cannot be read: {error}. Check its permissions, or fetch it again.") from error
 
 
 def file_digest(path: str | Path) -> str:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -34,7 +34,7 @@ from hf_specattn.files import write_json
 
 from .cleaning import NO_CLEANING, Cleaning
 from .documents import CorpusError, Document
-from .packing import PIECES_PER_CALL, plain_encoder, text_pieces, token_dtype, works_wordwise
+from .packing import PIECE_CHARACTERS, PIECES_PER_CALL, plain_encoder, text_pieces, token_dtype, works_wordwise
 from .streams import SAMPLE_CHARACTERS, CorpusStream, training_sample
 from .tokenization import load_tokenizer, train_wordpiece
 
@@ -299,8 +299,7 @@ class _Packer:
         return tqdm(total=total, desc=self.description, unit="char", unit_scale=True, disable=disable)
 
     def _encoded(self) -> Iterator[tuple[_Piece, list[int]]]:
-        pieces = self._cleaned_pieces()
-        while chunk := list(islice(pieces, PIECES_PER_CALL)):
+        for chunk in _chunks(self._cleaned_pieces()):
             encodings = self.encoder.encode_batch_fast([piece.text for piece in chunk], add_special_tokens=False)
             yield from ((piece, encoding.ids) for piece, encoding in zip(chunk, encodings))
 
@@ -312,6 +311,20 @@ class _Packer:
             for text, last in text_pieces([replace(part, text=self.cleaning.apply(part.text))], wordwise):
                 yield _Piece(text, characters, last and final)
                 characters = 0
+
+
+def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """Put pieces together for one call of the encoder, which bounds its memory: by their characters, for some are long."""
+    chunk: list[_Piece] = []
+    characters = 0
+    for piece in pieces:
+        chunk.append(piece)
+        characters += len(piece.text)
+        if len(chunk) >= PIECES_PER_CALL or characters >= PIECES_PER_CALL * PIECE_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _parts(documents: Iterator[Document]) -> Iterator[tuple[Document, bool]]:

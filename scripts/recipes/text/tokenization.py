@@ -15,6 +15,10 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 CONTINUATION = "##"
 
+# More characters without space or punctuation are no word (beyond 100, WordPiece reads [UNK]), and the trainer's time grows
+# with their square.
+LONGEST_WORD = 1000
+
 # The trainer's own limit: rarer characters become [UNK] instead of filling the vocabulary.
 MAX_ALPHABET = 1000
 
@@ -47,7 +51,7 @@ def train_wordpiece(
     normalizer = normalizers.BertNormalizer(clean_text=True, lowercase=True, strip_accents=True)
     words: Counter[str] = Counter()
     for document in tqdm(documents, desc="Counting words", unit="doc", disable=not show_progress):
-        words.update(normalizer.normalize_str(document.text).split())
+        words.update(_words(normalizer.normalize_str(document.text)))
     alphabet, continuations = _alphabets(words)
     needed = len(SPECIAL_TOKENS) + len(alphabet) + len(continuations)
     if vocab_size < needed:
@@ -97,6 +101,16 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
                 "Name another --tokenizer_name, or leave it out to train one."
             )
     return tokenizer
+
+
+def _words(text: str) -> Iterator[str]:
+    """Split at spaces; of longer runs, the words between their punctuation."""
+    for word in text.split():
+        if len(word) <= LONGEST_WORD:
+            yield word
+        else:
+            pieces = pre_tokenizers.BertPreTokenizer().pre_tokenize_str(word)
+            yield from (piece for piece, _ in pieces if len(piece) <= LONGEST_WORD)
 
 
 def _alphabets(words: Counter[str]) -> tuple[list[str], list[str]]:

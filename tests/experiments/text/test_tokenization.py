@@ -96,3 +96,11 @@ def test_a_vocabulary_below_the_alphabet_is_refused():
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(CorpusError, match="No tokenizer can be loaded from"):
         load_tokenizer(str(tmp_path))
+
+
+def test_words_without_end_have_no_say():
+    plain = [Document("d", "some words, and some more words")]
+    endless = [*plain, Document("e", "x" * 5000 + " " + "some,more," * 500)]
+    tokenizer = train_wordpiece(endless, 60)
+    assert "x" not in tokenizer.get_vocab()
+    assert {"some", "words", ","} <= set(tokenizer.get_vocab())
