@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 PROJECTIONS = ("query", "key", "value")
+TARGETS = (*PROJECTIONS, "output")
 METHODS = ("identity", "svd")
 GRANULARITIES = ("projection", "head")
 INITS = ("additive", "preserve")
@@ -27,9 +28,10 @@ class SpectralConfig:
         lambda_: for identity a number > 0, or a mapping from each of `targets` to such a number; None resolves to 10,
             the paper's (small models took 0.3 to 1: docs/evidence.md). For svd it must stay None: the method has no such
             parameter.
-        targets: the projections to condition, a non-empty subset of `("query", "key", "value")`.
+        targets: the projections to condition, a non-empty subset of `("query", "key", "value", "output")`; the paper's are
+            the first three. W_O takes the same corrections: what counts for the signal is `W_O W_V` of each head.
         granularity: `"projection"` takes one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
-            for each head's `(head_dim, in_features)` block.
+            for each head's `(head_dim, in_features)` block; of W_O, each head's `(out_features, head_dim)` columns.
         refresh_every: None keeps `C` fixed; n >= 1 (svd only) recomputes it every n optimizer steps, by whoever runs
             the loop: [`SpectralCallback`] for the Trainer, [`refresh`] elsewhere.
 
@@ -116,12 +118,12 @@ def _checked_targets(targets: Any) -> tuple[str, ...]:
     if isinstance(targets, str) or not hasattr(targets, "__iter__"):
         raise ValueError(f"targets={targets!r} must be a sequence of names, such as ('query', 'key').")
     names = list(targets)
-    unknown = [name for name in names if name not in PROJECTIONS]
+    unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
-        raise ValueError(f"targets={tuple(names)!r} must be a non-empty subset of {PROJECTIONS}.")
+        raise ValueError(f"targets={tuple(names)!r} must be a non-empty subset of {TARGETS}.")
     if len(set(names)) != len(names):
         raise ValueError(f"targets={tuple(names)!r} names a projection twice.")
-    return tuple(name for name in PROJECTIONS if name in names)
+    return tuple(name for name in TARGETS if name in names)
 
 
 def _positive_number(name: str, value: Any) -> float:

@@ -46,9 +46,9 @@ class ProjectionReport:
 
     Attributes:
         name: full name of the module that holds the weight.
-        projection: `query`, `key` or `value`.
+        projection: `query`, `key`, `value` or `output`.
         layout: `separate`, `qkv_blocked` or `qkv_interleaved`.
-        shape: `(heads * head_dim, in_features)` of this projection.
+        shape: `(heads * head_dim, in_features)` of this projection; `(out_features, heads * head_dim)` of the output.
         method, lambda_, granularity: what was applied; lambda_ is None for svd.
         before: spectrum of W as it stood.
         after: spectrum of `W + C` as it stands now.
@@ -117,11 +117,14 @@ def build_report(
     spectral, layout = layer.spectral, layer.layout
     index = layout.projections.index(projection)
     lambda_ = spectral.lambda_for(projection)
+    rows, columns = layer.matrix().shape
+    if projection != "output":  # the weight may hold others, too
+        rows = layout.heads[index] * layout.head_dims[index]
     return ProjectionReport(
         name=name,
         projection=projection,
         layout=layout.kind,
-        shape=(layout.heads[index] * layout.head_dims[index], layer.matrix().shape[1]),
+        shape=(rows, columns),
         method=spectral.method,
         lambda_=lambda_,
         granularity=spectral.granularity,
