@@ -67,7 +67,7 @@ def condition(
     init: str = "additive",
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
 ) -> list[ProjectionReport]:
-    """Give every query, key and value projection of `model` (and the output, if asked) the effective weight `W + C`, in place.
+    """Give the query, key and value projections of `model`, or other targets, the effective weight `W + C`, in place.
 
     A transformers model of a known architecture also takes its conditioned class and configuration, so that
     `save_pretrained` writes a checkpoint that loads conditioned; give the whole model then, not a part of it. One that
@@ -245,25 +245,28 @@ def _output_of(model: nn.Module, name: str, spec: AttentionSpec, others: Sequenc
     """The output projection of an attention, whose columns are the heads of its query."""
     located = output_module(model, name, spec)
     if located is None:
+        kind = type(model.get_submodule(name)).__name__
         raise ValueError(
-            f"targets: the output projection of {name or 'the model'} ({type(model.get_submodule(name)).__name__}) is not known; "
-            "leave 'output' out, or pass architecture=AttentionSpec(..., output='<path to the output projection>')."
+            f"targets: the output projection of {name or 'the model'} ({kind}) is not known; leave 'output' out, or pass "
+            "architecture=AttentionSpec(..., output='<path to the output projection>')."
         )
-    full_name, module = located
+    full_name: str = located[0]
+    module: Any = located[1]
     if isinstance(module, SpectralLayer):
         return Projection(full_name, module, module.layout)
     if type(module) not in SPECTRAL_CLASSES:
         raise ValueError(
-            f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and transformers "
-            "Conv1D modules can be conditioned, and an output projection has either a correction or a preconditioner."
+            f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
+            "transformers Conv1D modules can be conditioned, and an output projection has either a correction or a "
+            "preconditioner."
         )
     rows, columns = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape
     heads = {part: count for item in others for part, count in zip(item.layout.projections, item.layout.heads)}
     head_dim, remainder = divmod(columns, count := heads.get("query", max(heads.values())))
     if remainder:
         raise ValueError(
-            f"{full_name} takes {columns} inputs, which {count} heads do not divide; pass architecture=AttentionSpec(...) with "
-            "the right output and numbers of heads."
+            f"{full_name} takes {columns} inputs, which {count} heads do not divide; pass architecture=AttentionSpec(...) "
+            "with the right output and numbers of heads."
         )
     return Projection(full_name, module, OutputLayout.of(rows, count, head_dim))
 

@@ -29,12 +29,12 @@ class Spectrum:
     @property
     def kappa(self) -> float:
         """Condition number of the whole projection."""
-        return _ratio(self.sigma_max, self.sigma_min)
+        return singular_value_ratio(self.sigma_max, self.sigma_min)
 
     @property
     def head_kappa(self) -> tuple[float, ...]:
         """Condition number of each head's block."""
-        return tuple(map(_ratio, self.head_sigma_max, self.head_sigma_min))
+        return tuple(map(singular_value_ratio, self.head_sigma_max, self.head_sigma_min))
 
 
 @dataclass(frozen=True)
@@ -180,5 +180,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _ratio(sigma_max: float, sigma_min: float) -> float:
+def singular_value_ratio(sigma_max: float, sigma_min: float) -> float:
+    """The condition number; inf where the smallest singular value is 0."""
     return sigma_max / sigma_min if sigma_min > 0 else math.inf

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .advice import Advice, advise
 from .capture import CapturedAttention, capture
+from .head_products import HeadProducts, head_products
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
@@ -32,6 +33,7 @@ __all__ = [
     "Diagnosis",
     "FullSpectrum",
     "GradientNorms",
+    "HeadProducts",
     "Indicator",
     "JacobianRow",
     "JacobianSpectrum",
@@ -45,6 +47,7 @@ __all__ = [
     "diagnose",
     "effective_rank",
     "gradient_norms",
+    "head_products",
     "jacobian_indicator",
     "jacobian_spectrum",
     "saturation",

@@ -20,6 +20,7 @@ from ..files import write_json
 from .advice import advise
 from .attentions import Architecture, find_attentions
 from .capture import CapturedAttention, capture
+from .head_products import HeadProducts, head_products
 from .indicator import jacobian_indicator
 from .jacobian import jacobian_spectrum
 from .saturation import Saturation, gradient_norms
@@ -140,6 +141,7 @@ class SpectralMonitor(TrainerCallback):
             record: dict[str, Any] = {"step": step, "layers": self.layers}
             rows = spectra(model, self.architecture, layers=self.layers)
             record |= _spectra_record(rows)
+            record |= _products_record(head_products(model, self.architecture, layers=self.layers))
             captured = capture(model, self._inputs, self.architecture, self.layers)
             record |= _saturation_record([Saturation.of(item) for item in captured])
             if self.jacobian_heads:
@@ -269,6 +271,15 @@ def _spectra_record(rows: list[ProjectionSpectra]) -> dict[str, Any]:
                 ("effective_rank", spectrum.head_effective_rank),
             ):
                 record.setdefault(f"{name}_{row.projection}{suffix}", []).append([_finite(value) for value in values])
+    return record
+
+
+def _products_record(rows: list[HeadProducts]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for row in rows:
+        name = f"kappa_{row.product.replace('-', '_')}"
+        for suffix, values in (("", row.kappa_raw), ("_effective", row.kappa)):
+            record.setdefault(f"{name}{suffix}", []).append([_finite(value) for value in values])
     return record
 
 

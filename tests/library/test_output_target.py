@@ -107,7 +107,9 @@ def test_gradients_are_those_of_the_dense_sum(shape, method, granularity):
     layer = make_spectral(
         copy.deepcopy(dense), OutputLayout.of(shape[0], 4, shape[1] // 4), spectral(method, granularity)
     )
-    correction = torch.from_numpy(correction_of(dense.weight.detach().numpy(), method, 4 if granularity == "head" else 1))
+    correction = torch.from_numpy(
+        correction_of(dense.weight.detach().numpy(), method, 4 if granularity == "head" else 1)
+    )
     if method == "svd":
         layer.correction.copy_(correction)
     inputs = torch.randn(5, shape[1], dtype=torch.float64)
@@ -131,7 +133,9 @@ def test_half_precision_keeps_the_diagonal_of_w(dtype, granularity, compiled):
     heads, rows, columns = 4, 24, 32
     stock = nn.Linear(columns, rows).to(dtype)
     inputs = torch.randn(64, columns).to(dtype)
-    layer = make_spectral(copy.deepcopy(stock), OutputLayout.of(rows, heads, columns // heads), spectral("identity", granularity))
+    layer = make_spectral(
+        copy.deepcopy(stock), OutputLayout.of(rows, heads, columns // heads), spectral("identity", granularity)
+    )
     weight = stock.weight.detach().double().numpy()
     exact = weight + correction_of(weight, "identity", heads if granularity == "head" else 1)
     expected = inputs.double() @ torch.from_numpy(exact).T + stock.bias.detach().double()

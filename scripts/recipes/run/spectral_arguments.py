@@ -10,7 +10,7 @@ from typing import Any
 from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
-from hf_specattn.config import INITS, SpectralConfig, check_choice
+from hf_specattn.config import INITS, TARGETS, SpectralConfig, check_choice
 from hf_specattn.preconditioner import AXES, GRADIENTS, SCALES, PreconditionerConfig
 
 AUTO = "auto"  # of --lambda_
@@ -40,7 +40,7 @@ class SpectralArguments:
     )
     spectral_targets: list[str] | None = field(
         default=None,
-        metadata={"help": "The projections to condition (all of them).", "choices": ["query", "key", "value"]},
+        metadata={"help": "The projections to condition (query, key, value).", "choices": list(TARGETS)},
     )
     spectral_granularity: str | None = field(
         default=None,
