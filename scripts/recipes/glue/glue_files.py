@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import math
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import logging
 
-from hf_specattn import compat_extras
-
+from ..run.messages import one_line
 from ..run.randomness import Purpose, random_words
 from .tasks import DEFAULT_DATASET, HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueSplit, GlueTask
 
@@ -96,7 +96,15 @@ def read_examples(
         GlueDataError: for data that is missing, damaged, without a needed column, or with a label that the task does not
             have; and if the `datasets` library is missing where it is needed.
     """
-    examples = read_hub(task, split, dataset_name) if data_dir is None else read_tsv(task, split, data_dir)
+    try:
+        examples = read_hub(task, split, dataset_name) if data_dir is None else read_tsv(task, split, data_dir)
+    except GlueDataError:
+        raise
+    except Exception as error:  # of whatever kind a reader raises for what stands in a file
+        where = dataset_name if data_dir is None else Path(data_dir) / task.title
+        raise GlueDataError(
+            f"{where}: the {split.name} examples of {task.title} cannot be read: {one_line(error)}. Fetch the data again."
+        ) from error
     if len(examples) == 0:
         raise GlueDataError(f"{examples.origin} holds no example; fetch it again.")
     return examples
@@ -183,28 +191,30 @@ def _tsv_rows(path: Path, task: GlueTask, split: GlueSplit) -> Iterator[_Row]:
                 f"{path} lacks the column {', '.join(map(repr, missing))}; its first line names "
                 f"{', '.join(map(repr, header))}. It is not {task.title}'s official {split.stem}.tsv: fetch that."
             )
-    least = 1 + max(header.index(column) for column in needed)
-    number = incomplete = longer = 0
+    if len(set(header)) != len(header):
+        twice = [column for column, count in Counter(header).items() if count > 1]
+        raise GlueDataError(
+            f"{path} has the column {', '.join(map(repr, twice))} more than once: fetch the official file."
+        )
+    number = incomplete = 0
     for line_number, line in enumerate(lines, start=first):
         fields = line.split("\t")
         place = f"{path}, line {line_number}"
-        # Rows of CoLA's training and development files must fit exactly: nothing else would tell that they are not CoLA's.
-        if len(fields) < least or (split.kind != "test" and task.headerless_columns and len(fields) != least):
+        if len(fields) != len(header):
             if line == "":  # at a file's end
                 continue
-            if not task.may_be_incomplete or split.kind == "test":
+            if len(fields) > len(header) or not task.may_be_incomplete or split.kind == "test":
+                # A tab too many shifts the columns behind it; read from the left, another text or label would be taken.
                 raise GlueDataError(
                     f"{place}: {len(fields)} columns where {task.title} has {len(header)} ({', '.join(header)}). The "
-                    f"line begins {line[:60]!r}. Fetch the official file again."
+                    f"line begins {line[:60]!r}. Fetch the official file again, or take the tabs out of its texts."
                 )
             incomplete += 1
             continue
-        longer += len(fields) > len(header)
         yield _Row(number, dict(zip(header, fields)), place)
         number += 1
-    for count, what in ((incomplete, "lack columns and are left out"), (longer, "have more columns than the header")):
-        if count:
-            logger.warning(f"{path}: {count} of {number + incomplete} rows {what}.")
+    if incomplete:
+        logger.warning(f"{path}: {incomplete} of {number + incomplete} rows lack columns and are left out.")
 
 
 def _mrpc_file(folder: Path, split: GlueSplit) -> Path | None:
@@ -298,10 +308,10 @@ def _load_dataset(dataset_name: str, task: GlueTask, split: GlueSplit, origin: s
         ) from error
     try:
         return datasets.load_dataset(dataset_name, task.name, split=split.name)
-    except compat_extras.dataset_errors() as error:
+    except Exception as error:  # of whatever kind a reader of files raises
         raise GlueDataError(
-            f"{origin} cannot be loaded: {error}. Check --dataset_name and the network, or give the official files with "
-            "--data_dir."
+            f"{origin} cannot be loaded: {one_line(error)}. Check --dataset_name and the network, or give the official files "
+            "with --data_dir."
         ) from error
 
 

@@ -235,6 +235,7 @@ class LraNystromformerPreTrainedModel(PreTrainedModel):
     config: LraNystromformerConfig
     base_model_prefix = "encoder"
     _supports_sdpa = True
+    _input_embed_layer = "word_embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -255,12 +256,6 @@ class LraNystromformerModel(LraNystromformerPreTrainedModel):
         self.layers = nn.ModuleList(LraLayer(config) for _ in range(config.num_hidden_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.word_embeddings = value
 
     def mask_of(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """1 for a token and 0 for padding, in the shape of `input_ids`, in float32 at least."""

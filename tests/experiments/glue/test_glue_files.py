@@ -76,12 +76,40 @@ def test_qqp_leaves_out_rows_that_lack_columns_and_says_how_many(tmp_path, warni
         read("qqp", "test", tmp_path)
 
 
-def test_longer_rows_are_read_from_the_left_and_reported(tmp_path, warning_log):
-    path = glue_files.write_split(tmp_path, "STS-B", "train", [(("a", "b"), "2.5")])
-    path.write_text(path.read_text().rstrip("\n") + "\tcitation\n")
-    examples = read("stsb", "train", tmp_path)
-    assert (examples.texts, examples.labels.tolist()) == ([("a", "b")], [2.5])
-    assert any("1 of 1 rows have more columns than the header" in message for message in warning_log.messages)
+@pytest.mark.parametrize("task", ["mnli", "sst2", "stsb", "rte", "qnli", "qqp", "mrpc", "cola"])
+@pytest.mark.parametrize("kind", ["train", "validation", "test"])
+def test_a_tab_too_many_is_an_error_in_every_file(tmp_path, task, kind):
+    split = TASKS[task].splits_of(kind)[0]
+    texts = ("a text", "another text")[: len(TASKS[task].hub_text_columns)]
+    label = "" if kind == "test" else "2.5" if task == "stsb" else TASKS[task].labels[0]
+    path = glue_files.write_split(tmp_path, TASKS[task].title, split.stem, [(texts, label)] * 3)
+    assert len(read(task, split.name, tmp_path)) == 3
+    lines = path.read_text().split("\n")
+    assert lines[-2].count("a text") == 1
+    lines[-2] = lines[-2].replace("a text", "a\ttext")
+    path.write_text("\n".join(lines))
+    with pytest.raises(GlueDataError, match=rf"line {len(lines) - 1}: \d+ columns where .*take the tabs out"):
+        read(task, split.name, tmp_path)
+
+
+def test_a_column_that_stands_twice_is_refused(tmp_path):
+    path = glue_files.write_split(tmp_path, "RTE", "train", [(("a", "b"), "entailment")])
+    path.write_text(path.read_text().replace("index", "label"))
+    with pytest.raises(GlueDataError, match=r"train\.tsv has the column 'label' more than once"):
+        read("rte", "train", tmp_path)
+
+
+def test_whatever_a_reader_raises_names_the_task(tmp_path, monkeypatch):
+    glue_files.write_split(tmp_path, "RTE", "train", [(("a", "b"), "entailment")])
+
+    def broken(*arguments):
+        raise OverflowError("inside\na parser")
+
+    monkeypatch.setattr("recipes.glue.glue_files.read_tsv", broken)
+    with pytest.raises(
+        GlueDataError, match="RTE: the train examples of RTE cannot be read: OverflowError: inside a parser"
+    ):
+        read_examples(TASKS["rte"], TASKS["rte"].splits[0], tmp_path)
 
 
 # ------------------------------------------------------------------------------------------- MRPC's original layout

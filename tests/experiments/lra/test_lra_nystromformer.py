@@ -225,6 +225,7 @@ def test_embeddings_start_small_and_everything_else_as_torch_does():
     for tensor in (weight, bias):  # uniform in 1 / sqrt(64) both ways
         assert 0.11 < tensor.abs().max().item() <= 0.125
     assert (model.encoder.final_norm.weight == 1).all()
+    assert model.get_input_embeddings() is model.encoder.word_embeddings
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""What a detection run is about to do, in sentences, before any image is read."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from ..run.projection_init import describe_initialization
+from ..run.spectral_arguments import SpectralArguments
+from .classifier_weights import read_classifier
+from .detection_arguments import RECIPES, DetectionArguments
+from .detection_task import load_splits
+from .detector import body_name
+from .detector_building import load_trained, new_detector
+
+# Training images and classes of a data set that nobody downloads for a plan.
+KNOWN_SIZES = {"train2017": (118_287, 80)}
+
+
+def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, accelerator: Accelerator) -> list[str]:
+    """Say what the run will do; for the presets of published recipes the deviations from them follow, one line each.
+
+    Raises:
+        DetectionDataError, DetectorError: where a run would raise them.
+    """
+    is_here = arguments.coco_dir is None or (Path(arguments.coco_dir) / "annotations").is_dir()
+    if is_here or arguments.train_split not in KNOWN_SIZES:
+        split, _ = load_splits(arguments, accelerator)
+        images, names = len(split), split.class_names
+    else:
+        images, classes = KNOWN_SIZES[arguments.train_split]
+        names = [str(number) for number in range(classes)]
+    state = torch.get_rng_state()
+    if arguments.model_name_or_path is not None:
+        model = load_trained(arguments.model_name_or_path, names)
+    else:
+        own = arguments.classifier if arguments.body is None else None
+        model = new_detector(arguments, names, None if own is None else read_classifier(own))
+    torch.set_rng_state(state)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    steps = arguments.steps_of(images, batch)
+    initialization = describe_initialization(arguments.initialization())
+    changed_by_flags = (spectral.describe(), initialization, arguments.describe_preconditioner())
+    changes = [change for change in changed_by_flags if change is not None]
+    begun = arguments.model_name_or_path or arguments.classifier or "random weights"
+    rate = "along a cosine to 0"
+    if arguments.milestones is not None:
+        rate = f"a tenth after passes {', '.join(f'{value:g}' for value in arguments.milestones)}"
+    lines = [
+        f"Model: Mask R-CNN on {body_name(model.config.body)}, from {begun}; {model.num_parameters():,} parameters, "
+        f"{len(names)} classes; {'; '.join(changes) or 'not conditioned'}.",
+        f"Images: {arguments.coco_dir or 'shapes'}, {images:,} to train on; augmentation {arguments.augmentation}; evaluated "
+        f"at {arguments.min_size}/{arguments.max_size} pixels.",
+        f"Steps: {steps:,} of {batch:,} images, {steps * batch / images:.4g} passes.",
+        f"Learning rate: {arguments.learning_rate:g} after {arguments.warmup_steps} steps of warmup, then {rate}; weight "
+        f"decay {arguments.weight_decay:g}, gradient clipped at {arguments.max_grad_norm or 'no norm'}.",
+    ]
+    if arguments.preset in RECIPES:
+        changed = deviations(arguments, batch) + changes
+        lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
+        lines += [f"  - {line}" for line in changed]
+        lines.append("What torchvision's Mask R-CNN does otherwise than mmdetection's: docs/detection.md.")
+    return lines
+
+
+def deviations(arguments: DetectionArguments, batch: int) -> list[str]:
+    """Return one line for each setting in which a run of a published preset is not its recipe."""
+    run = vars(arguments) | {"global_batch_size": batch}
+    recipe = RECIPES[str(arguments.preset)]
+    lines = [f"{name}: {run[name]} (published: {value})" for name, value in recipe.items() if run[name] != value]
+    if arguments.mixed_precision == "bf16":
+        lines.append("mixed precision bf16, in body and FPN alone (published: fp16)")
+    return lines

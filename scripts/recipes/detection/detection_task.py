@@ -1,0 +1,228 @@
+"""Detection as a task of the loop: which images a step reads, their losses, COCO's evaluation, and what is drawn of it."""
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..images.image_batches import Batches, load_batches
+from ..run.batching import BatchOrder
+from ..run.distributed import run_on_main_process
+from ..run.loop import Amounts, Task
+from ..run.projection_init import INITIALIZATION_SETTINGS
+from ..run.saving import save_pretrained
+from ..run.schedules import Budget, cosine_factor
+from ..run.spectral_arguments import SpectralArguments
+from .coco_evaluation import DETECTIONS_FILE, MEASURES, evaluate_detector
+from .coco_files import DetectionDataError, DetectionSplit, read_coco
+from .detection_arguments import DetectionArguments
+from .detection_batches import Batch, TrainingExamples, as_input, training_transform
+from .detector_building import load_trained, milestone_factor, parameter_groups
+from .drawing import draw_detections
+from .shapes import shapes
+
+logger = logging.getLogger(__name__)
+
+# What decides a run beside its data and model: a resumed run must have the same.
+RUN_SETTINGS = (
+    "seed",
+    "learning_rate",
+    "warmup_steps",
+    "warmup_factor",
+    "weight_decay",
+    "max_grad_norm",
+    "augmentation",
+    "batch_norm",
+    "drop_path_rate",
+    "classifier",
+    "model_name_or_path",
+    *INITIALIZATION_SETTINGS,
+)
+
+
+class DetectionTask(Task):
+    """Find objects, with their boxes and masks. Every process finds the images; the main one looks whether they can be read.
+
+    Args:
+        arguments: Of the run.
+        spectral: How the model is conditioned.
+        accelerator: The processes that share it.
+    """
+
+    name = "train_detection"
+    unit = "images"
+    loss_name = "sum of Mask R-CNN's losses"
+    processor_name = DETECTIONS_FILE
+    processor = None  # a detector reads images as they are
+    hub_task = "object-detection"
+    measured: ClassVar = {
+        "validation_box_ap": ("mean_average_precision", "Box AP"),
+        "validation_mask_ap": ("mean_average_precision", "Mask AP"),
+        "validation_loss": ("loss", "Loss (sum of Mask R-CNN's)"),
+    }
+
+    def __init__(self, arguments: DetectionArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
+        self.arguments, self.spectral, self.accelerator = arguments, spectral, accelerator
+        self.train, self.validation = load_splits(arguments, accelerator)
+        for split in (self.train, self.validation):
+            logger.info(describe_split(split))
+        self.order = BatchOrder(len(self.train), arguments.seed)
+        micro_batch = arguments.per_device_train_batch_size * accelerator.num_processes
+        batch = micro_batch * arguments.gradient_accumulation_steps
+        one_pass = max(1, round(len(self.train) / batch))
+        self.steps = arguments.steps_of(len(self.train), batch)
+        self.amounts = Amounts(
+            Budget(steps=self.steps),
+            micro_batch,
+            arguments.gradient_accumulation_steps,
+            one_pass if arguments.eval_steps is None else arguments.eval_steps,
+        )
+        self.dataset = self.train.origin
+        self.validation_fingerprint = self.validation.fingerprint
+        self._batches: Iterator[Batch] | None = None
+
+    def samples(self, count: int) -> dict[str, Any]:
+        numbers = range(min(count, len(self.validation)))
+        return {"images": [as_input(self.validation.load(number)[0]) for number in numbers]}
+
+    def facts(self, model: PreTrainedModel) -> dict[str, Any]:
+        planned = self.amounts.batch * self.steps
+        return {
+            "images": self.train.origin,
+            "classes": len(self.train.class_names),
+            "train_images": len(self.train),
+            "validation_images": len(self.validation),
+            "train_fingerprint": self.train.fingerprint,
+            "validation_fingerprint": self.validation.fingerprint,
+            "planned_images": planned,
+            "epochs": round(self.epochs(planned), 3),
+        }
+
+    def describe(self, facts: dict[str, Any]) -> Iterator[str]:
+        yield f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['classes']} classes."
+        yield (
+            f"{self.steps:,} steps of {self.amounts.batch:,} images are {facts['epochs']} passes over the training images, "
+            f"on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed precision "
+            f"{facts['mixed_precision']}."
+        )
+
+    def must_match(self) -> dict[str, Any]:
+        return {
+            **{name: getattr(self.arguments, name) for name in RUN_SETTINGS},
+            "milestones": self.arguments.milestones,
+            "train_fingerprint": self.train.fingerprint,
+        }
+
+    def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameter_groups(model, self.arguments.weight_decay), lr=self.arguments.learning_rate)
+
+    def learning_rate_factor(self) -> Callable[[float], float]:
+        arguments, steps = self.arguments, self.steps
+        warmup, start = min(arguments.warmup_steps, steps), arguments.warmup_factor
+        if arguments.milestones is None:
+            return lambda used: cosine_factor(used, warmup, steps, start=start)
+        milestones = [milestone * len(self.train) / self.amounts.batch for milestone in arguments.milestones]
+        return lambda used: milestone_factor(used, milestones, warmup, start)
+
+    def epochs(self, position: int) -> float:
+        return self.order.epochs(position)
+
+    def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[Batch]:
+        if self._batches is None:  # one loader, which reads ahead, from the first step on
+            self._batches = self._load(step - 1)
+        return islice(self._batches, micro_steps)
+
+    def _load(self, first_step: int) -> Iterator[Batch]:
+        """This process's augmented images, with their objects, of each forward pass to the last step."""
+        arguments = self.arguments
+        transform = training_transform(arguments.augmentation, arguments.min_size, arguments.max_size)
+        keys = Batches(
+            first_step,
+            self.steps,
+            self.amounts.accumulation,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            arguments.per_device_train_batch_size,
+        )
+        examples = TrainingExamples(self.train, self.order, transform)
+        on_gpu = self.accelerator.device.type == "cuda"
+        return iter(load_batches(examples, keys, arguments.dataloader_num_workers, pin_memory=on_gpu))
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        device = self.accelerator.device
+        images = [image.to(device, non_blocking=True) for image in batch[0]]
+        targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in batch[1]]
+        return model(images, targets).loss
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator | None) -> dict[str, float | None]:
+        output_dir = None if self.arguments.eval_only else self.arguments.output_dir
+        batch_size = self.arguments.per_device_eval_batch_size
+        return evaluate_detector(
+            model, self.validation, batch_size=batch_size, accelerator=accelerator, output_dir=output_dir
+        )
+
+    def describe_evaluation(self, values: dict[str, float | None]) -> str:
+        columns = ", ".join(
+            f"{name.replace('_', ' ').replace('ap', 'AP')} {values[f'validation_{name}']:.3f}" for name in MEASURES
+        )
+        return f"validation {columns}, loss {values['validation_loss']:.4f}"
+
+    def save(self, model: PreTrainedModel, accelerator: Accelerator, directory: str) -> bool:
+        if accelerator.is_main_process:
+            save_pretrained(model, None, directory)
+        return True
+
+    def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
+        model: Any = load_trained(path, self.validation.class_names)
+        model.to(device)
+        if self.arguments.draw:
+            folder = Path(self.arguments.output_dir) / "predictions"
+            drawn = draw_detections(model, self.validation, self.arguments.draw, folder)
+            logger.info(f"Drew what is found on {drawn} images: {folder}.")
+        return self.evaluate(model, None)
+
+
+def load_splits(arguments: DetectionArguments, accelerator: Accelerator) -> tuple[DetectionSplit, DetectionSplit]:
+    """Find the images to train and to validate on; the main process looks at all of them.
+
+    Raises:
+        DetectionDataError: for what cannot be used, and for splits of different classes.
+    """
+    limits = (arguments.max_train_samples, arguments.max_validation_samples)
+    if arguments.coco_dir is None:
+        train, validation = shapes("train"), shapes("validation")
+    else:
+        folder = Path(arguments.coco_dir)
+
+        def read(split: str, check_images: str) -> DetectionSplit:
+            return read_coco(folder / "annotations" / f"instances_{split}.json", folder / split, check_images)
+
+        names = (arguments.train_split, arguments.validation_split)
+        # Every process reads the annotations; one of them is enough to look at all images.
+        run_on_main_process(accelerator, lambda: [read(name, arguments.check_images) for name in names] and None)
+        train, validation = (read(name, "none") for name in names)
+    if (train.category_ids, train.class_names) != (validation.category_ids, validation.class_names):
+        raise DetectionDataError(
+            f"{train.origin} has the classes {', '.join(train.class_names[:5])}, ..., and {validation.origin} has "
+            f"{', '.join(validation.class_names[:5])}, ...; both files must list the same categories."
+        )
+    return train.take(limits[0]), validation.take(limits[1])
+
+
+def describe_split(split: DetectionSplit) -> str:
+    """What it holds, in words."""
+    crowds = sum(bool(each.get("iscrowd")) for each in split.content["annotations"])
+    empty = sum(image["id"] not in split.annotations for image in split.content["images"])
+    objects = sum(map(len, split.annotations.values()))
+    text = f"{split.origin}: {len(split):,} images, {objects:,} objects of {len(split.class_names)} classes, {crowds} crowds"
+    text += f", {empty} images without objects"
+    if split.degenerate:
+        named = ", ".join(map(str, split.degenerate[:5])) + (", ..." if len(split.degenerate) > 5 else "")
+        text += f"; training leaves out {len(split.degenerate)} boxes without width or height (annotations {named})"
+    return f"{text}."

@@ -1,0 +1,99 @@
+r"""Train a Nystromformer on a task of Long Range Arena, stock or spectrally conditioned.
+
+Without arguments: ListOps of at most 64 tokens, made on the spot, some minutes on two CPU cores. The other tasks as small:
+
+    python scripts/train_lra.py --task listops
+    python scripts/train_lra.py --task listops --spectral_conditioning --output_dir runs/listops-identity
+    python scripts/train_lra.py --task text --data_dir aclImdb --output_dir runs/text
+    python scripts/train_lra.py --task retrieval --data_dir lra_release --output_dir runs/retrieval
+    python scripts/train_lra.py --task image --data_dir cifar-10-batches-py --output_dir runs/image
+    python scripts/train_lra.py --task pathfinder --preprocessing_num_workers 2 --output_dir runs/pathfinder
+
+What the published settings of a task do here, and what a command changes of them; then that run on one GPU:
+
+    python scripts/train_lra.py --task text --preset lra --data_dir aclImdb --show_plan
+    accelerate launch --config_file scripts/accelerate_configs/one_gpu.yaml scripts/train_lra.py --task text --preset lra \
+        --data_dir aclImdb --output_dir runs/lra-text
+
+A run that was stopped (SIGTERM, Ctrl-C) or killed goes on from its newest good checkpoint, to the same weights:
+
+    python scripts/train_lra.py --task listops --output_dir runs/listops ... --resume_from_checkpoint
+
+Accuracy of a saved model on the validation and test parts it was trained beside:
+
+    python scripts/train_lra.py --eval_only --model_name_or_path runs/listops
+
+The output folder holds the model (for the Auto classes, after `recipes.lra.nystromformer.register()`), `metrics.json` with
+the test accuracy and that of guessing, `loss_curve.png`, and the last checkpoints. docs/lra.md says which data can be read.
+"""
+
+import logging
+import sys
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from recipes.lra.lra_arguments import LraArguments, parse_arguments
+from recipes.lra.lra_plan import describe_plan
+from recipes.lra.lra_sources import LraDataError
+from recipes.lra.lra_task import LraModelError, LraTask
+from recipes.lra.nystromformer import LraNystromformerForSequenceClassification, register
+from recipes.run.conditioned_model import SAMPLES, condition_model
+from recipes.run.projection_init import initialize_projections
+from recipes.run.runs import evaluate_only, run, started
+from recipes.run.spectral_arguments import SpectralArguments
+
+logger = logging.getLogger("train_lra")
+LOGGERS = ("train_lra", "recipes", "hf_specattn")
+
+
+def show_plan(arguments: LraArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
+    """Log what the run will do, before any of it is done."""
+    if not accelerator.is_main_process:
+        return
+    precision = accelerator.mixed_precision
+    for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
+        logger.info(line)
+
+
+def build_model(arguments: LraArguments) -> PreTrainedModel:
+    """Build or load the model, and set how its projections begin.
+
+    A stock and a conditioned model of one seed start from the same W.
+    """
+    set_seed(arguments.seed)
+    if arguments.model_name_or_path is not None:
+        return AutoModelForSequenceClassification.from_pretrained(arguments.model_name_or_path)
+    model = LraNystromformerForSequenceClassification(arguments.new_model_config())
+    try:
+        initialize_projections(model, arguments.initialization())
+    except ValueError as error:
+        raise LraModelError(str(error)) from error
+    return model
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
+    register()
+    with started(arguments, LOGGERS, LraDataError, LraModelError) as accelerator:
+        if accelerator.distributed_type == DistributedType.FSDP:
+            raise LraModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
+        if arguments.eval_only:
+            task = LraTask(arguments, spectral, accelerator)
+            evaluate_only(task, arguments.model_name_or_path, accelerator)
+            return
+        show_plan(arguments, spectral, accelerator)
+        if arguments.show_plan:
+            return
+        # The data are found or made, and cached; guessing is measured on them.
+        task = LraTask(arguments, spectral, accelerator)
+        model = build_model(arguments)
+        task.check(model)
+        condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
+        # Train, with checkpoints, from the newest one where the run is resumed; save the best weights, and measure them.
+        run(task, model, arguments, spectral, accelerator)
+
+
+if __name__ == "__main__":
+    main()
