@@ -48,7 +48,7 @@ class SpectralConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("granularity", self.granularity, GRANULARITIES)
-        object.__setattr__(self, "targets", _checked_targets(self.targets))
+        object.__setattr__(self, "targets", checked_targets(self.targets))
         object.__setattr__(self, "lambda_", self._checked_lambda())
         self._check_refresh_every()
 
@@ -114,7 +114,12 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
 
-def _checked_targets(targets: Any) -> tuple[str, ...]:
+def checked_targets(targets: Any) -> tuple[str, ...]:
+    """`targets` in the usual order.
+
+    Raises:
+        ValueError: for anything but a non-empty collection of different projections.
+    """
     if isinstance(targets, str) or not hasattr(targets, "__iter__"):
         raise ValueError(f"targets={targets!r} must be a sequence of names, such as ('query', 'key').")
     names = list(targets)

@@ -138,6 +138,9 @@ class ImageArguments(RunArguments):
     patch_size: int = field(default=2, metadata={"help": "Height and width of the small ViT's patches."})
 
     no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
+    no_attention_residual: bool = field(
+        default=False, metadata={"help": "Ablation: let attention replace its input in every block of a ViT."}
+    )
 
     # Optimization.
     num_train_epochs: float = field(default=40.0, metadata={"help": "Passes over the training images."})

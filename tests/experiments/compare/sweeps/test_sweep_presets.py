@@ -11,7 +11,8 @@ from recipes.compare.sweeps.sweep_presets import FAMILIES, SCALES, SMALL_RECIPE,
 from recipes.images.image_arguments import parse_arguments
 from recipes.images.image_models import build_stock_model
 from recipes.images.image_plan import planned_amounts
-from recipes.run.projection_init import initialize_projections, remove_layer_norms
+from recipes.run.ablations import remove_layer_norms
+from recipes.run.projection_init import initialize_projections
 
 SCRIPTS = REPOSITORY / "scripts"
 
