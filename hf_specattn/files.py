@@ -29,6 +29,17 @@ TEMPORARY_NAME = re.compile(r"\..+\.tmp-(\d+)(-[a-z0-9_]{8})?")
 ABANDONED_AFTER_SECONDS = 3600
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# Of a folder or a disk, and not of a program.
+CANNOT_WRITE = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTDIR)
+
+PROBE_BYTES = 2**12
+
+# Held for as long as something works in a folder; it stays when a process is killed, and says nothing then.
+LOCK_FILE = ".in-use.lock"
+
+
+class CannotWriteError(ValueError):
+    """A folder that cannot be written to, or is another process's at the moment; the message says what to do."""
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
@@ -126,9 +137,106 @@ def replace_folder(temporary: Path, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def require_writable(folder: str | Path, flag: str, needed: int = 0) -> None:
+    """Refuse, before any work, a folder in which nothing could be written; it need not exist yet, and nothing is left in it.
+
+    A file is written, without a name: permissions say nothing of read-only or full disks, nor to root.
+
+    Args:
+        folder: Where something is to be written.
+        flag: What named it, for the message.
+        needed: Bytes that must be free there.
+
+    Raises:
+        CannotWriteError: saying why.
+    """
+    existing = Path(folder)
+    try:
+        while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                raise FileExistsError(f"{existing} is a link that leads nowhere")
+            existing = existing.parent
+        if not existing.is_dir():
+            raise NotADirectoryError(f"{existing} is a file, not a folder")
+        with tempfile.TemporaryFile(dir=existing) as probe:
+            probe.write(bytes(PROBE_BYTES))
+            probe.flush()
+            os.fsync(probe.fileno())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise CannotWriteError(
+            f"{flag} {folder} cannot be written: {error}. Name a folder that can, or make this one writable."
+        ) from error
+    if free < needed:
+        raise CannotWriteError(
+            f"{flag} {folder} will need about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free at "
+            f"least {megabytes(needed - free)}, or name a folder on another disk."
+        )
+
+
+def holds_files(folder: str | Path) -> bool:
+    """Whether there is anything in a folder, a left lock apart."""
+    folder = Path(folder)
+    return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
+
+
+class FolderLock:
+    """That one process at a time works in a folder. The system lets go of it when the process ends, however it does.
+
+    Args:
+        folder: Made when the lock is taken.
+        flag: What named it, for the message.
+    """
+
+    def __init__(self, folder: str | Path, flag: str) -> None:
+        from filelock import FileLock  # which not everything that imports this module needs
+
+        self.folder, self.flag = Path(folder), flag
+        self._lock = FileLock(self.folder / LOCK_FILE)
+        self._made = False
+
+    def acquire(self) -> None:
+        """Take the lock, or refuse at once.
+
+        Raises:
+            CannotWriteError: if another process has it, or the folder cannot be made.
+        """
+        from filelock import Timeout
+
+        try:
+            self._made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise CannotWriteError(
+                f"{self.flag} {self.folder} is in use: another process works in it. Name another folder, or wait for its end."
+            ) from None
+        except NotImplementedError:
+            logger.warning(f"{self.folder} lies on a file system without locks: nothing keeps a second run out of it.")
+        except OSError as error:
+            raise CannotWriteError(
+                f"{self.flag} {self.folder} cannot be written: {error}. Name a folder that can, or make this one writable."
+            ) from error
+
+    def release(self) -> None:
+        """Let go of the lock, if it was taken; a folder that it made goes, too, where nothing was put into it."""
+        if not self._lock.is_locked:
+            return
+        (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        self._lock.release()
+        if self._made:
+            with contextlib.suppress(OSError):  # not empty
+                self.folder.rmdir()
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error, also one of safetensors' writer, which is no OSError, says that the disk or quota is full."""
     return getattr(error, "errno", None) in NO_SPACE or any(f"(os error {code})" in str(error) for code in NO_SPACE)
+
+
+def cannot_be_written(error: BaseException) -> bool:
+    """Whether an error says that a disk is full, read-only or gone, or a folder not the user's to write in."""
+    return is_disk_full(error) or getattr(error, "errno", None) in CANNOT_WRITE
 
 
 def bytes_of(tensors: Collection[Tensor]) -> int:

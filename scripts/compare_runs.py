@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from hf_specattn.diagnostics import write_training_report
 from hf_specattn.diagnostics.monitor import MONITOR_FILE
 from hf_specattn.figures import markdown_table
-from hf_specattn.files import write_bytes
+from hf_specattn.files import CannotWriteError, cannot_be_written, require_writable, write_bytes
 from recipes.compare.comparison import (
     HARDWARE,
     ComparisonError,
@@ -167,7 +167,7 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric, argum
 
 
 def data_noun(run: Run) -> str:
-    return "corpus" if run.unit == "tokens" else "set of images"
+    return {"tokens": "corpus", "images": "set of images"}.get(run.unit, "data")
 
 
 def time_budget_note(hours: float, groups: Sequence[RunGroup]) -> str:
@@ -226,9 +226,10 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 def check_output_dir(output_dir: str | None) -> Path | None:
-    if output_dir is not None and Path(output_dir).exists() and not Path(output_dir).is_dir():
-        raise ComparisonError(f"--output_dir {output_dir} is a file; name a folder.")
-    return None if output_dir is None else Path(output_dir)
+    if output_dir is None:
+        return None
+    require_writable(output_dir, "--output_dir")
+    return Path(output_dir)
 
 
 def read_comparable(directories: Sequence[str], allow_different: bool) -> list[Run]:
@@ -250,12 +251,13 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
     reference = find_reference(groups, arguments.reference)
     paragraphs = [f"{line}\n" for line in notes(groups, reference, metric, arguments)]
     text = "\n".join([table(groups, reference, metric), *paragraphs])
-    print(text, end="")
-    if output is not None:
+    if output is not None:  # before anything is printed: whoever reads it may have gone
         output.mkdir(parents=True, exist_ok=True)
         write_bytes(output / f"{NAME}.md", text.encode())
         for ending, image in picture(groups, metric).items():
             write_bytes(output / f"{NAME}.{ending}", image)
+    print(text, end="")
+    if output is not None:
         print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
         draw_conditioning(groups, output)
 
@@ -264,8 +266,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, directories = parse_arguments(sys.argv[1:] if argv is None else argv)
     try:
         compare(arguments, directories)
-    except (ComparisonError, ImportError) as error:
+    except (ComparisonError, CannotWriteError, ImportError, OSError) as error:
         # One line for what a user can change; a traceback for anything else.
+        if isinstance(error, OSError) and not cannot_be_written(error):
+            raise
         raise SystemExit(f"error: {error}") from error
 
 

@@ -30,7 +30,7 @@ from hf_specattn import fold
 from hf_specattn.config import PROJECTIONS
 from hf_specattn.diagnostics import attention_entropy, spectra
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
-from hf_specattn.files import write_bytes, write_json
+from hf_specattn.files import CannotWriteError, holds_files, require_writable, write_bytes, write_json
 from recipes.run.run_metrics import METRICS_FILE
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
 
@@ -48,6 +48,8 @@ RUNS: dict[str, list[str]] = {
 }
 # In the order in which compare_runs.py gives them to its groups.
 STYLES = {run: {"color": color, "marker": marker} for run, color, marker in zip(RUNS, COLORS, MARKERS)}
+# Of the three runs with their checkpoints.
+SPACE_BYTES = 500 * 10**6
 
 
 @dataclass
@@ -188,7 +190,11 @@ def validation_batch(directory: Path, sequences: int = 16) -> dict[str, torch.Te
 
 def check_output_dir(arguments: DemoArguments) -> Path:
     output = Path(arguments.output_dir)
-    if output.exists() and any(output.iterdir()):
+    try:
+        require_writable(output, "--output_dir", SPACE_BYTES)
+    except CannotWriteError as error:
+        raise SystemExit(f"error: {error}") from error
+    if holds_files(output):
         if not arguments.overwrite_output_dir:
             raise SystemExit(
                 f"error: --output_dir {output} is not empty; name another, or add --overwrite_output_dir."

@@ -2,6 +2,7 @@
 
     python scripts/sweep.py table5                     # small models on scikit-learn's digits, on a CPU
     python scripts/sweep.py table1 --scale paper       # commands and estimated GPU hours; --run runs them
+    python scripts/sweep.py table3 --lra_data text=aclImdb retrieval=lra_release image=cifar-10-batches-py
     python scripts/sweep.py grid --methods stock svd --refresh_every 0 20 --seeds 0 1 2 -- --num_train_epochs 5
 
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
@@ -16,7 +17,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,18 @@ from recipes.compare.sweeps.cost import gpu_hours, training_operations
 from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
+from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
 from recipes.compare.sweeps.runner import Machine
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
 from recipes.images.image_arguments import parse_arguments as parse_image_arguments
 from recipes.images.image_datasets import ImageDataError
 from recipes.images.image_models import ImageModelError
+from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
-NAMES = (*SWEEPS, "grid")
+PARSERS: dict[str, Callable[..., Any]] = {IMAGE_SCRIPT: parse_image_arguments, LRA_SCRIPT: parse_lra_arguments}
+NAMES = (*SWEEPS, *LRA_SWEEPS, "grid")
 
 
 @dataclass
@@ -74,6 +78,10 @@ class SweepArguments:
     )
     num_seeds: int | None = field(
         default=None, metadata={"help": "Take only so many of the sweep's seeds. None: all."}
+    )
+    lra_data: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of the sweeps on Long Range Arena: where data lie, each as task=folder (see docs/lra.md)."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
@@ -129,7 +137,11 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
         if given or behind:
             names = ", ".join([*(f"--{flag}" for flag in given), *(["--"] if behind else [])])
             raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
-        sweep = SWEEPS[name](arguments.scale, SCRIPTS)
+        sweep = (SWEEPS | LRA_SWEEPS)[name](arguments.scale, SCRIPTS)
+    if name in LRA_SWEEPS:
+        sweep = with_data(sweep, arguments.lra_data or [])
+    elif arguments.lra_data is not None:
+        raise SweepError(f"--lra_data: of {', '.join(LRA_SWEEPS)}; leave it out of {name}.")
     if arguments.num_seeds is not None:
         if not 1 <= arguments.num_seeds <= len(sweep.seeds):
             raise SweepError(
@@ -153,14 +165,14 @@ def build_grid(arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
 
 
 def check_runs(sweep: Sweep, runs_dir: Path) -> None:
-    """Let the image script read the flags of every run before the first one starts: a bad one ends the sweep here."""
-    if sweep.script.name == IMAGE_SCRIPT:
+    """Let the script's parser read the flags of every run before the first one starts: a bad one ends the sweep here."""
+    if (parse := PARSERS.get(sweep.script.name)) is not None:
         for _, run in planned_runs(sweep, {tuning.name: tuning.values[0] for tuning in sweep.tunings}):
-            parse_image_arguments(run.arguments(runs_dir, anew=True), f"a run of {sweep.name}")
+            parse(run.arguments(runs_dir, anew=True), f"a run of {sweep.name}")
 
 
 def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:
-    """Print the commands of every run, and for images what they would cost."""
+    """Print the commands of every run, and what they would cost where that is known."""
     runs_dir = Path(arguments.runs_dir)
     planned = planned_runs(sweep, {tuning.name: tuning.name.upper() for tuning in sweep.tunings})
     for _, run in planned:
@@ -170,7 +182,7 @@ def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:
         print(
             f"\n{names}: what the runs of the tuning, which come first for each model, find best; --run fills them in."
         )
-    if sweep.script.name == IMAGE_SCRIPT:
+    if sweep.script.name in PARSERS:
         print(f"\n{costs(sweep, planned, arguments)}")
 
 
@@ -178,16 +190,18 @@ def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: Sw
     rows, whole = [], 0.0
     for setting in sweep.settings:
         runs = [run for of, run in planned if of is setting]
-        image_arguments, _ = parse_image_arguments([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")
-        operations = training_operations(image_arguments)
+        parsed: Any = PARSERS[sweep.script.name]([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")[0]
+        operations = lra_operations(parsed) if sweep.script.name == LRA_SCRIPT else training_operations(parsed)
         hours = gpu_hours(operations, arguments.gpu_teraflops)
         whole += hours * len(runs)
         rows.append([setting.label, str(len(runs)), f"{operations:.3g}", f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])
     header = ["model", "runs", "operations of a run", "GPU hours of a run", "GPU hours"]
     note = (
         f"Estimated at {arguments.gpu_teraflops:g} x 10^12 operations per second (--gpu_teraflops): three times the products "
-        "and convolutions of a stock model's forward pass, without reading images, validation, optimizer and corrections."
+        "and convolutions of a stock model's forward pass, without reading data, validation, optimizer and corrections."
     )
+    if sweep.script.name == LRA_SCRIPT:
+        note += " A model of this width keeps no GPU busy: its runs take many times as long."
     return markdown_table(header, [*rows, ["all", str(len(planned)), "", "", f"{whole:,.1f}"]]) + f"\n{note}"
 
 

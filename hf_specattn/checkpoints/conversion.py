@@ -26,6 +26,7 @@ from .cards import CARD, source_card, write_card
 from .destinations import (
     check_destination,
     check_space,
+    companions,
     copy_companions,
     files_in,
     left_behind,
@@ -236,11 +237,12 @@ def _run(
     found = find_source(source, options.revision, options.allow_pickle)
     check_destination(destination, found.folder, options.overwrite)
     _refuse_wrong_state(command, found)
+    companions(found.folder), source_card(found.folder)  # refuse links and damaged metadata, before any work
     check_space(destination, _expected_bytes(found, options))
     model, info = load_model(found, options.dtype)
     done = work(found, model)
     notes = _notes(command, found, done, info, options)
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, options.overwrite) as folder:
         save_model(model, folder, found, without=info["missing_keys"])
         copied = copy_companions(found.folder, folder)
         add_remote_code(folder)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,11 +16,14 @@ from ..checksums import CORRECTION, order_metadata, with_checksums
 from ..compat import not_saved, saved_state
 from ..files import (
     TEMPORARY_NAME,
+    CannotWriteError,
     bytes_of,
+    holds_files,
     is_being_written,
     is_disk_full,
     megabytes,
     replace_folder,
+    require_writable,
     sync,
     temporary_name,
 )
@@ -61,7 +64,7 @@ class DestinationError(ValueError):
 
 
 def check_destination(destination: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse, before any work, a destination that holds something, or that is the source.
+    """Refuse, before any work, a destination that holds something, or that is the source or a part of it.
 
     Args:
         source: The source's folder.
@@ -79,26 +82,44 @@ def check_destination(destination: Path, source: Path | None, overwrite: bool) -
                 f"DST {destination} {'is' if source == destination else 'contains'} SRC {source}, which would be lost; give "
                 "another folder."
             )
+        if source in destination.parents:
+            raise DestinationError(
+                f"DST {destination} lies in SRC {source}, which is only read: it would become a part of that checkpoint. "
+                "Give a folder elsewhere."
+            )
     if destination.exists() and not destination.is_dir():
         raise DestinationError(f"DST {destination} is a file; give a folder.")
-    if destination.is_dir() and any(destination.iterdir()) and not overwrite:
+    _refuse_full(destination, overwrite)
+    try:
+        require_writable(destination.parent, "The folder of DST,")  # it is made beside its place, and renamed
+    except CannotWriteError as error:
+        raise DestinationError(str(error)) from error
+
+
+def _refuse_full(destination: Path, overwrite: bool) -> None:
+    if holds_files(destination) and not overwrite:
         raise DestinationError(
             f"DST {destination} is not empty; give another folder, or --overwrite (overwrite=True) to replace it as a whole."
         )
 
 
 @contextlib.contextmanager
-def whole_folder(destination: Path) -> Iterator[Path]:
+def whole_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `destination`, which takes its place once the block has run without an error.
 
     Whatever ends the process before leaves `destination` as it was; the next one for the same destination removes what was
     left. An interruption between the two renames that exchange an existing folder leaves it under a hidden name; the next
     `check_destination` gives it its own back.
 
+    Args:
+        overwrite: As of `check_destination`, which is asked again at the end: files may have come since, of a second command
+            for the same destination or of anybody.
+
     Raises:
-        DestinationError: if the disk is full, or the folder cannot be made.
+        DestinationError: if the disk is full, the folder cannot be made, or is no longer empty.
     """
     destination = destination.resolve()
+    present = files_in(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(destination)
@@ -111,6 +132,11 @@ def whole_folder(destination: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*"), reverse=True):
             sync(path)
         sync(temporary)
+        _refuse_full(destination, overwrite)
+        if files_in(destination) != present:
+            raise DestinationError(
+                f"DST {destination} was changed meanwhile; nothing in it was replaced. Start again."
+            )
         replace_folder(temporary, destination)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -215,14 +241,39 @@ def _write_index(folder: Path, files: Mapping[str, list[str]], state: Mapping[st
 
 def copy_companions(source: Path, folder: Path) -> list[str]:
     """Copy the tokenizer, the processors and what else belongs to the weights; return the names of the files."""
-    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
-    if (source / SENTENCE_TRANSFORMERS_MODULES).is_file():
-        files |= set(module_files(source))
-    names = sorted(file.relative_to(source).as_posix() for file in files)
+    names = companions(source)
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)  # of what a link in the Hub's cache points to
     return names
+
+
+def companions(source: Path) -> list[str]:
+    """The names of the files that go with the weights.
+
+    Raises:
+        DestinationError: for a link to a file outside of the folder.
+    """
+    files = {file for pattern in COMPANIONS for file in source.glob(pattern) if file.is_file()}
+    if (source / SENTENCE_TRANSFORMERS_MODULES).is_file():
+        files |= set(module_files(source))
+    refuse_links_out(source, files)
+    return sorted(file.relative_to(source).as_posix() for file in files)
+
+
+def refuse_links_out(source: Path, files: Iterable[Path]) -> None:
+    """Refuse files that are links to somewhere outside of the checkpoint: what is there is nobody's to copy or publish.
+
+    Links into the Hub's cache are how huggingface_hub keeps a checkpoint.
+    """
+    for file in sorted(files):
+        target = file.resolve()
+        cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+        if not (cached or source.resolve() in target.parents):
+            raise DestinationError(
+                f"{file} is a link to a file outside of the checkpoint, {target}. Put a copy in its place if it belongs to "
+                "the checkpoint, or remove it."
+            )
 
 
 def module_files(source: Path) -> Iterator[Path]:

@@ -38,6 +38,7 @@ REPORTING = frozenset(
         "resume_from_checkpoint",
         "check_images",
         "dataloader_num_workers",
+        "preprocessing_num_workers",
     }
 )
 # Arguments that change a run's speed, and of what it computes only the rounding: compiled kernels sum in another order.
@@ -47,7 +48,7 @@ SPEED = frozenset({"torch_compile", "gradient_checkpointing"})
 CUTTING = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 # Arguments whose effect depends on how the run was launched or on what a file held: the facts count instead.
 RESOLVED = CUTTING | {"mixed_precision"}
-FACTS = ("global_batch_size", "mixed_precision", "train_sequences", "train_images")
+FACTS = ("global_batch_size", "mixed_precision", "train_sequences", "train_images", "train_examples")
 # Facts on which a run's speed depends.
 HARDWARE = ("device", "device_name", "processes", "threads")
 
@@ -68,6 +69,7 @@ class Metric:
         factor: from the recorded value to the one shown.
         digits: behind the point.
         higher_is_better: else lower.
+        final_key: the name of the saved model's result, where its curve over training is of other data.
     """
 
     key: str
@@ -76,6 +78,7 @@ class Metric:
     factor: float = 1.0
     digits: int = 4
     higher_is_better: bool = False
+    final_key: str | None = None
 
 
 # What a run reads -> the metrics that it records, by the names of `--metric`; the first is the usual one.
@@ -84,6 +87,13 @@ METRICS = {
     "images": {
         "accuracy": Metric("validation_accuracy", "accuracy", "%", factor=100.0, digits=2, higher_is_better=True),
         "loss": Metric("validation_loss", "loss", "nats per image"),
+    },
+    # Of Long Range Arena: the validation part picks the weights, and all of the test part measures them.
+    "examples": {
+        "accuracy": Metric(
+            *("validation_accuracy", "accuracy", "%", 100.0, 2), higher_is_better=True, final_key="test_accuracy"
+        ),
+        "loss": Metric("validation_loss", "loss", "nats per example", final_key="test_loss"),
     },
 }
 
@@ -117,12 +127,12 @@ class Run:
 
     def value(self, metric: Metric) -> float:
         """The saved model's result by `metric`, in its unit."""
-        return self.record.final[metric.key] * metric.factor
+        return self.record.final[metric.final_key or metric.key] * metric.factor
 
     @property
     def unit(self) -> str:
-        """What the run reads: "tokens" or "images"."""
-        return "images" if "images_per_step" in self.record.facts else "tokens"
+        """What the run reads: a key of `METRICS`."""
+        return next((unit for unit in METRICS if f"{unit}_per_step" in self.record.facts), "tokens")
 
     @property
     def steps(self) -> int:

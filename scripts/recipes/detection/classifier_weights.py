@@ -15,6 +15,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_specattn.config import SpectralConfig
 
+from ..run.messages import one_line
 from ..run.run_metrics import METRICS_FILE
 from ..run.spectral_arguments import SpectralArguments
 from .detector import DetectorError, describe_body
@@ -56,7 +57,9 @@ def read_classifier(path: str) -> Classifier:
     try:
         model = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise DetectorError(f"--classifier {path} cannot be loaded as an image classifier: {error}") from error
+        raise DetectorError(
+            f"--classifier {path} cannot be loaded as an image classifier: {one_line(error)}"
+        ) from error
     spectral = getattr(model.config, "spectral_config", None)
     weights = model.state_dict()
     if isinstance(model.config, TimmWrapperConfig):
@@ -82,7 +85,7 @@ def _read_timm_checkpoint(folder: Path) -> Classifier:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise DetectorError(
             f"--classifier {folder} has no {CONFIG_NAME}, and {record} does not say which run of "
-            f"train_image_classification.py it is of ({type(error).__name__}: {error}). Name a folder that the Auto classes "
+            f"train_image_classification.py it is of ({one_line(error)}). Name a folder that the Auto classes "
             "load, or a checkpoint of a finished run."
         ) from error
     return Classifier(str(folder), body, _bare(weights), spectral.to_config())

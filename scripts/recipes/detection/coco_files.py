@@ -23,6 +23,8 @@ from pycocotools import mask as run_lengths
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from ..run.messages import one_line
+
 CHECKING_THREADS = 8
 NAMED_AT_MOST = 5
 SLACK = 1.0  # pixels by which published polygons and boxes may lie outside their image
@@ -136,7 +138,7 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DetectionDataError(f"{file} cannot be read as COCO's JSON of annotations: {error}") from error
+        raise DetectionDataError(f"{file} cannot be read as COCO's JSON of annotations: {one_line(error)}") from error
     for part in ("images", "annotations", "categories"):
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
@@ -147,9 +149,7 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
     try:
         degenerate = _check_annotations(content, file)
     except (KeyError, TypeError) as error:
-        raise DetectionDataError(
-            f"{file}: an entry is not as in COCO's format ({type(error).__name__}: {error})."
-        ) from error
+        raise DetectionDataError(f"{file}: an entry is not as in COCO's format ({one_line(error)}).") from error
     split = DetectionSplit(content, lambda image: _open(folder / image["file_name"]), str(file), tuple(degenerate))
     _check_images(split, folder, check_images)
     return split
@@ -232,7 +232,7 @@ def _check_images(split: DetectionSplit, folder: Path, how: str) -> None:
         except FileNotFoundError:
             return f"{path}: no such file"
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            return f"{path}: {one_line(error)}"
         return None
 
     with ThreadPoolExecutor(CHECKING_THREADS) as pool:

@@ -37,6 +37,7 @@ from hf_specattn import register_architecture
 from hf_specattn.architectures import ARCHITECTURES, MORE_ARCHITECTURES
 
 from ..images.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from ..run.messages import one_line
 
 STRIDES = (4, 8, 16, 32)  # of the pyramid, in pixels
 ROI_SIZE = 7  # side of what the box head reads of a region
@@ -102,7 +103,7 @@ def describe_body(name: str, arguments: Mapping[str, Any], out_indices: Sequence
     except (OSError, ValueError, TypeError) as error:
         raise DetectorError(
             f"--body {name}: neither a model of timm {timm.__version__} nor a model type or configuration of transformers "
-            f"({error})."
+            f"({one_line(error)})."
         ) from error
     config.out_features = config.stage_names[-4:] if hasattr(config, "stage_names") else None
     return {"transformers": config.to_diff_dict() | {"model_type": config.model_type}}
@@ -121,7 +122,7 @@ def build_body(body: Mapping[str, Any]) -> nn.Module:
         return AutoBackbone.from_config(AutoConfig.for_model(**body["transformers"]))
     except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, KeyError, IndexError) as error:
         raise DetectorError(
-            f"The body {body_name(body)} cannot be built ({type(error).__name__}: {error}). It must give the features of "
+            f"The body {body_name(body)} cannot be built ({one_line(error)}). It must give the features of "
             "four stages; change --body, --body_args or --out_indices."
         ) from error
 
@@ -155,8 +156,8 @@ def detector_config(body: Mapping[str, Any], class_names: Sequence[str], **setti
             features = features_of(module, torch.zeros(1, 3, height, width))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise DetectorError(
-            f"The body {body_name(body)} does not read images of {height} x {width} pixels ({error}). A detector reads "
-            "images of any size that 32 divides; take a body that does, such as XCiT of timm or swin of transformers."
+            f"The body {body_name(body)} does not read images of {height} x {width} pixels ({one_line(error)}). A detector "
+            "reads images of any size that 32 divides; take a body that does, such as XCiT of timm or swin of transformers."
         ) from error
     strides = [height / feature.shape[2] for feature in features]
     powers = all(math.log2(stride).is_integer() for stride in strides)
@@ -350,7 +351,7 @@ def load_detector(path: str | Path, **settings: Any) -> Detector:
     try:
         model, found = AutoModelForInstanceSegmentation.from_pretrained(path, output_loading_info=True, **settings)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DetectorError(f"{path} cannot be loaded as a detector: {error}") from error
+        raise DetectorError(f"{path} cannot be loaded as a detector: {one_line(error)}") from error
     if not isinstance(model, Detector):
         raise DetectorError(f"{path} holds a {type(model).__name__} and no detector of train_detection.py.")
     if wrong := sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]])):

@@ -104,6 +104,7 @@ class LraArguments(RunArguments):
     )
     mean_over_padding: bool = field(default=True, metadata={"help": "As published: the head's mean counts padding."})
     zero_is_padding: bool = field(default=True, metadata={"help": "As published: black pixels are padding."})
+    no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
 
     # Optimization.
     max_steps: int | None = default_of("max_steps", 5000)
@@ -168,6 +169,7 @@ class LraArguments(RunArguments):
             vocab_size=VOCABULARY[self.task],
             max_position_embeddings=self.padded_length,
             attention_probs_dropout_prob=self.hidden_dropout_prob,
+            layer_norm=not self.no_layer_norm,
             pad_token_id=0 if self.zero_is_padding else None,
             pairs=self.task == "retrieval",
             **settings,
@@ -201,7 +203,7 @@ def _refuse_contradictions(
     if arguments.task != "listops" and explicitly_given(parser, ["listops_min_length"], argv):
         raise ValueError(f"--listops_min_length: not of --task {arguments.task}; leave it out.")
     if arguments.model_name_or_path is not None:
-        names = (*MODEL_SETTINGS, "zero_is_padding", *INITIALIZATION_SETTINGS)
+        names = (*MODEL_SETTINGS, "zero_is_padding", "no_layer_norm", *INITIALIZATION_SETTINGS)
         if given := explicitly_given(parser, names, argv):
             flags = ", ".join(f"--{name}" for name in sorted(given))
             raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")

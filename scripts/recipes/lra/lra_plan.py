@@ -69,6 +69,7 @@ def model_changes(arguments: LraArguments, spectral: SpectralArguments) -> list[
         None if conditioning is None else f"spectral conditioning: {conditioning}",
         arguments.describe_preconditioner(),
         describe_initialization(arguments.initialization()),
+        "no layer norms" if arguments.no_layer_norm else None,
     ]
     return [change for change in changes if change is not None]
 

@@ -46,6 +46,7 @@ class LraNystromformerConfig(PreTrainedConfig):
         batch_wide_inverse: the pseudo-inverse starts from the greatest column sum of all examples and heads. False: of each
             matrix alone.
         mean_over_padding: the head divides the sum over the tokens by the padded length. False: by their number.
+        layer_norm: False takes every layer norm out: an ablation.
         pairs: classify two sequences together, `input_ids` (batch, 2, n), by one shared encoder.
 
     Raises:
@@ -70,6 +71,7 @@ class LraNystromformerConfig(PreTrainedConfig):
     padding_in_landmarks: bool = True
     batch_wide_inverse: bool = True
     mean_over_padding: bool = True
+    layer_norm: bool = True
     pairs: bool = False
 
     def validate_architecture(self) -> None:
@@ -89,6 +91,10 @@ class LraNystromformerConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")
+
+
+def new_norm(config: LraNystromformerConfig) -> nn.Module:
+    return nn.LayerNorm(config.hidden_size) if config.layer_norm else nn.Identity()
 
 
 def masked_scores(mask: Tensor) -> Tensor:
@@ -210,10 +216,10 @@ class LraLayer(nn.Module):
 
     def __init__(self, config: LraNystromformerConfig):
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.hidden_size)
+        self.attention_norm = new_norm(config)
         self.attention = LraSelfAttention(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size)
+        self.feed_forward_norm = new_norm(config)
         self.feed_forward = nn.Sequential(
             nn.Linear(config.hidden_size, config.intermediate_size),
             nn.GELU(),
@@ -254,7 +260,7 @@ class LraNystromformerModel(LraNystromformerPreTrainedModel):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(LraLayer(config) for _ in range(config.num_hidden_layers))
-        self.final_norm = nn.LayerNorm(config.hidden_size)
+        self.final_norm = new_norm(config)
         self.post_init()
 
     def mask_of(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

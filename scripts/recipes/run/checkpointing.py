@@ -20,10 +20,10 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
@@ -31,11 +31,13 @@ from transformers.utils import logging
 
 from hf_specattn.conditioning import can_be_saved
 from hf_specattn.files import (
+    CannotWriteError,
     bytes_of,
     is_disk_full,
     megabytes,
     remove_leftovers,
     replace_folder,
+    require_writable,
     sync,
     temporary_name,
 )
@@ -63,8 +65,6 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})")
 
 # Configuration, tokenizer and the file system's own needs, beyond the tensors.
 SMALL_FILES_BYTES = 4 * 2**20
-
-Result = TypeVar("Result")
 
 
 class DiskFullError(CheckpointError):
@@ -129,7 +129,31 @@ class Checkpoints:
         self.keep_last = keep_last
         self._saved: Path | None = None
         self._damaged: set[Path] = set()
-        on_main_process(accelerator, lambda: remove_leftovers(self.directory))
+        run_on_main_process(accelerator, lambda: remove_leftovers(self.directory))
+
+    def require_space(self) -> None:
+        """Refuse, before training, a disk that has no space for as many checkpoints as are kept at once.
+
+        Those of an earlier run in the folder count as room. AdamW's two moments count, which come with the first step.
+
+        Raises:
+            DiskFullError: naming both figures.
+        """
+        parts = self.parts
+        copies = [parts.model] if parts.averaged is None else [parts.model, parts.averaged.model]
+        weights = sum(bytes_of([*model.parameters(), *model.buffers()]) for model in copies)
+        moments = 2 * sum(4 * each.numel() for each in parts.model.parameters() if each.requires_grad)
+        existing = len(list_checkpoints(self.directory))
+        # One more than are kept: the new one is written before the oldest is removed; and the model in the end.
+        needed = max(self.keep_last + 1 - existing, 1) * (weights + moments + SMALL_FILES_BYTES) + weights
+
+        def refuse() -> None:
+            try:
+                require_writable(self.directory, "--output_dir", needed)
+            except CannotWriteError as error:
+                raise DiskFullError(f"{error} That is for {self.keep_last} checkpoints and the model.") from error
+
+        run_on_main_process(self.accelerator, refuse)
 
     def start_over(self) -> None:
         """Remove the checkpoints of an earlier run, for a run that starts anew in its folder."""
@@ -138,7 +162,7 @@ class Checkpoints:
             for checkpoint in list_checkpoints(self.directory):
                 remove_checkpoint(checkpoint)
 
-        on_main_process(self.accelerator, remove_all)
+        run_on_main_process(self.accelerator, remove_all)
 
     def save(self, progress: Progress) -> Path:
         """Write `checkpoint-<step>`, then remove all but the last `keep_last`.
@@ -158,7 +182,7 @@ class Checkpoints:
         if self._saved == folder:
             return folder
         weights, state = gather_state(self.parts, self.accelerator)
-        on_main_process(self.accelerator, lambda: self._write(folder, weights, state, progress))
+        run_on_main_process(self.accelerator, lambda: self._write(folder, weights, state, progress))
         self._saved = folder
         return folder
 
@@ -176,7 +200,7 @@ class Checkpoints:
             CheckpointError: if there are checkpoints and all are damaged; names each and why.
         """
         tensors: Tensors = {}
-        found = on_main_process(self.accelerator, lambda: self._read(tensors))
+        found = run_on_main_process(self.accelerator, lambda: self._read(tensors))
         if found is None:
             return None
         content, shapes = found
@@ -293,24 +317,6 @@ class Checkpoints:
                 + "\n".join(lines)
                 + "\nTo continue that run, give its settings; to train with these, start a new run in another folder."
             )
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
-    """Run `work` on the main process and return its result on every process; an error is raised on every process."""
-
-    def attempt() -> tuple[Any, Exception | None]:
-        try:
-            return work(), None
-        except Exception as error:  # whichever: the others wait for it
-            return None, error
-
-    result, error = run_on_main_process(accelerator, attempt)
-    if error is not None:
-        raise error
-    return result
 
 
 # --- folders ---------------------------------------------------------------------------------------------------------

@@ -1,10 +1,13 @@
 """Work that one process does for all."""
 
+import pickle
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
+from .messages import one_line
 
 Result = TypeVar("Result")
 
@@ -12,15 +15,26 @@ Result = TypeVar("Result")
 def run_on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """Run `work` on the main process alone and return its (picklable) result on every process.
 
-    If it raises a `ValueError`, every process raises it, so that none is left waiting.
+    If it raises an error, every process raises it, so that none is left waiting.
     """
-    outcome: list[Result | ValueError | None] = [None]
+    outcome: list[Any] = [None, None]  # the result, and the error
     if accelerator.is_main_process:
         try:
             outcome[0] = work()
-        except ValueError as error:
-            outcome[0] = error
+        except Exception as error:  # whichever: the others wait for it
+            if accelerator.num_processes == 1:
+                raise
+            outcome[1] = _as_sent(error)
     broadcast_object_list(outcome)
-    if isinstance(outcome[0], ValueError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _as_sent(error: Exception) -> Exception:
+    """The error itself, where it survives being sent to another process; else its text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of whatever kind its class raises when it is made anew
+        return RuntimeError(one_line(error))
+    return error

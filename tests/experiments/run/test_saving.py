@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.files import TEMPORARY_NAME
-from recipes.run.saving import save_pretrained
+from recipes.run.saving import SavedElsewhereError, save_pretrained
 from recipes.text.documents import Document
 from recipes.text.tokenization import train_wordpiece
 
@@ -43,6 +44,8 @@ def test_given_weights_are_saved_in_place_of_the_models(model_and_tokenizer, tmp
 
 def test_an_interrupted_save_leaves_the_earlier_model(model_and_tokenizer, tmp_path, monkeypatch):
     model, tokenizer = model_and_tokenizer
+    monkeypatch.chdir(tmp_path.parent)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     save_pretrained(model, tokenizer, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -51,9 +54,42 @@ def test_an_interrupted_save_leaves_the_earlier_model(model_and_tokenizer, tmp_p
 
     monkeypatch.setattr(os, "fsync", full_disk)
     torch.nn.init.zeros_(model.decoder.weight)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(SavedElsewhereError, match=r"No space left.*could not be written anywhere else") as caught:
         save_pretrained(model, tokenizer, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.parent.glob("rescued-model-*"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_what_was_trained_is_saved_elsewhere(model_and_tokenizer, tmp_path, monkeypatch, code):
+    model, tokenizer = model_and_tokenizer
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    sync = os.fsync
+
+    def refuse(handle):
+        if str(tmp_path / "run") in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(code, os.strerror(code))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(
+        SavedElsewhereError, match=rf"{os.strerror(code)}.*It is in .*rescued-model-{os.getpid()} instead"
+    ):
+        save_pretrained(model, tokenizer, tmp_path / "run")
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "elsewhere" / f"rescued-model-{os.getpid()}")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+def test_other_errors_are_not_hidden(model_and_tokenizer, tmp_path):
+    class Broken:
+        def save_pretrained(self, directory):
+            raise KeyError("a fault of the program")
+
+    with pytest.raises(KeyError, match="a fault"):
+        save_pretrained(model_and_tokenizer[0], Broken(), tmp_path)
 
 
 def test_what_killed_processes_left_is_removed(model_and_tokenizer, tmp_path, ended_process, monkeypatch):

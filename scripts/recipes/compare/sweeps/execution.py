@@ -1,6 +1,7 @@
 """A sweep from its first run to its results: the tuning, then the grid."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from .design import PlannedRun, Setting, Sweep, SweepError
@@ -68,6 +69,7 @@ def _read_tuning(
                 raise SweepError(
                     f"No run that tunes the {name} of {setting} came to its end: {failure(first, runs_dir)}"
                 )
+            metric = replace(metric, final_key=None)  # by the validation data, also where the results are of others
             tried[setting][name] = {value: arm.mean(metric) for value, arm in arms.items()}
             best = choose(tried[setting][name], metric)
             assert best is not None

@@ -201,8 +201,9 @@ def _passes(arm: ArmResult, results: Results, target: float) -> str:
 def _introduction(results: Results) -> str:
     run = next(run for arm in results.arms.values() for run in arm.runs.values())
     facts, arguments = run.record.facts, run.record.arguments
-    what = facts.get("images") or arguments.get("train_file") or arguments.get("dataset_name") or "the script's data"
-    items = "images" if run.unit == "images" else "sequences"
+    named = (facts.get("images"), facts.get("data"), arguments.get("train_file"), arguments.get("dataset_name"))
+    what = next((each for each in named if each), "the script's data")
+    items = "sequences" if run.unit == "tokens" else run.unit
     device = facts.get("device_name") or facts.get("device", "an unknown device")
     seeds = len(results.sweep.seeds)
     shown = "the mean and the standard deviation (divisor n - 1)" if seeds > 1 else "the value"

@@ -69,7 +69,9 @@ def _passes_until(run: Run, metric: Metric, target: float) -> float | None:
     for step, value in run.curve(metric.key):
         if sign * value * metric.factor >= sign * target:
             facts = run.record.facts
-            return step * facts["images_per_step"] / facts["train_images"] if run.unit == "images" else step
+            if run.unit == "tokens":
+                return step
+            return step * facts[f"{run.unit}_per_step"] / facts[f"train_{run.unit}"]
     return None
 
 
