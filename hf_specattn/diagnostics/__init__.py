@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .advice import Advice, advise
 from .capture import CapturedAttention, capture
-from .head_products import HeadProducts, head_products
+from .head_products import HeadProducts, head_products, value_path
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
@@ -53,6 +53,7 @@ __all__ = [
     "saturation",
     "softmax_jacobian_extremes",
     "spectra",
+    "value_path",
     "write_report",
     "write_training_report",
 ]

@@ -56,6 +56,34 @@ def head_products(
     return rows
 
 
+@torch.no_grad()
+def value_path(
+    model: nn.Module, architecture: Architecture = None, *, dtype: torch.dtype = torch.float64
+) -> Tensor | None:
+    """Singular values of the product over all layers of `W_O W_V`, the last layer's first, descending.
+
+    It is what uniform attention makes of the mean token where nothing is added to what attention gives: without residual
+    connections a large ratio means that few directions pass. Of the weights that the forward pass uses.
+
+    Args, errors: as in [`spectra`].
+
+    Returns:
+        `(width,)`; None where an output projection is not known, or layers have different widths.
+    """
+    path: Tensor | None = None
+    for attention in find_attentions(model, architecture):
+        factors = attention.products().get("output-value")
+        if factors is None:
+            return None
+        output, value = (to_dtype(factor, dtype) for factor in factors)
+        layer = (output @ value).sum(0)
+        if path is not None and layer.shape[1] != path.shape[0]:
+            return None
+        # Scaled, so that no product of many layers leaves the range of floats.
+        path = layer / layer.norm() if path is None else layer @ path / (layer @ path).norm()
+    return None if path is None else torch.linalg.svdvals(path).cpu()
+
+
 def _kappa(left: Tensor, right: Tensor, dtype: torch.dtype) -> tuple[float, ...]:
     """Of each `left @ right`, `(heads, m, d)` and `(heads, d, n)`, on its d directions: by the triangles of both factors."""
     triangles = [torch.linalg.qr(to_dtype(factor, dtype), mode="r").R for factor in (left, right.mT)]

@@ -3,13 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from hf_specattn.conditioning import find_projections
 from hf_specattn.config import PROJECTIONS, TARGETS, SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
+from hf_specattn.layers import correction_matrix
 
 from .spectral_arguments import SpectralArguments, parse_numbers
 
+STOCK = "stock"  # of --match_norm_of
 # Names of the flags.
 INITIALIZATION_SETTINGS = ("projection_init", "projection_init_targets", "initialization_scale", "match_norm_of")
 
@@ -42,7 +46,7 @@ class InitializationArguments:
         default=None,
         metadata={
             "help": "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
-            "identity=LAMBDA. Not with --spectral_conditioning."
+            "identity=LAMBDA. With svd conditioning: stock, which scales W so that W + C has the norm that W had."
         },
     )
 
@@ -54,7 +58,7 @@ class InitializationArguments:
         """
         reference = parse_norm_reference(self.match_norm_of)
         scale = parse_numbers(self.initialization_scale, "initialization_scale", ("2", "query=2,output=3"))
-        if reference is not None and scale != 1:
+        if reference is not None and scale != 1:  # of stock, W is scaled before
             raise ValueError(
                 f"--initialization_scale {self.initialization_scale} would change the norm that --match_norm_of sets; give "
                 "one of the two."
@@ -74,19 +78,25 @@ def check_initialization(arguments: InitializationArguments, spectral: SpectralA
     Raises:
         ValueError: naming them.
     """
-    if arguments.match_norm_of is not None and spectral.spectral_conditioning:
+    if arguments.match_norm_of == STOCK:
+        if not (spectral.spectral_method == "svd" and spectral.init == "additive"):
+            raise ValueError(
+                f"--match_norm_of {STOCK} gives W + C the norm that W had, which is possible with --spectral_method svd "
+                "(additive) alone: the identity does not shrink with W."
+            )
+    elif arguments.match_norm_of is not None and spectral.spectral_conditioning:
         raise ValueError(
             "--match_norm_of makes the control that has the norm of W + C without C; leave out --spectral_conditioning."
         )
 
 
 def parse_norm_reference(text: str | None) -> SpectralConfig | None:
-    """Read `--match_norm_of`: `svd`, or `identity=` and lambda.
+    """Read `--match_norm_of`: `svd`, or `identity=` and lambda; None for `stock`, which is of conditioned models.
 
     Raises:
         ValueError: for anything else.
     """
-    if text is None:
+    if text is None or text == STOCK:
         return None
     method, equals, number = text.partition("=")
     try:
@@ -97,6 +107,21 @@ def parse_norm_reference(text: str | None) -> SpectralConfig | None:
     except ValueError:
         pass
     raise ValueError(f"--match_norm_of {text!r}: give svd, or identity with its lambda as identity=1.0.")
+
+
+@torch.no_grad()
+def keep_norms(model: nn.Module, config: SpectralConfig) -> None:
+    """Scale each target of a stock model so that its `W + C` under an svd config will have the Frobenius norm that W has.
+
+    Such a C is proportional to W, so one factor does it.
+    """
+    for item in find_projections(model, output="output" in config.targets):
+        matrix = item.orient(item.module.weight)
+        corrections = item.layout.split(correction_matrix(matrix, item.layout, config))
+        parts = item.layout.split(matrix.clone())
+        for name in set(parts) & set(config.targets):
+            parts[name] = parts[name] * (parts[name].norm() / (parts[name] + corrections[name]).norm())
+        matrix.copy_(item.layout.join(parts))
 
 
 def initialize_projections(model: nn.Module, initialization: Initialization) -> None:

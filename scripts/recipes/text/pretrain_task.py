@@ -127,7 +127,8 @@ class MlmTask(Task):
 
     def must_match(self) -> dict[str, Any]:
         # Only where it was chosen: runs from before these flags can be resumed.
-        start = () if self.arguments.initialization().is_default else INITIALIZATION_SETTINGS
+        as_drawn = self.arguments.initialization().is_default and self.arguments.match_norm_of is None
+        start = () if as_drawn else INITIALIZATION_SETTINGS
         return {
             **{name: getattr(self.arguments, name) for name in (*RUN_SETTINGS, *start)},
             "lr_scheduler_type": self.arguments.schedule_kind,

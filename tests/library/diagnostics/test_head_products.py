@@ -7,8 +7,8 @@ import pytest
 import torch
 from models import ARCHITECTURES
 
-from hf_specattn import SpectralConfig, balance, condition
-from hf_specattn.diagnostics import head_products
+from hf_specattn import AttentionSpec, SpectralConfig, balance, condition
+from hf_specattn.diagnostics import head_products, value_path
 
 WIDTH, HEADS = 32, 4
 
@@ -82,3 +82,21 @@ def test_a_singular_head_is_infinite():
     assert [row.layer for row in rows] == [1, 1]
     assert rows[1].kappa[0] > 1e12
     assert max(rows[1].kappa[1:]) < 1e12
+
+
+def test_the_value_path_is_the_product_of_the_layers():
+    model = ARCHITECTURES["llama"].model()
+    query_heads, other_heads = (ARCHITECTURES["llama"].heads_of(name) for name in ("query", "key"))
+    product = np.eye(WIDTH)
+    for module in model.layers:
+        weights = weights_of(module, query_heads, other_heads)
+        share = query_heads // other_heads
+        product = sum(weights["o"][h] @ weights["v"][h // share] for h in range(query_heads)) @ product
+    expected = np.linalg.svd(product, compute_uv=False)
+    values = value_path(model).numpy()
+    np.testing.assert_allclose(values / values[0], expected / expected[0], rtol=0, atol=1e-12)
+
+
+def test_a_model_whose_output_projection_is_not_known_has_no_value_path():
+    spec = AttentionSpec("BertSelfAttention", {"query": "query", "key": "key", "value": "value"})
+    assert value_path(ARCHITECTURES["bert"].model(), spec) is None
