@@ -213,7 +213,7 @@ def test_files_have_the_layout_of_the_release(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(root / folder / name)), image.pixels)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, ended_process):
     write_images(tmp_path / "whole", 3, 12, processes=1, per_chunk=6)
     expected = contents(tmp_path / "whole")
     write_images(tmp_path / "part", 3, 6, processes=1, per_chunk=6)
@@ -221,9 +221,11 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path):
     write_chunk(str(tmp_path / "part" / FOLDER), 3, 1, 6)
     (tmp_path / "part" / FOLDER / "metadata" / "1.npy").unlink()
     (tmp_path / "part" / FOLDER / "imgs" / "1" / "sample_0.png").write_bytes(b"")
+    (tmp_path / "part" / FOLDER / "imgs" / f".1.tmp-{ended_process}").mkdir()
     kept = (tmp_path / "part" / FOLDER / "metadata" / "0.npy").stat().st_mtime_ns
     write_images(tmp_path / "part", 3, 12, processes=1, per_chunk=6)
     assert contents(tmp_path / "part") == expected
+    assert sorted(path.name for path in (tmp_path / "part" / FOLDER / "imgs").iterdir()) == ["0", "1"]
     assert (tmp_path / "part" / FOLDER / "metadata" / "0.npy").stat().st_mtime_ns == kept
     write_images(tmp_path / "other", 4, 12, processes=1, per_chunk=6)
     assert contents(tmp_path / "other") != expected
