@@ -110,6 +110,24 @@ def test_every_step_is_the_published_one():
     assert failures > 20
 
 
+def test_a_curve_begins_where_its_widened_segment_is_free():
+    """The published kernel: the mask's pixels of 1, one off their place, in 7 x 7 pixels; and here the tail itself."""
+    mask = np.random.default_rng(0).random((32, 32)) * (np.random.default_rng(1).random((32, 32)) < 0.1)
+    padded = np.pad(mask, PAD)
+    for seed in range(0, SEEDS, 45):
+        widened = mask_of([15, 15], tables().orientations[seed])
+        kernel = [tuple(place) for place in np.argwhere(widened == 1) - 14 if np.abs(place).max() <= 3] + [(0, 0)]
+        expected = np.array(
+            [
+                [all(padded[PAD + y + dy, PAD + x + dx] <= 0.3 for dy, dx in kernel) for x in range(32)]
+                for y in range(32)
+            ]
+        )
+        found = pathfinder.free_pixels(padded.ravel()[None], tables().footprints[seed])[0]
+        assert (found == expected).all()
+        assert 0 < found.mean() < 1
+
+
 # --- whole images ---
 
 
