@@ -21,6 +21,7 @@ runs are kept, an interrupted one starts again, and further models, tasks or see
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,12 +31,12 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
-from hf_specattn.files import write_bytes
+from hf_specattn.files import CannotWriteError, FolderLock, cannot_be_written, require_writable, write_bytes
 from recipes.glue.fine_tuning import FineTuner, StoppedError, describe, output_paths
-from recipes.glue.glue_arguments import GlueArguments, parse_arguments
+from recipes.glue.glue_arguments import GlueArguments, folder_name, parse_arguments
 from recipes.glue.glue_evaluations import GLUE_EVALUATIONS, write_glue_evaluations
 from recipes.glue.glue_files import GlueDataError
-from recipes.glue.glue_models import ModelError, ModelVariant, plan_variants, save_base
+from recipes.glue.glue_models import ModelVariant, check_models, plan_variants, save_base, weight_bytes
 from recipes.glue.glue_report import NAME, markdown, picture
 from recipes.glue.glue_results import FAILED, RESULTS_FILE, Results, ResultsError, RunRecord, find_conflicts
 from recipes.glue.summary import Summary
@@ -45,8 +46,11 @@ from recipes.run.distributed import run_on_main_process
 from recipes.run.interruption import stop_on_signals
 from recipes.run.runs import show_progress
 from recipes.run.spectral_arguments import SpectralArguments
+from recipes.run.usable_model import ModelError
 
 logger = logging.getLogger("eval_glue")
+
+RUNNING = ".running"  # a folder for each run that a command is at
 
 PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -128,15 +132,36 @@ def check_reference(arguments: GlueArguments, variants: Sequence[ModelVariant], 
 def run_all(tuner: FineTuner, to_do: Sequence[RunRecord], results: Results) -> bool:
     """Do the runs, and record each; returns whether a signal has ended it before."""
     for number, record in enumerate(tqdm(to_do, desc="Runs", unit="run", disable=not tuner.bars), start=1):
+        lock = FolderLock(results.path.parent / RUNNING / record_folder(record), "--output_dir")
         try:
-            tuner.execute(record)
+            lock.acquire()
+            if not is_done(tuner.arguments, {old.key: old for old in results.read()}.get(record.key)):
+                tuner.execute(record)
+                results.add(record)
+                tell(record, f"{number}/{len(to_do)}")
+        except CannotWriteError:
+            # Several commands may work into one folder, each on other runs; what both ask for, one does.
+            logger.warning(f"{number}/{len(to_do)}: {describe(record)} is left out: another command is at it.")
         except StoppedError:
             return True
-        results.add(record)
-        tell(record, f"{number}/{len(to_do)}")
+        finally:
+            lock.release()
         if tuner.stop.requested():
             return True
+    with suppress(OSError):  # another command is at a run
+        (results.path.parent / RUNNING).rmdir()
     return False
+
+
+def record_folder(record: RunRecord) -> str:
+    return f"{folder_name(record.model)}-{record.task}-{record.seed}"
+
+
+def check_space(arguments: GlueArguments, variants: Sequence[ModelVariant]) -> None:
+    """Refuse, before the data are read, a disk without space for the models that are to be saved."""
+    if arguments.save_models:
+        runs = len(arguments.glue_tasks) * arguments.seeds
+        require_writable(arguments.output_dir, "--output_dir", runs * sum(map(weight_bytes, variants)))
 
 
 def tell(record: RunRecord, place: str) -> None:
@@ -158,7 +183,6 @@ def report(arguments: GlueArguments, results: Results) -> None:
     text, output = markdown(summary), Path(arguments.output_dir)
     write_bytes(output / f"{NAME}.md", text.encode())
     write_glue_evaluations(records, output)
-    print(text, end="")
     try:
         images = picture(summary)
     except ImportError as error:
@@ -166,6 +190,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
         images = {}
     for ending, image in images.items():
         write_bytes(output / f"{NAME}.{ending}", image)
+    print(text, end="")  # last: whoever reads it may have gone
     logger.info(f"{RESULTS_FILE}, {NAME}.md, {GLUE_EVALUATIONS} and the picture are in {output}.")
 
 
@@ -175,7 +200,9 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
     variants = plan_variants(arguments, spectral)
     by_label = {variant.label: variant for variant in variants}
     # What all processes need, one makes; what is wrong shows before the first run.
+    run_on_main_process(accelerator, lambda: check_space(arguments, variants))
     run_on_main_process(accelerator, lambda: check_reference(arguments, variants, results))
+    run_on_main_process(accelerator, lambda: check_models(variants, arguments.glue_tasks, arguments.resolved_protocol))
     data = run_on_main_process(accelerator, lambda: prepare_data(arguments, variants, bars))
     planned = plan_runs(arguments, accelerator, variants, data)
     to_do = run_on_main_process(accelerator, lambda: runs_to_do(arguments, results, planned))
@@ -193,7 +220,7 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
         report(arguments, results)
     keys = {record.key for record in planned}
     return run_on_main_process(
-        accelerator, lambda: sum(record.status == FAILED and record.key in keys for record in results.read())
+        accelerator, lambda: sum(record.failure is not None and record.key in keys for record in results.read())
     )
 
 
@@ -203,8 +230,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator = build_accelerator(arguments)
         with logging_redirect_tqdm():
             failed = evaluate(arguments, spectral, accelerator)
-    except (GlueDataError, ModelError, ResultsError) as error:
+    except (GlueDataError, ModelError, ResultsError, CannotWriteError, OSError) as error:
         # One line for what a user can change; a traceback for anything else.
+        if isinstance(error, OSError) and not cannot_be_written(error):
+            raise
         raise SystemExit(f"error: {error}") from error
     if failed:
         if accelerator.is_main_process:

@@ -285,7 +285,7 @@ def test_errors_are_one_line_for_the_user(compare_runs, runs, tmp_path):
     with pytest.raises(SystemExit, match=r"^error: --reference 'x' is no group"):
         compare_runs.main([*runs, "--reference", "x"])
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"^error: --output_dir .*file is a file; name a folder"):
+    with pytest.raises(SystemExit, match=r"^error: --output_dir .*file cannot be written: .* is a file, not a folder"):
         compare_runs.main([*runs, "--output_dir", str(tmp_path / "file")])
 
 

@@ -855,7 +855,7 @@ def test_nothing_optional_is_needed(evaluate, checkpoints, data, tmp_path):
         (["--peft", "lora", "--lora_alpha", "0"], "--lora_alpha 0.0 must be a finite number above 0"),
         (["--peft", "dora"], "invalid choice: 'dora'"),
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
-        (["--output_dir", __file__], "test_eval_glue.py is a file; name a folder"),
+        (["--output_dir", __file__], "test_eval_glue.py is a file, not a folder"),
         (["--epochs", "5"], "--epochs"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
@@ -947,11 +947,11 @@ def test_checkpoints_that_do_not_go_together_are_refused(evaluate, checkpoints, 
 def test_a_head_of_another_size_is_replaced_only_on_request(script, odd_checkpoints, data, tmp_path):
     command = ["--model_name_or_path", odd_checkpoints("three classes"), "--tasks", "rte", "--data_dir", str(data)]
     command += ["--seeds", "1", *SHORT, "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match=r"^error: .*its classifier was made for another number of outputs than 2"):
         script.main(command)
-    assert "classifier" in only_run_of(tmp_path / "run").failure["message"]
+    assert not (tmp_path / "run").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
-    script.main([*command, "--retry_failed", "--ignore_mismatched_sizes"])
+    script.main([*command, "--ignore_mismatched_sizes"])
     assert only_run_of(tmp_path / "run").status == "finished"
 
 

@@ -260,7 +260,7 @@ def read_run(directory: str | Path) -> Run:
     for part, names in needed.items():
         if missing := [name for name in names if name not in getattr(record, part)]:
             raise ComparisonError(f"{file} has no {', '.join(missing)} among its {part}: no record of a training run.")
-    if not {"tokens_per_step", "images_per_step"} & set(record.facts):
+    if not {f"{unit}_per_step" for unit in METRICS} & set(record.facts):
         raise ComparisonError(f"{file} has no tokens_per_step among its facts: no record of a training run.")
     try:
         spectral = spectral_label(record)

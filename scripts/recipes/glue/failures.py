@@ -9,6 +9,7 @@ from .glue_scores import UndefinedScoreError
 OUT_OF_MEMORY_TEXTS = ("out of memory", "can't allocate memory")
 
 DIVERGED, OUT_OF_MEMORY, UNDEFINED, ERROR = "diverged", "out of memory", "undefined score", "error"
+NOT_WRITTEN = "not written"  # scored, and what was asked for beside the scores is missing
 
 
 def kind_of(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.utils import logging
 
 from hf_specattn.files import write_bytes
 
+from ..run.messages import one_line
 from .glue_files import Examples, GlueDataError
 
 logger = logging.get_logger(__name__)
@@ -185,8 +185,8 @@ def load_tokens(path: str | Path) -> TokenizedExamples:
             return TokenizedExamples(columns, file["offsets"], labels, file["indices"].tolist())
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise GlueDataError(f"{path} is damaged: {error}. Remove it; it is made anew.") from error
+    except Exception as error:  # of whatever kind: the archive's checksums cover all that is read of it
+        raise GlueDataError(f"{path} is damaged: {one_line(error)}. Remove it; it is made again.") from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -22,8 +22,8 @@ from hf_specattn.conditioning import refresh_interval
 from ..run.interruption import StopRequest
 from ..run.optimization import parameter_groups
 from ..run.run_metrics import NonFiniteLossError, package_versions
-from ..run.saving import save_pretrained
-from .failures import describe_error, kind_of
+from ..run.saving import SavedElsewhereError, save_pretrained
+from .failures import NOT_WRITTEN, describe_error, kind_of
 from .features import Collator, TokenizedExamples, load_tokens, tokenizer_fingerprint
 from .glue_arguments import GlueArguments, folder_name
 from .glue_batches import epoch_batches
@@ -140,7 +140,11 @@ class FineTuner:
             count += len(logits)
         record.seconds["evaluation"] = time.perf_counter() - started
         record.facts["eval_examples_per_second"] = count / record.seconds["evaluation"]
-        self._write_outputs(run)
+        try:
+            self._write_outputs(run)
+        except (OSError, SavedElsewhereError) as error:  # the scores stand; the same command does the run again
+            logger.error(f"{describe(record)}: {describe_error(error)}")
+            record.failure = {"kind": NOT_WRITTEN, "message": describe_error(error)}
 
     def _begin(self, record: RunRecord) -> Run:
         """Load the data and the model; its new layers are those of the seed."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from hf_specattn.files import require_writable
+
 from ..run.spectral_arguments import AUTO, SpectralArguments, explicitly_given
 from .features import LEAST_LENGTH
 from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
@@ -183,10 +185,9 @@ def _check_together(arguments: GlueArguments, spectral: SpectralArguments, given
     if given_lora and arguments.peft is None:
         flags = ", ".join(f"--{name}" for name in sorted(given_lora))
         raise ValueError(f"{flags} given without --peft lora; add that, or leave {flags} out.")
-    for name in ("output_dir", "cache_dir"):
-        path = getattr(arguments, name)
-        if path is not None and Path(path).exists() and not Path(path).is_dir():
-            raise ValueError(f"--{name} {path} is a file; name a folder.")
+    require_writable(arguments.output_dir, "--output_dir")
+    if not arguments.resolved_cache_dir.is_dir():  # a full one need not be written to
+        require_writable(arguments.resolved_cache_dir, "--cache_dir")
 
 
 def folder_name(label: str) -> str:

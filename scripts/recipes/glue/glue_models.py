@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -23,12 +22,24 @@ from transformers import (
 from transformers.utils import CONFIG_NAME, logging
 
 from ..compare.comparison import spectral_label
+from ..run.messages import one_line
 from ..run.run_description import model_description
 from ..run.run_metrics import RunMetrics
 from ..run.saving import save_pretrained
 from ..run.spectral_arguments import SpectralArguments
+from ..run.usable_model import (
+    ModelError,
+    check_forward,
+    check_tokens,
+    load_config,
+    padding_settings,
+)
+from ..run.usable_model import load_model as load_checkpoint
 from ..text.streams import file_digest
+from .features import Collator, tokenize
 from .glue_arguments import GlueArguments, folder_name
+from .glue_files import Examples
+from .prediction import accepted_inputs
 from .protocols import Protocol
 from .tasks import GlueTask
 
@@ -38,10 +49,6 @@ WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 OTHER_WEIGHTS = ("training_state", "adapter_model")  # of files that match these patterns and hold no model
 
 OUR_LOGGERS = (logging.get_logger("recipes"), logging.get_logger("hf_specattn"))
-
-
-class ModelError(ValueError):
-    """A model that cannot be fine-tuned here; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +143,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     advice = "save the model's tokenizer beside it, or name one by --tokenizer_name."
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} has no tokenizer that can be loaded ({_first_line(error)}); {advice}") from error
+    except Exception as error:  # of whatever kind: `tokenizers` raises bare ones for a file it cannot parse
+        raise ModelError(f"{path} has no tokenizer that can be loaded ({one_line(error)}); {advice}") from error
     # For a folder without any file of a tokenizer, transformers makes an empty one of the model's kind.
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(f"{path} has no tokenizer: what it gives knows no token but special ones; {advice}")
@@ -154,18 +161,7 @@ def _variant(
 ) -> ModelVariant:
     loading = spectral.to_loading_kwargs()
     config = _load_config(path, loading)
-    length = arguments.resolved_protocol.max_seq_length
-    positions = _positions(config)
-    if positions is not None and length > positions:
-        raise ModelError(
-            f"--max_seq_length {length} exceeds the {positions} positions of {path}; give --max_seq_length {positions} or "
-            "less."
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ModelError(
-            f"The tokenizer has {len(tokenizer)} tokens and the model {path} only {config.vocab_size}; name the tokenizer "
-            "that it was trained with by --tokenizer_name."
-        )
+    check_tokens(path, config, arguments.resolved_protocol.max_seq_length, tokenizer)
     lora = None
     if arguments.peft == "lora":
         targets = None if arguments.lora_targets is None else tuple(arguments.lora_targets)
@@ -182,7 +178,7 @@ def _variant(
 
 
 def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
-    config = _read_config(path)
+    config = load_config(path)
     if not loading:
         return config
     if hasattr(config, "spectral_config"):
@@ -190,22 +186,7 @@ def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
             f"{path} is conditioned already ({config.describe_conditioning()}) and is fine-tuned as it is; leave out "
             "--spectral_conditioning, or name stock checkpoints."
         )
-    return _read_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
-
-
-def _read_config(path: str, **kwargs: Any) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be loaded: {_first_line(error)}") from error
-
-
-def _positions(config: PreTrainedConfig) -> int | None:
-    """The longest input, in tokens; None for a model without a limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and "roberta" in config.model_type:
-        return positions - config.pad_token_id - 1  # positions are counted from behind that of padding
-    return positions
+    return load_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
 
 
 def _build_without_memory(config: PreTrainedConfig, path: str, lora: Lora | None) -> None:
@@ -214,13 +195,9 @@ def _build_without_memory(config: PreTrainedConfig, path: str, lora: Lora | None
             model = AutoModelForSequenceClassification.from_config(config)
             if lora is not None:
                 add_lora(model, lora)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of whatever kind: what a configuration holds shows when a model is made of it
         targets = f" with --lora_targets {' '.join(lora.targets)}" if lora is not None and lora.targets else ""
-        raise ModelError(f"{path} cannot be fine-tuned here{targets}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ModelError(f"{path} cannot be fine-tuned here{targets}: {one_line(error)}") from error
 
 
 def model_fingerprint(path: str, config: PreTrainedConfig, spectral_init: str | None) -> str:
@@ -236,6 +213,13 @@ def model_fingerprint(path: str, config: PreTrainedConfig, spectral_init: str | 
     else:
         state["commit"] = [path, _cached_commit(path)]
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weight_bytes(variant: ModelVariant) -> int:
+    """Return about what a model saved by a run takes, from its checkpoint's files; 0 where they are not in a folder."""
+    if variant.lora is not None:
+        return 0
+    return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in Path(variant.path).glob(pattern))
 
 
 def _cached_commit(path: str) -> str | None:
@@ -261,8 +245,9 @@ def load_model(
         ModelError: for a checkpoint whose classifier has another size, unless the variant replaces it.
     """
     path, kwargs = (variant.path, variant.loading) if loading_path is None else (loading_path, {})
-    config = AutoConfig.from_pretrained(path)
+    config = load_config(path)
     settings: dict[str, Any] = {name: protocol.dropout for name in DROPOUT_SETTINGS if hasattr(config, name)}
+    settings |= padding_settings(config, variant.tokenizer)
     if task.is_regression:
         settings |= {"num_labels": 1, "problem_type": "regression"}
     else:
@@ -272,17 +257,52 @@ def load_model(
             "problem_type": "single_label_classification",
         }
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=torch.float32, ignore_mismatched_sizes=variant.ignore_mismatched_sizes, **settings, **kwargs
+        model = load_checkpoint(
+            AutoModelForSequenceClassification,
+            path,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=variant.ignore_mismatched_sizes,
+            **settings,
+            **kwargs,
         )
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
+    except ModelError as error:
+        if "ignore_mismatched_sizes" not in str(error.__cause__):
             raise
         raise ModelError(
             f"{path} has weights of other shapes than {task.title} needs, as the report above lists; its classifier was made "
             f"for another number of outputs than {task.num_outputs}. --ignore_mismatched_sizes draws a new one."
         ) from error
     return model if variant.lora is None else add_lora(model, variant.lora)
+
+
+def check_models(variants: Iterable[ModelVariant], tasks: Iterable[GlueTask], protocol: Protocol) -> None:
+    """Load every model for each number of outputs that the tasks have, and let it read a batch of a short and a long text.
+
+    Raises:
+        ModelError: for weights that are damaged or missing, a classifier of another size, and a model that cannot read
+            what its tokenizer makes.
+    """
+    by_outputs = {task.num_outputs: task for task in tasks}
+    device = torch.device("cpu")
+    for variant in variants:
+        for task in by_outputs.values():
+            texts = [("a", "b"), ("a " * protocol.max_seq_length, "b " * protocol.max_seq_length)]
+            texts = [text[: len(task.hub_text_columns)] for text in texts]
+            examples = Examples(texts, None, ["0", "1"], "two texts")
+            tokens = tokenize(examples, variant.tokenizer, protocol.max_seq_length, empty_second=protocol.empty_second)
+            generator = torch.get_rng_state()
+            with quiet():
+                model = load_model(variant, task, protocol)
+            torch.set_rng_state(generator)
+            base: Any = model.get_base_model() if variant.lora is not None else model
+            collate = Collator(variant.tokenizer, accepted_inputs(base), device)
+            for rows in ([0], [0, 1]):
+                logits = check_forward(model, collate(tokens, rows), variant.path).logits
+                if logits.shape != (len(rows), task.num_outputs):
+                    raise ModelError(
+                        f"{variant.path} ({type(base).__name__}) gives logits of shape {tuple(logits.shape)} for {len(rows)} "
+                        f"example(s) of {task.title}, which has {task.num_outputs} output(s); it is no model for sequences."
+                    )
 
 
 def add_lora(model: Any, lora: Lora) -> nn.Module:

@@ -100,12 +100,22 @@ class Results:
         return records
 
     def add(self, record: RunRecord) -> None:
-        """Write a record, in place of an earlier one of the same run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-            records = {old.key: old for old in self.read()}
-            records[record.key] = record
-            write_json(self.path, {"format": FORMAT, "runs": [asdict(each) for each in records.values()]})
+        """Write a record, in place of an earlier one of the same run.
+
+        Raises:
+            ResultsError: with the record, where the file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
+                records = {old.key: old for old in self.read()}
+                records[record.key] = record
+                write_json(self.path, {"format": FORMAT, "runs": [asdict(each) for each in records.values()]})
+        except OSError as error:
+            raise ResultsError(
+                f"{self.path} cannot be written: {error}. Its last whole state is kept. The run that is not in it, for "
+                f"you to keep: {json.dumps(asdict(record))}"
+            ) from error
 
 
 def find_conflicts(existing: Iterable[RunRecord], planned: Sequence[RunRecord]) -> list[str]:

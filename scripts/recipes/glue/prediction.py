@@ -14,14 +14,16 @@ from tqdm.auto import tqdm
 from hf_specattn.files import write_bytes
 
 from ..run.run_metrics import NonFiniteLossError
+from ..run.usable_model import unusable_inputs
 from .features import Collator, TokenizedExamples
 from .glue_scores import predictions_from_logits
 from .tasks import GlueSplit, GlueTask
 
 
 def accepted_inputs(model: nn.Module) -> frozenset[str]:
-    """Return the names of the inputs that a model's forward pass takes."""
-    return frozenset(inspect.signature(type(model).forward).parameters)
+    """Return the names of the inputs that a model's forward pass takes, and its weights have something for."""
+    taken = frozenset(inspect.signature(type(model).forward).parameters)
+    return taken - unusable_inputs(getattr(model, "config", None))
 
 
 @torch.no_grad()

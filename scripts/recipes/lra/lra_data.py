@@ -258,8 +258,12 @@ def _cached(source: Source, settings: LraDataSettings) -> dict[str, Part]:
             temporary = folder.with_name(temporary_name(folder.name))
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            for name, read in source.read.items():
-                _write_part(temporary, name, read(), settings.max_length, source)
+            try:
+                for name, read in source.read.items():
+                    _write_part(temporary, name, read(), settings.max_length, source)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
             sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
             write_json(temporary / MANIFEST_FILE, {"form": source.form, "files": files, "bytes": sizes})
             replace_folder(temporary, folder)

@@ -130,7 +130,7 @@ class LraTask(Task):
     hub_task = "text-classification"
     measured: ClassVar = {
         "test_accuracy": ("accuracy", "Accuracy on the test part"),
-        "validation_accuracy": ("accuracy", "Accuracy on the validation part, which picked the weights"),
+        "test_loss": ("loss", "Loss on the test part (nats per example)"),
     }
 
     def __init__(self, arguments: LraArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:

@@ -311,11 +311,12 @@ class LraNystromformerForSequenceClassification(LraNystromformerPreTrainedModel)
 
     def __init__(self, config: LraNystromformerConfig):
         super().__init__(config)
+        self.num_labels = cast(int, config.num_labels)
         self.encoder = LraNystromformerModel(config)
         self.classifier = nn.Sequential(
             nn.Linear(config.hidden_size * (4 if config.pairs else 1), config.intermediate_size),
             nn.ReLU(),
-            nn.Linear(config.intermediate_size, cast(int, config.num_labels)),
+            nn.Linear(config.intermediate_size, self.num_labels),
         )
         self.post_init()
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from hf_specattn.files import replace_folder, temporary_name, write_bytes
+from hf_specattn.files import remove_leftovers, replace_folder, temporary_name, write_bytes
 
 from .parallel import in_order
 
@@ -379,6 +379,7 @@ def write_chunk(root: str, seed: int, chunk: int, count: int) -> None:
 
 def write_images(root: Path, seed: int, count: int, processes: int, per_chunk: int = IMAGES_PER_CHUNK) -> None:
     """Make at least `count` images below `root`, in LRA's layout; a repeated call goes on where it was interrupted."""
+    remove_leftovers(root / FOLDER / "imgs")
     jobs = [(str(root / FOLDER), seed, chunk, per_chunk) for chunk in range(-(-count // per_chunk))]
     for _ in in_order(write_chunk, jobs, processes):
         pass

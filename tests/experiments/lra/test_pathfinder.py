@@ -110,6 +110,24 @@ def test_every_step_is_the_published_one():
     assert failures > 20
 
 
+def test_a_curve_begins_where_its_widened_segment_is_free():
+    """The published kernel: the mask's pixels of 1, one off their place, in 7 x 7 pixels; and here the tail itself."""
+    mask = np.random.default_rng(0).random((32, 32)) * (np.random.default_rng(1).random((32, 32)) < 0.1)
+    padded = np.pad(mask, PAD)
+    for seed in range(0, SEEDS, 45):
+        widened = mask_of([15, 15], tables().orientations[seed])
+        kernel = [tuple(place) for place in np.argwhere(widened == 1) - 14 if np.abs(place).max() <= 3] + [(0, 0)]
+        expected = np.array(
+            [
+                [all(padded[PAD + y + dy, PAD + x + dx] <= 0.3 for dy, dx in kernel) for x in range(32)]
+                for y in range(32)
+            ]
+        )
+        found = pathfinder.free_pixels(padded.ravel()[None], tables().footprints[seed])[0]
+        assert (found == expected).all()
+        assert 0 < found.mean() < 1
+
+
 # --- whole images ---
 
 
@@ -213,7 +231,7 @@ def test_files_have_the_layout_of_the_release(tmp_path):
         np.testing.assert_array_equal(np.asarray(Image.open(root / folder / name)), image.pixels)
 
 
-def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path):
+def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path, ended_process):
     write_images(tmp_path / "whole", 3, 12, processes=1, per_chunk=6)
     expected = contents(tmp_path / "whole")
     write_images(tmp_path / "part", 3, 6, processes=1, per_chunk=6)
@@ -221,9 +239,11 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path):
     write_chunk(str(tmp_path / "part" / FOLDER), 3, 1, 6)
     (tmp_path / "part" / FOLDER / "metadata" / "1.npy").unlink()
     (tmp_path / "part" / FOLDER / "imgs" / "1" / "sample_0.png").write_bytes(b"")
+    (tmp_path / "part" / FOLDER / "imgs" / f".1.tmp-{ended_process}").mkdir()
     kept = (tmp_path / "part" / FOLDER / "metadata" / "0.npy").stat().st_mtime_ns
     write_images(tmp_path / "part", 3, 12, processes=1, per_chunk=6)
     assert contents(tmp_path / "part") == expected
+    assert sorted(path.name for path in (tmp_path / "part" / FOLDER / "imgs").iterdir()) == ["0", "1"]
     assert (tmp_path / "part" / FOLDER / "metadata" / "0.npy").stat().st_mtime_ns == kept
     write_images(tmp_path / "other", 4, 12, processes=1, per_chunk=6)
     assert contents(tmp_path / "other") != expected
