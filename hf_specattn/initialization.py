@@ -19,7 +19,7 @@ from .conditioning import Projection, find_projections
 from .config import SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .layers import SPECTRAL_CLASSES, correction_matrix, spectral_layers
-from .ordinary import refuse_unordinary
+from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import stock_class_of
 
 INITIALIZATIONS = ("default", "orthogonal", "mimetic", "conditioned")
@@ -92,6 +92,7 @@ def initialize(
         ValueError: for bad settings, a conditioned model, one in which no projections are known or whose weights are tied,
             quantized or no ordinary ones, and for a mimetic start of one whose output projection is not known.
     """
+    refuse_no_module(model, "initialize")
     initialization = Initialization(kind, scale, norm_reference)
     if initialization.is_default:
         return
