@@ -37,6 +37,7 @@ from .modeling import (
     crammed_bert_classes,
     is_constructing,
     preconditioner_settings,
+    refuse_misspelt,
     refuse_stored_fields,
 )
 from .preconditioner import is_preconditioned
@@ -169,7 +170,9 @@ def _config_from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kw
         return counterpart.from_dict(config_dict, **kwargs)  # a conditioned checkpoint, by the stock class's name
     if cls is not PretrainedConfig:
         refuse_stored_fields(config_dict, FIELDS if counterpart else FLAGS)
-    if _flag(cls, kwargs):
+        if counterpart:
+            refuse_misspelt(config_dict, cls)
+    if _flag(cls, kwargs, with_init=bool(kwargs.get("return_unused_kwargs"))):
         return CONDITIONED_CONFIGS[cls].from_dict(config_dict, **kwargs)
     return original(cls, config_dict, **_without_flags(kwargs))
 
@@ -184,7 +187,7 @@ def _new_config(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     if not issubclass(cls, SpectralModelMixin):
-        if isinstance(kwargs.get("config"), SpectralConfigMixin) or _flag(cls, kwargs):
+        if isinstance(kwargs.get("config"), SpectralConfigMixin) or _flag(cls, kwargs, with_init=True):
             counterpart = _counterpart(cls, kwargs)
             return counterpart.from_pretrained(*args, **kwargs)
         kwargs = _without_flags(kwargs)
@@ -232,12 +235,15 @@ def _is_conditioned(config_class: Any) -> bool:
     return str(getattr(config_class, "model_type", "")).startswith(MODEL_TYPE_PREFIX)
 
 
-def _flag(cls: Any, kwargs: Mapping[str, Any]) -> bool:
+def _flag(cls: Any, kwargs: Mapping[str, Any], with_init: bool = False) -> bool:
     """Whether keyword arguments ask for conditioning, or a preconditioner.
 
+    Args:
+        with_init: `spectral_init` may be among them.
+
     Raises:
-        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, or settings without their
-            flag.
+        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, settings without their
+            flag, or misspelt ones.
     """
     flag = kwargs.get(FLAG)
     if flag is not True and flag is not False and flag is not None:
@@ -252,6 +258,7 @@ def _flag(cls: Any, kwargs: Mapping[str, Any]) -> bool:
                 f"{stray[0]}={kwargs[stray[0]]!r} does nothing without spectral_conditioning=True; add it, or leave "
                 f"{stray[0]} out."
             )
+        refuse_misspelt(kwargs, cls if issubclass(cls, PretrainedConfig) else cls.config_class, with_init)
         preconditioner_settings(kwargs)  # refuses bad values, and others without their flag
     return asked
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .architectures import AttentionSpec, attention_specs, output_module, unknown_parts
 from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
-from .ordinary import module_problem, refuse_unordinary
+from .ordinary import module_problem, refuse_no_module, refuse_unordinary
 from .preconditioner import PreconditionedLayer
 from .projection_report import Spectrum
 
@@ -155,6 +155,7 @@ def balance(
         ValueError: for a conditioned model, no projection found, no gauge that could be used, tied, quantized, sharded or
             meta weights, `nn.MultiheadAttention`, a probe that fails or misses an attention. Nothing is changed then.
     """
+    refuse_no_module(model, "balance")
     _check_settings(model, probe, tolerance)
     attentions = _find_attentions(model, architecture)
     _check_attentions(model, attentions)

@@ -1,13 +1,15 @@
 """The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports."""
 
+import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers.utils import logging
 
 from .balance import OutputChangedError
@@ -19,6 +21,11 @@ from .config import PROJECTIONS, SpectralConfig
 from .diagnostics.command import report
 from .preconditioner import PreconditionerConfig
 from .version import __version__
+
+TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: where an error was raised is shown
+# Of the types that this package raises, with a message for users.
+OWN_ERRORS = (ValueError, OSError, ImportError, OutputChangedError)
+HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -246,24 +253,45 @@ def _dtype(name: str) -> torch.dtype | None:
     return DTYPES.get(name)
 
 
-def _fail(error: Exception) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
-    raise SystemExit(1)
+def explain(error: Exception) -> str:
+    """What a user is told of an error, whatever raised it: in our own messages the way out is said already."""
+    kind = type(error)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None or kind is LocalTokenNotFoundError:
+        told = f"the Hub refused ({kind.__name__}{'' if status is None else f', status {status}'})"
+        return f"{told}: check the name, and that you are logged in with write access (`hf auth login`)."
+    if kind.__module__.partition(".")[0].rstrip("0123456789") in HTTP_LIBRARIES:
+        return f"the Hub could not be reached ({kind.__name__}): check the connection, and HF_ENDPOINT and HF_HUB_OFFLINE."
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if isinstance(error, OWN_ERRORS) and Path(raised_in).is_relative_to(Path(__file__).parent):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. Check that it is there, and that you may read or write it."
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, OSError):  # transformers and huggingface_hub say in theirs what to do
+        return " ".join(lines)
+    if isinstance(error, ImportError):
+        return f"{error}. Install it: pip install {error.name}."
+    return (
+        f"{kind.__name__}{f': {lines[0]}' if lines else ''}. Something in the checkpoint is not as transformers and "
+        "this package expect it: a file there (config.json, the index, tokenizer_config.json, modules.json, README.md) was "
+        "edited, or is damaged, and is to be restored from its source. If all are whole, report this with what "
+        f"{TRACEBACK}=1 shows."
+    )
 
 
 def main() -> None:
-    """Run the command; what a user can change is a message and exit status 1."""
+    """Run the command: whatever it raises is one message and exit status 1."""
     logging.set_verbosity_error()  # the reports say what there is to say
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
         app()
-    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        told = f"the Hub refused ({type(error).__name__}{'' if status is None else f', status {status}'})"
-        _fail(RuntimeError(f"{told}: check the name, and that you are logged in with write access (`hf auth login`)."))
-    except (ValueError, OSError, OutputChangedError) as error:
-        _fail(error)
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        typer.echo(f"error: {explain(error)}", err=True)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from .layers import (
     refuse_replaced,
     release_projections,
     spectral_layers,
+    unmake_spectral,
 )
-from .ordinary import module_problem, refuse_unordinary
+from .ordinary import module_problem, refuse_no_module, refuse_unordinary
 from .preconditioner import is_preconditioned
 from .projection_report import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
 from .refreshing import recompute, refresh, refresh_interval
@@ -89,7 +90,7 @@ def condition(
         ValueError: for bad settings, no projection found, a target that matches nothing, a model already conditioned,
             tied, quantized, sharded or meta weights, `nn.MultiheadAttention`, adapters of PEFT. Nothing is changed then.
     """
-    _check_settings(config, init)
+    _check_settings(model, config, init)
     _check_not_conditioned(model)
     refuse_adapters(model)
     projections = find_projections(model, architecture, output="output" in config.targets)
@@ -99,15 +100,27 @@ def condition(
     refuse_unordinary(model, [(item.name, item.module) for item in projections], "condition")
     _check_values(projections, config)
 
+    preserves = init == "preserve"
+    layers: list[SpectralLayer] = []
     reports = []
-    for item in logging.tqdm(projections, desc="Conditioning", disable=_no_progress_bar(len(projections))):
-        layer = make_spectral(item.module, item.layout, config)
-        if init == "preserve" and (cost := half_precision_cost([layer], shift=-1)):
+    try:
+        for item in logging.tqdm(projections, desc="Conditioning", disable=_no_progress_bar(len(projections))):
+            layers.append(layer := make_spectral(item.module, item.layout, config))
+            before = projection_spectra(layer, layer.weight)
+            if config.method == "svd":
+                recompute(layer)
+            weight = without_correction(layer) if preserves else layer.weight
+            after = projection_spectra(layer, layer.with_correction(weight))
+            reports += [build_report(item.name, layer, name, before[name], after[name], preserves) for name in before]
+    except BaseException:  # an interruption, too, leaves the model as it was
+        for layer in layers:
+            unmake_spectral(layer)
+        raise
+    if preserves:
+        if cost := half_precision_cost(layers, shift=-1):
             logger.warning_once(f"{cost}, so init='preserve' does not keep the function; condition in float32.")
-        before = projection_spectra(layer, effective=False)
-        apply_correction(layer, init)
-        after = projection_spectra(layer, effective=True)
-        reports += [build_report(item.name, layer, name, before[name], after[name]) for name in before]
+        for layer in layers:
+            subtract_correction(layer)
     hold_projections(model)
     adopt(model, is_conditioned, as_the_table_says, spectral=config)
     set_origin(model, "")
@@ -117,7 +130,7 @@ def condition(
 def attach(model: nn.Module, config: SpectralConfig) -> None:
     """Make the projections of a freshly constructed, stock model conditioned, on whatever device (meta too).
 
-    svd corrections stay zero until `apply_correction` or a checkpoint fills them.
+    svd corrections stay zero until `recompute` or a checkpoint fills them.
     """
     projections = find_projections(model, output="output" in config.targets)
     _check_targets(projections, config)
@@ -127,18 +140,16 @@ def attach(model: nn.Module, config: SpectralConfig) -> None:
 
 
 @torch.no_grad()
-def apply_correction(layer: SpectralLayer, init: str) -> None:
-    """Compute the stored correction (svd) from the weight, and with `init="preserve"` take C out of the weight."""
-    if layer.spectral.method == "svd":
-        recompute(layer)
-    if init == "preserve":
-        subtract_correction(layer)
+def without_correction(layer: SpectralLayer) -> Tensor:
+    """`W - C` with the C in force, formed in at least float32, in the dtype of the weight."""
+    difference = at_least_float32(layer.weight) - at_least_float32(layer.current_correction())
+    return difference.to(layer.weight.dtype)
 
 
 @torch.no_grad()
 def subtract_correction(layer: SpectralLayer) -> None:
-    """`W <- W - C` with the C in force, in at least float32: the effective weight becomes the W that was there."""
-    layer.weight.copy_(at_least_float32(layer.weight) - at_least_float32(layer.current_correction()))
+    """`W <- W - C`: the effective weight becomes the W that was there."""
+    layer.weight.copy_(without_correction(layer))
 
 
 @torch.no_grad()
@@ -158,6 +169,7 @@ def fold(model: nn.Module) -> nn.Module:
         ValueError: if nothing in `model` is conditioned, a projection was replaced, or one carries what a change of its class
             and weight does not reach (see `ordinary`). Nothing is changed then.
     """
+    refuse_no_module(model, "fold")
     refuse_replaced(model)
     layers = list(spectral_layers(model))
     if not layers:
@@ -279,7 +291,8 @@ def _holding(targets: Sequence[str], projections: list[Projection]) -> list[Proj
 # --- checks, all made before anything changes ------------------------------------------------------------------------
 
 
-def _check_settings(config: Any, init: Any) -> None:
+def _check_settings(model: Any, config: Any, init: Any) -> None:
+    refuse_no_module(model, "condition")
     if not isinstance(config, SpectralConfig):
         raise ValueError(f"config={config!r} must be a SpectralConfig, such as SpectralConfig(method='svd').")
     check_choice("init", init, INITS)
@@ -319,6 +332,27 @@ def _check_values(projections: list[Projection], config: SpectralConfig) -> None
                 f"The weight of {item.name} is zero, and a zero matrix has no spectral correction. Initialize it, or use "
                 "method='identity'."
             )
+        check_lambda(item.name, weight, config)
+
+
+def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
+    """Refuse a lambda beyond the weight's dtype, or beside which the sum `W + lambda I` keeps no digit of W.
+
+    Raises:
+        ValueError: naming it, and the greatest that is allowed.
+    """
+    lambdas = [value for value in map(config.lambda_for, config.targets) if value is not None]
+    if not lambdas:
+        return
+    greatest = weight.detach().abs().max().item() if weight.numel() else 0.0
+    limit = torch.finfo(weight.dtype).max
+    if greatest > 0:  # of zeros nothing is lost
+        limit = min(limit, 2 * greatest / torch.finfo(at_least_float32(weight.new_empty(0)).dtype).eps)
+    if max(lambdas) >= limit:
+        raise ValueError(
+            f"lambda_={max(lambdas):g} is too large for {name}, whose {weight.dtype} entries are at most {greatest:.3g}: "
+            f"nothing of W would be left in W + lambda I. Give a lambda far below {limit:.2g}; the paper's is 10."
+        )
 
 
 def _no_progress_bar(steps: int) -> bool | None:

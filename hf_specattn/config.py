@@ -120,7 +120,7 @@ def checked_targets(targets: Any) -> tuple[str, ...]:
     Raises:
         ValueError: for anything but a non-empty collection of different projections.
     """
-    if isinstance(targets, str) or not hasattr(targets, "__iter__"):
+    if isinstance(targets, (str, Mapping)) or not hasattr(targets, "__iter__"):
         raise ValueError(f"targets={targets!r} must be a sequence of names, such as ('query', 'key').")
     names = list(targets)
     unknown = [name for name in names if name not in TARGETS]
@@ -131,9 +131,19 @@ def checked_targets(targets: Any) -> tuple[str, ...]:
     return tuple(name for name in TARGETS if name in names)
 
 
-def _positive_number(name: str, value: Any) -> float:
+def is_positive_number(value: Any) -> bool:
+    """Whether a value is a finite number > 0."""
     # bool is a Real, and True would silently mean 1.
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return 0 < float(value) < math.inf
+    except OverflowError:  # an integer beyond floats
+        return False
+
+
+def _positive_number(name: str, value: Any) -> float:
+    if not is_positive_number(value):
         raise ValueError(
             f"{name}={value!r} is not allowed; give a finite number > 0 (the paper's is 10; small models often want about "
             "1), or a mapping from each target to such a number."

@@ -19,7 +19,7 @@ from .conditioning import Projection, find_projections
 from .config import PROJECTIONS, SpectralConfig, check_choice, checked_targets
 from .corrections import at_least_float32
 from .layers import SPECTRAL_CLASSES, OutputLayout, correction_matrix, spectral_layers
-from .ordinary import refuse_unordinary
+from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import stock_class_of
 
 INITIALIZATIONS = ("default", "orthogonal", "mimetic", "conditioned")
@@ -72,7 +72,7 @@ class Initialization:
                     f"scale={self.scale} must be a finite number above 0, or one for each projection named."
                 )
         if isinstance(self.scale, Mapping):
-            checked_targets(self.scale)
+            checked_targets(list(self.scale))
         if self.norm_reference is not None and self.scale != 1:
             raise ValueError(
                 f"scale={self.scale} would change the norm that norm_reference sets; give one of the two."
@@ -123,6 +123,7 @@ def initialize(
         ValueError: for bad settings, a conditioned model, one in which no projections are known or whose weights are tied,
             quantized or no ordinary ones, and for a mimetic start of one whose output projection is not known.
     """
+    refuse_no_module(model, "initialize")
     initialization = Initialization(kind, scale, norm_reference, tuple(targets))
     if initialization.is_default:
         return

@@ -289,7 +289,11 @@ class SpectralLayer(ChangedLayer):
 
     def effective_weight(self) -> Tensor:
         """`W + C` in the orientation and dtype of `weight`: summed in at least float32, cast once."""
-        return (at_least_float32(self.weight) + at_least_float32(self.current_correction())).to(self.weight.dtype)
+        return self.with_correction(self.weight)
+
+    def with_correction(self, weight: Tensor) -> Tensor:
+        """The same of another weight."""
+        return (at_least_float32(weight) + at_least_float32(self.current_correction())).to(weight.dtype)
 
     def sum_of(self, weight: Tensor, correction: Tensor | None) -> Tensor:
         """The same bits, of a weight and a stored correction (None for identity), with fewer writes."""
@@ -426,21 +430,26 @@ def make_spectral(module: nn.Module, layout: ProjectionLayout, spectral: Spectra
     return module
 
 
+def unmake_spectral(layer: SpectralLayer) -> None:
+    """Undo `make_spectral`: the stock class, and the weight as it stands."""
+    if layer.spectral.method == "svd":
+        forget(layer, "correction")
+    STEPS_SINCE_REFRESH.pop(layer, None)
+    del layer.spectral, layer.layout
+    change_class(layer, STOCK_CLASSES[type(layer)])
+
+
 @torch.no_grad()
 def make_stock(layer: SpectralLayer) -> nn.Module:
     """Turn a conditioned projection back into the stock class, in place, with `W + C` as its weight."""
     weight = read(layer, "weight")
     if layer.spectral.method == "svd":
         correction = read(layer, "correction").to(weight.device)
-        forget(layer, "correction")
     else:
         correction = layer.orient(layer.correction_of(layer.orient(weight)))
     write(layer, "weight", at_least_float32(weight) + at_least_float32(correction))
-    STEPS_SINCE_REFRESH.pop(layer, None)
-    del layer.spectral, layer.layout
-    module: nn.Module = layer
-    change_class(module, STOCK_CLASSES[type(layer)])
-    return module
+    unmake_spectral(layer)
+    return layer
 
 
 class HeldModules(dict[str, Any]):

@@ -10,6 +10,7 @@ configuration, or when one of them is asked for by name: they are attributes of 
 
 import contextlib
 import copy
+import difflib
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import ARCHITECTURES
-from .checksums import check_shape, order_metadata, verify, weight_files, with_checksums
+from .checksums import (
+    CORRECTION,
+    check_shape,
+    order_metadata,
+    stored_corrections,
+    verify,
+    weight_files,
+    with_checksums,
+)
 from .compat import (
     UnsupportedTransformersError,
     add_metadata_on_save,
@@ -37,12 +46,13 @@ from .compat import (
 from .conditioning import (
     CONDITIONED_CLASSES,
     attach,
+    check_lambda,
     define_with,
     half_precision_cost,
     set_origin,
     subtract_correction,
 )
-from .config import INITS, PROJECTIONS, TARGETS, SpectralConfig, check_choice
+from .config import INITS, PROJECTIONS, TARGETS, SpectralConfig, check_choice, is_positive_number
 from .layers import refuse_replaced, spectral_layers
 from .preconditioner import PreconditionerConfig, preconditioned_layers
 from .preconditioning import attach_preconditioner, find_output_projections, precondition
@@ -70,6 +80,7 @@ PRECONDITIONER_FIELDS = (
     "preconditioner_norms",
 )
 FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)
+SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelt one
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
 IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
 
@@ -139,6 +150,7 @@ class SpectralConfigMixin:
         spectral_refresh_every: int | None = None,
         **kwargs: Any,
     ) -> None:
+        refuse_misspelt(kwargs, self.stock_config_class)
         given = {name: kwargs.pop(name) for name in PRECONDITIONER_FIELDS if name in kwargs}
         preconditioner = preconditioner_settings(given)
         if spectral_conditioning is None:
@@ -172,7 +184,7 @@ class SpectralConfigMixin:
         self.preconditioner_scale = preconditioner.scale
         self.preconditioner_eps = preconditioner.eps
         if norms is not None:
-            self.preconditioner_norms = [float(norm) for norm in norms]
+            self.preconditioner_norms = _checked_norms(norms, preconditioner)
 
     def _set_spectral(self, spectral: SpectralConfig | None) -> None:
         self.spectral_conditioning = spectral is not None
@@ -218,10 +230,12 @@ class SpectralConfigMixin:
             ValueError: if `config_dict` is conditioned and `kwargs` ask for something else.
         """
         given = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        refuse_misspelt(kwargs, cls.stock_config_class, with_init=bool(kwargs.get("return_unused_kwargs")))
         if not IS_REMOTE_CODE:
             # It names files beside the checkpoint, and a checkpoint saved from here has none of them.
             config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
+            _refuse_lost_fields(config_dict)
             _refuse_other_settings(config_dict, given)
         else:
             if config_dict.get("model_type") == cls.stock_config_class.model_type:
@@ -260,6 +274,56 @@ def _recast_config(config: Any, target: type) -> Any:
         conditioned_models(target.stock_config_class.model_type)
     copied.__class__ = target
     return copied
+
+
+def _checked_norms(norms: Any, preconditioner: PreconditionerConfig) -> list[float]:
+    numbers = list(norms) if isinstance(norms, (list, tuple)) else []
+    if preconditioner.scale != "match" or not numbers or not all(is_positive_number(norm) for norm in numbers):
+        raise ValueError(
+            f"preconditioner_norms={norms!r} must be a list of finite numbers > 0, one for each attention, and belongs to "
+            "preconditioner_scale='match'. It is measured by hf_specattn.precondition, not set by hand."
+        )
+    return [float(norm) for norm in numbers]
+
+
+def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], with_init: bool = False) -> None:
+    """Refuse names that can only be meant for a field of ours: a configuration keeps, or drops, any name in silence.
+
+    Args:
+        fields: keyword arguments, or the fields of a config.json.
+        stock: the stock configuration class, whose own fields may be called anything.
+        with_init: take `spectral_init`, which is an argument of `from_pretrained` and no field.
+
+    Raises:
+        ValueError: naming what is meant.
+    """
+    for name, value in fields.items():
+        if name in FIELDS or hasattr(stock, name) or (with_init and name == "spectral_init"):
+            continue
+        if name == "spectral_init":
+            raise ValueError(
+                f"spectral_init={value!r} is an argument of from_pretrained of a model, and no field of a configuration: it "
+                "says how the weights of a stock checkpoint enter, and would be applied again on each loading. Leave it out "
+                "here."
+            )
+        parts = (name, name.removeprefix("spectral_").removeprefix("preconditioner_"))
+        close = [found for part in parts for found in difflib.get_close_matches(part, FIELDS, 1, SIMILAR)]
+        if close or name.startswith(("spectral_", "preconditioner_")):
+            meant = f"Did you mean {close[0]}? " if close else ""
+            raise ValueError(f"{name}={value!r} is no field of conditioning. {meant}They are {', '.join(FIELDS)}.")
+
+
+def _refuse_lost_fields(config_dict: Mapping[str, Any]) -> None:
+    """Every saved configuration has all the fields of what it has, so one that lacks some was edited, or is damaged."""
+    needed = () if config_dict.get(FLAG) is False else SPECTRAL_FIELDS
+    if config_dict.get(PRECONDITIONER_FLAG):
+        matched = config_dict.get("preconditioner_scale") == "match"
+        needed = (*needed, *(PRECONDITIONER_FIELDS if matched else PRECONDITIONER_FIELDS[:-1]))
+    if lost := [name for name in needed if name not in config_dict]:
+        raise ValueError(
+            f"The configuration has model_type={config_dict['model_type']!r} and lacks {', '.join(lost)}, which "
+            "save_pretrained writes: config.json was edited, or is damaged. Restore it from its source."
+        )
 
 
 def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
@@ -396,8 +460,12 @@ class SpectralModelMixin:
     def initialize_weights(self) -> None:
         """Initialize what is not, as the stock method; then compute the svd corrections that no checkpoint filled."""
         super().initialize_weights()  # type: ignore[misc]
-        for _, layer in spectral_layers(self):  # type: ignore[arg-type]
-            if layer.spectral.method != "svd" or layer.weight.is_meta:
+        for name, layer in spectral_layers(self):  # type: ignore[arg-type]
+            if layer.weight.is_meta:
+                continue
+            if layer.spectral.method != "svd":
+                if not was_loaded(layer.weight):
+                    check_lambda(name, layer.weight, layer.spectral)
                 continue
             if not was_loaded(layer.correction):
                 recompute(layer)
@@ -445,6 +513,8 @@ class SpectralModelMixin:
                 _verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
             set_origin(model, model.config.name_or_path)
         else:
+            if stored is not None:
+                _refuse_stray_corrections(pretrained_model_name_or_path, model, kwargs)
             _enter_stock_weights(model, spectral_init or "additive")
             _enter_preconditioner(model)
         return (model, info) if with_info else model
@@ -593,17 +663,38 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
 
 def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> None:
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    lost = sorted(key for key in (*info["missing_keys"], *mismatched) if key.endswith(".correction"))
+    lost = sorted(key for key in (*info["missing_keys"], *mismatched) if key.endswith(CORRECTION))
     if lost:
         raise ValueError(
             f"{path} is a conditioned checkpoint, but {len(lost)} correction(s) are missing from it or have the wrong shape, "
             f"such as {lost[0]}. They are part of the trained function and cannot be recomputed; restore the file from its "
             "source."
         )
+    ours = {f"{name}.weight" for name, _ in (*spectral_layers(model), *preconditioned_layers(model))}
+    if random := sorted(ours & set(info["missing_keys"])):
+        raise ValueError(
+            f"{path} is a checkpoint of {type(model).__name__} by its config.json, but lacks {len(random)} weight(s) of its "
+            f"projections, such as {random[0]}: they would be random numbers. Restore config.json and the weights from their "
+            "source."
+        )
+    if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
+        raise ValueError(
+            f"{path} holds {len(surplus)} correction(s) that its config.json does not ask for, such as {surplus[0]} "
+            f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): one of "
+            "the two is not what was saved, and the model would compute something else. Restore both from their source."
+        )
     if getattr(model, "_computed_corrections", False):
         raise UnsupportedTransformersError(
             f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so that the "
             f"corrections of {path} would be recomputed. Install a release that this package names."
+        )
+
+
+def _refuse_stray_corrections(path: Any, model: Any, kwargs: Mapping[str, Any]) -> None:
+    if stray := stored_corrections(weight_files(path, model.config, kwargs)):
+        raise ValueError(
+            f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such as "
+            f"{stray[0]}: config.json is not the one that was saved with the weights. Restore it from its source."
         )
 
 
@@ -618,12 +709,15 @@ def _verify_corrections(path: Any, model: Any, stored: dict[str, Any] | None, kw
 
 
 def _enter_stock_weights(model: Any, spectral_init: str) -> None:
-    layers = [layer for _, layer in spectral_layers(model)]
+    named = list(spectral_layers(model))
+    layers = [layer for _, layer in named]
     if any(layer.weight.is_meta for layer in layers):
         raise ValueError(
             "Projections were offloaded before their corrections could be computed; load with device_map='cpu' (or on one "
             "device), save_pretrained, and offload the conditioned checkpoint."
         )
+    for name, layer in named:
+        check_lambda(name, layer.weight, layer.spectral)
     if spectral_init == "preserve":
         if cost := half_precision_cost(layers, shift=-1):
             logger.warning(f"{cost}, so spectral_init='preserve' does not keep the function; load with dtype=float32.")

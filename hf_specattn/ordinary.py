@@ -15,6 +15,19 @@ from torch.nn.utils import parametrize
 from .compat import forward_under_hooks, hooks_of_accelerate, set_forward_under_hooks
 
 
+def refuse_no_module(model: Any, verb: str) -> None:
+    """Refuse what is no model, such as the name of one.
+
+    Raises:
+        ValueError: saying what to pass.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{verb}({model!r}): that is a {type(model).__name__}, and a model is needed, a torch.nn.Module. Load it first: "
+            "AutoModel.from_pretrained(...)."
+        )
+
+
 def refuse_unordinary(
     model: nn.Module,
     parts: Iterable[tuple[str, Any]],

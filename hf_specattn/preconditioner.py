@@ -5,17 +5,15 @@ Each head's output is equilibrated on its way into the output projection (a thir
 parameter and no buffer.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .compat import Conv1D
-from .config import check_choice
+from .config import check_choice, is_positive_number
 from .corrections import at_least_float32
 from .layers import ChangedLayer
 from .ordinary import change_class
@@ -52,8 +50,7 @@ class PreconditionerConfig:
         check_choice("axis", self.axis, AXES)
         check_choice("gradient", self.gradient, GRADIENTS)
         check_choice("scale", self.scale, SCALES)
-        # bool is a Real, and True would silently mean 1.
-        if isinstance(self.eps, bool) or not isinstance(self.eps, Real) or not 0 < self.eps < math.inf:
+        if not is_positive_number(self.eps):
             raise ValueError(f"eps={self.eps!r} is not allowed; give a finite number > 0, such as 1e-6.")
         object.__setattr__(self, "eps", float(self.eps))
 

@@ -30,7 +30,7 @@ from .compat import Conv1D
 from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
 from .existing_adapters import refuse_adapters
 from .layers import SpectralLayer, hold_projections
-from .ordinary import refuse_unordinary
+from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import (
     PRECONDITIONED_CLASSES,
     PreconditionerConfig,
@@ -393,6 +393,7 @@ def precondition(
         raise ValueError(
             f"config={config!r} must be a PreconditionerConfig, such as PreconditionerConfig(axis='row')."
         )
+    refuse_no_module(model, "precondition")
     check_not_preconditioned(model)
     refuse_adapters(model)
     outputs = find_output_projections(model, architecture)

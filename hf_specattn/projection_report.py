@@ -52,9 +52,10 @@ class ProjectionReport:
         method, lambda_, granularity: what was applied; lambda_ is None for svd.
         before: spectrum of W as it stood.
         after: spectrum of `W + C` as it stands now.
-        weyl_bound: identity: the bound `(lambda_ + s_1) / (lambda_ - s_1)` on the condition number of each block that
-            got its own `C` (the worst of them), s_1 being `sigma_max` of the raw weight beneath; None where
-            `lambda_ <= s_1` and nothing is guaranteed, and for svd.
+        weyl_bound: identity added to W: the bound `(lambda_ + s_1) / (lambda_ - s_1)` on the condition number of each block
+            that got its own `C` (the worst of them), s_1 being its `sigma_max`; None where `lambda_ <= s_1` and nothing is
+            guaranteed, for svd, and for a preserved weight, whose `W + C` is the W that was there.
+        preserved: whether C was taken out of W first (`init="preserve"`).
     """
 
     name: str
@@ -67,6 +68,7 @@ class ProjectionReport:
     before: Spectrum
     after: Spectrum
     weyl_bound: float | None
+    preserved: bool = False
 
     @property
     def sigma_min(self) -> float:
@@ -90,8 +92,8 @@ class ProjectionReport:
 
     @property
     def weyl_bound_holds(self) -> bool | None:
-        """identity: whether `lambda_ > sigma_max(W)`, so that the bound is guaranteed; None for svd."""
-        return None if self.method != "identity" else self.weyl_bound is not None
+        """identity: whether `lambda_ > sigma_max(W)`, so that the bound is guaranteed; None for svd and preserved weights."""
+        return None if self.method != "identity" or self.preserved else self.weyl_bound is not None
 
     @property
     def kappa_fell(self) -> bool:
@@ -99,9 +101,8 @@ class ProjectionReport:
         return self.kappa_after < self.kappa_before
 
 
-def projection_spectra(layer: SpectralLayer, effective: bool) -> dict[str, Spectrum]:
-    """The spectrum of each target of a conditioned layer: of `W + C` if `effective`, else of the raw `W`."""
-    weight = layer.effective_weight() if effective else layer.weight
+def projection_spectra(layer: SpectralLayer, weight: Tensor) -> dict[str, Spectrum]:
+    """The spectrum of each target of a conditioned layer, in a tensor of its weight's shape."""
     parts = layer.layout.split(layer.orient(weight.detach()))
     return {
         name: Spectrum.of(part, layer.layout.head_blocks(name, part))
@@ -111,7 +112,7 @@ def projection_spectra(layer: SpectralLayer, effective: bool) -> dict[str, Spect
 
 
 def build_report(
-    name: str, layer: SpectralLayer, projection: str, before: Spectrum, after: Spectrum
+    name: str, layer: SpectralLayer, projection: str, before: Spectrum, after: Spectrum, preserved: bool
 ) -> ProjectionReport:
     """The report of one target of a conditioned layer whose spectra are known."""
     spectral, layout = layer.spectral, layer.layout
@@ -130,16 +131,13 @@ def build_report(
         granularity=spectral.granularity,
         before=before,
         after=after,
-        weyl_bound=None if lambda_ is None else _worst_weyl_bound(layer, projection, lambda_),
+        weyl_bound=None if lambda_ is None or preserved else _worst_weyl_bound(spectral.granularity, before, lambda_),
+        preserved=preserved,
     )
 
 
-def _worst_weyl_bound(layer: SpectralLayer, projection: str, lambda_: float) -> float | None:
-    # Of the raw weight beneath, which `init="preserve"` has shifted: it is what lambda I is added to.
-    raw = layer.layout.split(layer.matrix().detach())[projection]
-    if layer.spectral.granularity == "head":
-        raw = layer.layout.head_blocks(projection, raw)
-    return weyl_bound(extreme_singular_values(raw)[1].max().item(), lambda_)
+def _worst_weyl_bound(granularity: str, before: Spectrum, lambda_: float) -> float | None:
+    return weyl_bound(max(before.head_sigma_max) if granularity == "head" else before.sigma_max, lambda_)
 
 
 def format_reports(reports: Sequence[ProjectionReport]) -> str:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .existing_adapters import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, OutputLayout, SpectralLayer, refuse_replaced, spectral_layers
-from .ordinary import refuse_unordinary
+from .ordinary import refuse_no_module, refuse_unordinary
 from .polar import polar_correction
 
 logger = logging.get_logger(__name__)
@@ -53,6 +53,7 @@ def refresh(model: nn.Module, exact: bool | None = None) -> None:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function; if a projection was
             replaced, or its weight is computed from other tensors or not there. Nothing is changed then.
     """
+    refuse_no_module(model, "refresh")
     refuse_replaced(model)
     named = [(name, layer) for name, layer in spectral_layers(model) if layer.spectral.dynamic]
     layers = [layer for _, layer in named]

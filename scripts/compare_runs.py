@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from hf_specattn.diagnostics import write_training_report
 from hf_specattn.diagnostics.monitor import MONITOR_FILE
 from hf_specattn.figures import markdown_table
@@ -42,6 +40,7 @@ from recipes.compare.comparison import (
     shared_time_budget,
 )
 from recipes.compare.curves import picture
+from recipes.run.command_line import ScriptParser
 from recipes.run.run_metrics import perplexity
 
 NAME = "comparison"
@@ -77,7 +76,7 @@ class CompareArguments:
 
 def parse_arguments(argv: Sequence[str]) -> tuple[CompareArguments, list[str]]:
     dataclasses: Any = CompareArguments
-    parser = HfArgumentParser(dataclasses, description=__doc__.splitlines()[0])
+    parser = ScriptParser(dataclasses, description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", metavar="RUN", help="Folder of a finished run.")
     arguments, rest = parser.parse_args_into_dataclasses(args=list(argv))
     return arguments, rest.runs

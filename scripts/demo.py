@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from transformers import AutoModelForMaskedLM, HfArgumentParser, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from hf_specattn import fold
@@ -31,6 +31,7 @@ from hf_specattn.config import PROJECTIONS
 from hf_specattn.diagnostics import attention_entropy, spectra
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
 from hf_specattn.files import CannotWriteError, holds_files, require_writable, write_bytes, write_json
+from recipes.run.command_line import ScriptParser
 from recipes.run.run_metrics import METRICS_FILE
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
 
@@ -206,7 +207,7 @@ def check_output_dir(arguments: DemoArguments) -> Path:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (arguments,) = ScriptParser(DemoArguments, description=str(__doc__).splitlines()[0]).parse_args_into_dataclasses()
     output = check_output_dir(arguments)
     directories = {run: pretrain(arguments, run) for run in RUNS}
 

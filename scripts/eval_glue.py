@@ -7,7 +7,7 @@ one conditioned without changing its function, on some tasks from the official f
 
     python scripts/eval_glue.py --model_name_or_path bert-base-uncased --compare_stock \
         --spectral_conditioning --spectral_method svd --spectral_init preserve \
-        --tasks cola,rte,sst2 --data_dir glue --seeds 5 --output_dir runs/glue
+        --tasks cola,rte,sst2 --data_dir glue --seeds 0 1 2 3 4 --output_dir runs/glue
 
 On several GPUs, each of which takes whole runs (model x task x seed), so that every run is what it is on one:
 
@@ -81,7 +81,7 @@ def plan_runs(
     return [
         RunRecord(variant.label, name, seed, {**variant.settings(), **shared}, task_data.description)
         for name, task_data in data.items()
-        for seed in range(arguments.seeds)
+        for seed in arguments.seeds
         for variant in variants
     ]
 
@@ -160,7 +160,7 @@ def record_folder(record: RunRecord) -> str:
 def check_space(arguments: GlueArguments, variants: Sequence[ModelVariant]) -> None:
     """Refuse, before the data are read, a disk without space for the models that are to be saved."""
     if arguments.save_models:
-        runs = len(arguments.glue_tasks) * arguments.seeds
+        runs = len(arguments.glue_tasks) * len(arguments.seeds)
         require_writable(arguments.output_dir, "--output_dir", runs * sum(map(weight_bytes, variants)))
 
 
@@ -197,6 +197,10 @@ def report(arguments: GlueArguments, results: Results) -> None:
 def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator: Accelerator) -> int:
     """Do all runs that are missing and report all that there are; returns how many of those asked for have failed."""
     results, bars = Results(arguments.output_dir), show_progress(arguments, accelerator)
+    if len(arguments.seeds) == 1 and arguments.seeds[0] > 1 and accelerator.is_main_process:  # it was a count once
+        logger.warning(
+            f"--seeds {arguments.seeds[0]} is one run per model and task, with that seed; five are --seeds 0 1 2 3 4."
+        )
     variants = plan_variants(arguments, spectral)
     by_label = {variant.label: variant for variant in variants}
     # What all processes need, one makes; what is wrong shows before the first run.

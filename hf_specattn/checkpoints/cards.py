@@ -26,12 +26,17 @@ TEMPLATES = "hf_specattn.model_cards"
 
 # What a source's card says that holds for what is made of it too.
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag", "library_name")
+LISTS = ("language", "datasets", "tags", "license", "base_model")  # of which there may be several
 TEMPLATE_OF = {"convert": "conditioned.md", "fold": "folded.md", "balance": "balanced.md"}
 PRECONDITIONER_TEMPLATE = "preconditioner.md"  # the part of each that is about it
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """What the metadata of a checkpoint's README.md say; empty where there are none, or they cannot be read."""
+    """What the metadata of a checkpoint's README.md say; empty where there are none, or they are no YAML.
+
+    Raises:
+        ValueError: for a field of another type than the Hub's.
+    """
     file = folder / CARD
     if not file.is_file():
         return {}
@@ -39,7 +44,13 @@ def source_card(folder: Path) -> dict[str, Any]:
         data = RepoCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
-    return {name: data[name] for name in (*INHERITED, "base_model") if data.get(name) is not None}
+    found = {name: data[name] for name in (*INHERITED, "base_model") if data.get(name) is not None}
+    for name, value in found.items():
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts) or (isinstance(value, list) and name not in LISTS):
+            allowed = "a text or a list of texts" if name in LISTS else "a text"
+            raise ValueError(f"{file}: {name} in its metadata is {value!r}, but must be {allowed}; correct it.")
+    return {name: [value] if name == "tags" and isinstance(value, str) else value for name, value in found.items()}
 
 
 def write_card(folder: Path, record: Record, repo_id: str | None = None) -> list[str]:

@@ -22,7 +22,7 @@ from ..diagnostics.spectra import spectra
 from ..files import megabytes, write_bytes
 from ..preconditioning import preconditioning_reports
 from .cards import CARD, card_files, source_card
-from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files
+from .destinations import COMPANIONS, SENTENCE_TRANSFORMERS_MODULES, files_in, module_files, refuse_links_out
 from .evaluations_file import EVALUATION_FILES
 from .pictures import PICTURE
 from .probe import Comparison, make_batch
@@ -108,6 +108,7 @@ def plan(folder: str | Path, repo_id: str, new_card: bool = False) -> Publicatio
     present = files_in(found.folder)
     chosen = [name for name in present if _is_published(name, found)]
     files: dict[str, Path | bytes] = {name: found.folder / name for name in chosen}
+    refuse_links_out(found.folder, [found.folder / name for name in chosen])
     for name, content in remote_code(found.config).items():
         if name not in present or (found.folder / name).read_bytes() != content:
             files[name] = content

@@ -15,8 +15,16 @@ from transformers import PreTrainedModel
 
 from .. import modeling
 from ..architectures import ARCHITECTURES
+from ..checksums import CORRECTION
 from ..conditioning import find_projections
-from ..modeling import FLAG, MODEL_TYPE_PREFIX, PRECONDITIONER_FLAG, crammed_bert_classes
+from ..modeling import (
+    FIELDS,
+    FLAG,
+    MODEL_TYPE_PREFIX,
+    PRECONDITIONER_FLAG,
+    crammed_bert_classes,
+    refuse_stored_fields,
+)
 from .remote_code import refuse_outside
 
 CONFIG = "config.json"
@@ -116,8 +124,10 @@ def find_source(
     folder, hub_id, commit = _locate(path_or_id, revision, allow_pickle, cache_dir)
     config = _read_config(folder, path_or_id)
     _refuse_quantized_config(config, path_or_id)
+    _refuse_other_contents(config, folder, path_or_id)
     shards, is_pickle = _list_shards(folder, path_or_id, allow_pickle)
     shards, dtypes = (shards, {}) if is_pickle else _open_shards(folder, shards)
+    _refuse_stray_corrections(config, shards, path_or_id)
     model_class = _model_class(config, path_or_id)
     if is_pickle:
         shards, dtypes = _open_pickles(folder, shards)
@@ -139,6 +149,35 @@ def find_source(
     )
 
 
+def _refuse_other_contents(config: dict[str, Any], folder: Path, path_or_id: str) -> None:
+    """A folder that holds more than it says, or says more than it holds."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise SourceError(
+            f"{path_or_id} has an adapter of PEFT beside its weights ({ADAPTER_CONFIG}), which transformers adds when "
+            "it loads them. Merge it (model.merge_and_unload(), then save_pretrained into another folder), or move the "
+            "adapter's files away if the model without it is meant."
+        )
+    if not str(config["model_type"]).startswith(MODEL_TYPE_PREFIX):
+        known = config["model_type"] in ARCHITECTURES
+        try:
+            refuse_stored_fields(config, FIELDS if known else (FLAG, PRECONDITIONER_FLAG))
+        except ValueError as error:
+            raise SourceError(f"{folder / CONFIG}: {error}") from error
+
+
+def _refuse_stray_corrections(config: dict[str, Any], shards: dict[str, tuple[str, ...]], path_or_id: str) -> None:
+    names = {name for found in shards.values() for name in found}
+    stray = sorted(
+        name for name in names if name.endswith(CORRECTION) and name.replace(CORRECTION, ".weight") in names
+    )
+    if stray and not str(config["model_type"]).startswith(MODEL_TYPE_PREFIX):
+        raise SourceError(
+            f"{path_or_id} has the {CONFIG} of a stock {config['model_type']}, and {len(stray)} correction(s) of a "
+            f"conditioned model, such as {stray[0]}: {CONFIG} is not the one that was saved with the weights. Restore it "
+            "from its source."
+        )
+
+
 def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, dict[str, Any]]:
     """The model of a source in eval mode, and what became of its tensors (transformers' loading report).
 
@@ -158,7 +197,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, d
             ignore_mismatched_sizes=True,  # reported below, by name
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         raise SourceError(f"{source.name} cannot be loaded as {source.model_class.__name__}: {error}") from error
     model, info = loaded
     if mismatched := sorted(_key(entry) for entry in info["mismatched_keys"]):
@@ -167,7 +206,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, d
             f"{mismatched[0]}. Either "
             "the weights or config.json are those of another model; restore them from their source."
         )
-    _refuse_missing_projections(source, model, set(info["missing_keys"]))
+    _check_projections(source, model, set(info["missing_keys"]))
     return model.eval(), info
 
 
@@ -175,13 +214,19 @@ def _key(entry: Any) -> str:
     return str(entry[0] if isinstance(entry, tuple) else entry)
 
 
-def _refuse_missing_projections(source: Source, model: Any, missing: set[str]) -> None:
-    if not missing:
-        return
+def _check_projections(source: Source, model: Any, missing: set[str]) -> None:
     try:
         projections = find_projections(model)
     except ValueError:  # an unknown architecture, about which whoever asked will hear
         return
+    for item in projections:
+        for name in ("weight", "correction"):
+            tensor = getattr(item.module, name, None)
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise SourceError(
+                    f"{source.name}: {item.name}.{name} has nan or inf entries. Restore the weights from their source, or go "
+                    "back to a checkpoint before the training diverged."
+                )
     lost = sorted(missing & {f"{item.name}.weight" for item in projections})
     if lost:
         raise SourceError(
@@ -298,9 +343,13 @@ def _list_shards(folder: Path, path_or_id: str, allow_pickle: bool) -> tuple[dic
 
 
 def _read_index(file: Path) -> dict[str, tuple[str, ...]]:
-    weight_map = read_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise SourceError(f"{file} is damaged: it has no weight_map. Restore it from its source.")
+    content = read_json(file)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not isinstance(content.get("metadata"), dict):
+        lost = "weight_map" if not isinstance(weight_map, dict) or not weight_map else "metadata"
+        raise SourceError(
+            f"{file} is damaged: it has no {lost}, which transformers reads. Restore it from its source."
+        )
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
@@ -369,15 +418,19 @@ def _model_class(config: dict[str, Any], path_or_id: str) -> type[PreTrainedMode
         refuse_outside(str(config["model_type"]))
     except ValueError as error:
         raise SourceError(f"{path_or_id}: {error}") from error
-    if (own := _own_class(str(names[0]))) is not None:
-        return own
-    stock: Any = getattr(transformers, str(names[0]), None)
-    if not (isinstance(stock, type) and issubclass(stock, PreTrainedModel)):
+    found: Any = _own_class(str(names[0])) or getattr(transformers, str(names[0]), None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise SourceError(
             f"{path_or_id} is a {names[0]} (model type {config['model_type']!r}), a class that neither transformers "
             f"{transformers.__version__} nor this package has: {unknown_architecture_way_out()}"
         )
-    return stock
+    model_type = getattr(found.config_class, "model_type", None)
+    if config["model_type"] != model_type and str(model_type).removeprefix(MODEL_TYPE_PREFIX) in ARCHITECTURES:
+        raise SourceError(
+            f"The {CONFIG} of {path_or_id} has model_type={config['model_type']!r}, but {names[0]} in its architectures is "
+            f"of {model_type!r}: it was edited, or is damaged. Restore it from its source."
+        )
+    return found
 
 
 def _own_class(name: str) -> Any:

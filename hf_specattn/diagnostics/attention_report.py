@@ -243,8 +243,8 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
         grew, heads = sum(len(row.kappa_grew) for row in reports), sum(len(row.kappa_before) for row in reports)
         found.append(
             f"The attention is preconditioned, {reports[0].preconditioner.describe()} ({SOURCE}): on this input the "
-            f"condition number of what a head gives grew in {grew} of {heads} heads. The Jacobians are of what the heads "
-            "give before it."
+            f"condition number of what a head gives grew in {grew} of {heads} heads. The Jacobians are of what they give "
+            "before it."
         )
     if any(row.is_lower_bound for row in diagnosis.jacobians):
         found.append("Some Jacobians are conditioned worse than can be resolved; their numbers are lower bounds.")

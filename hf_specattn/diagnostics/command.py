@@ -39,12 +39,9 @@ def report(
         write_report,  # brings the Trainer's callbacks, for which the other commands should not wait
     )
 
-    try:
-        loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
-        batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
-        page = write_report(loaded, batch, output_dir, title=model, queries=queries, jacobian_heads=jacobian_heads)
-    except (ValueError, OSError, ImportError) as error:
-        raise typer.BadParameter(str(error)) from error
+    loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
+    batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
+    page = write_report(loaded, batch, output_dir, title=model, queries=queries, jacobian_heads=jacobian_heads)
     typer.echo(f"Wrote {page}, with its figures beside it.")
 
 
@@ -69,8 +66,10 @@ def _batch(
 
 
 def _first_lines(data: Path, count: int) -> list[str]:
-    with data.open(encoding="utf-8") as stream:
+    with data.open(encoding="utf-8", errors="surrogateescape") as stream:
         lines = [line.strip() for line, _ in zip((line for line in stream if line.strip()), range(count))]
     if not lines:
         raise ValueError(f"--data {data} has no line of text.")
+    if any(character == "\0" or "\udc80" <= character <= "\udcff" for line in lines for character in line):
+        raise ValueError(f"--data {data} is no text in UTF-8: save it as UTF-8, or give another file.")
     return lines

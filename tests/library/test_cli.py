@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,18 @@ from types import SimpleNamespace
 import pytest
 import tomllib
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+import yaml
+from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import _http
 from models import ARCHITECTURES
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, logging
 
 from hf_specattn import SpectralConfig, cli
-from hf_specattn.checkpoints import publishing
+from hf_specattn.checkpoints import conversion, publishing
 
 BERT = ARCHITECTURES["bert"]
+httpx = getattr(_http, "httpx2", None) or _http.httpx  # what this release of huggingface_hub speaks through
 SECRET = "hf_thisIsASecretToken"
 
 
@@ -201,3 +207,203 @@ def test_push(specattn, source, tmp_path, monkeypatch):
     assert code == 1
     assert "the Hub refused (RepositoryNotFoundError, status 401)" in err
     assert "hf auth login" in err
+
+
+# --- whatever is raised, one message ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def conditioned(source, tmp_path_factory):
+    """A conditioned checkpoint of the package, with the code that it carries, and a tokenizer's files."""
+    folder = tmp_path_factory.mktemp("conditioned") / "tiny"
+    conversion.convert(str(source), folder, SpectralConfig("svd"))
+    return folder
+
+
+def write(name, content):
+    def change(folder):
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return change
+
+
+def in_config(**fields):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def index(**content):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        names = load_file(folder / "model-00001-of-00001.safetensors")
+        content["weight_map"] = dict.fromkeys(names, "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+    return change
+
+
+def readme(**fields):
+    return write("README.md", f"---\n{yaml.safe_dump(fields)}---\nText.\n")
+
+
+def tokenizer_of(content):
+    def change(folder):
+        (folder / "vocab.txt").write_text("[PAD]\n[UNK]\na\n")
+        write("tokenizer_config.json", content)(folder)
+
+    return change
+
+
+def spoil(name, value):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name].view(-1)[5] = value
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return change
+
+
+QUERY = "encoder.layer.0.attention.self.query"
+DAMAGES = {
+    "text for a number": (in_config(hidden_size="32"), "restored from its source"),
+    "no number of heads": (in_config(num_attention_heads=None), "restored from its source"),
+    "a list for the type": (in_config(model_type=["bert"]), "names no model_type"),
+    "a list for a lambda": (in_config(lambda_=[1]), "lambda_=[1] means nothing to method='svd'"),
+    "auto_map a number": (in_config(auto_map=5), "restored from its source"),
+    "an index without metadata": (index(), "has no metadata, which transformers reads"),
+    "an index with metadata that are a list": (index(metadata=[]), "has no metadata, which transformers reads"),
+    "modules.json a number": (write("modules.json", 5), "restored from its source"),
+    "modules.json with numbers": (write("modules.json", [5]), "restored from its source"),
+    "modules.json cut off": (write("modules.json", '[{"path": '), "restored from its source"),
+    "tokenizer_config.json a list": (tokenizer_of([]), "restored from its source"),
+    "tokenizer_config.json cut off": (tokenizer_of('{"a"'), "restored from its source"),
+    "a licence that is false": (readme(license=False), "license in its metadata is False, but must be a text"),
+    "a tag that is a number": (readme(tags=["a", 5]), "tags in its metadata is ['a', 5], but must be"),
+    "a pipeline that is a list": (
+        readme(pipeline_tag=["x"]),
+        "pipeline_tag in its metadata is ['x'], but must be a text;",
+    ),
+    "nan in W": (spoil(f"{QUERY}.weight", math.nan), f"{QUERY}.weight has nan or inf entries"),
+    "inf in C": (spoil(f"{QUERY}.correction", math.inf), "has nan or inf entries"),
+    "an adapter beside": (
+        write("adapter_config.json", {"peft_type": "LORA"}),
+        "has an adapter of PEFT beside its weights",
+    ),
+    "a stock type with the flag": (
+        in_config(model_type="bert", architectures=["BertModel"]),
+        "a stock class has written it, or somebody has edited it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_end_in_one_message(damage, specattn, conditioned, tmp_path):
+    change, message = DAMAGES[damage]
+    folder = tmp_path / "source"
+    shutil.copytree(conditioned, folder)
+    change(folder)
+    failed = {}
+    for command in (
+        ("inspect", folder),
+        ("fold", folder, tmp_path / "new"),
+        ("balance", folder, tmp_path / "new"),
+        ("convert", folder, tmp_path / "new", "--method", "svd"),
+        ("push", folder, "me/x", "--dry-run", "--new-card"),
+        ("report", folder, "--output-dir", tmp_path / "report", "--jacobian-heads", 0),
+    ):
+        code, _, err = specattn(*command)
+        assert (code, err.count("\n")) in ((0, 0), (0, 1), (1, 1)), (command[0], err)
+        assert (tmp_path / "new").exists() == (damage == "auto_map a number" and command[0] == "fold")
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        if code:
+            assert err.startswith("error: ")
+            failed[command[0]] = err
+    # auto_map names code, which a folded checkpoint has no use for.
+    assert message in failed["push" if damage == "auto_map a number" else "fold"]
+
+
+def test_the_traceback_can_be_asked_for(specattn, conditioned, tmp_path, monkeypatch):
+    shutil.copytree(conditioned, tmp_path / "source")
+    in_config(hidden_size="32")(tmp_path / "source")
+    assert "report this with what SPECATTN_TRACEBACK=1 shows" in specattn("inspect", tmp_path / "source")[2]
+    monkeypatch.setenv("SPECATTN_TRACEBACK", "1")
+    monkeypatch.setattr("sys.argv", ["specattn", "inspect", str(tmp_path / "source")])
+    with pytest.raises(Exception, match="hidden_size"):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (httpx.ConnectError("[Errno -2] Name or service not known"), "the Hub could not be reached (ConnectError)"),
+        (httpx.ReadTimeout("timed out"), "the Hub could not be reached (ReadTimeout): check the connection"),
+        (LocalTokenNotFoundError("no token"), "the Hub refused (LocalTokenNotFoundError)"),
+        (
+            PermissionError(13, "Permission denied", "/some/file"),
+            "/some/file: Permission denied. Check that it is there",
+        ),
+        (ModuleNotFoundError("No module named 'jinja2'", name="jinja2"), "Install it: pip install jinja2."),
+        (RecursionError("maximum recursion depth exceeded"), "restored from its source"),
+        (KeyError("metadata"), "KeyError: 'metadata'. Something in the checkpoint is not as"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_whatever_is_raised_is_one_message(error, message, specattn, conditioned, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "publish", fail)
+    code, _, err = specattn("push", conditioned, "me/x")
+    assert (code, err.count("\n")) == (1, 1)
+    assert message in err
+    assert SECRET not in err
+
+
+def test_links_out_of_a_checkpoint_are_neither_copied_nor_published(specattn, source, conditioned, tmp_path):
+    private = tmp_path / "private.txt"
+    private.write_text("mine")
+    for origin, command in ((source, "convert"), (conditioned, "fold")):
+        folder = tmp_path / command
+        shutil.copytree(origin, folder)
+        (folder / "vocab.txt").symlink_to(private)
+        for arguments in ((command, folder, tmp_path / "new"), ("push", folder, "me/x", "--dry-run", "--new-card")):
+            code, _, err = specattn(*arguments)
+            assert code == 1
+            assert f"vocab.txt is a link to a file outside of the checkpoint, {private}" in err
+        assert not (tmp_path / "new").exists()
+
+
+def test_links_into_the_hubs_cache_are_its_way_to_keep_files(specattn, source, tmp_path):
+    blobs, snapshot = (tmp_path / "models--org--tiny" / name for name in ("blobs", "snapshots/abc"))
+    blobs.mkdir(parents=True)
+    shutil.copytree(source, snapshot)
+    (snapshot / "merges.txt").write_text("a b\n")
+    for file in list(snapshot.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(blobs / file.name)
+    assert specattn("convert", snapshot, tmp_path / "new")[0] == 0
+    assert (tmp_path / "new" / "merges.txt").read_text() == "a b\n"
+    assert not (tmp_path / "new" / "merges.txt").is_symlink()
+
+
+def test_the_destination_is_no_part_of_the_source(specattn, source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    before = sorted(path.name for path in (tmp_path / "source").iterdir())
+    for destination in ("source/new", "source/a/b", "source/../source/new"):
+        code, _, err = specattn("convert", tmp_path / "source", tmp_path / destination)
+        assert code == 1
+        assert "lies in SRC" in err
+    assert sorted(path.name for path in (tmp_path / "source").iterdir()) == before
+
+
+def test_corrections_of_a_stock_checkpoint_are_noticed(specattn, conditioned, source, tmp_path):
+    shutil.copytree(conditioned, tmp_path / "source")
+    shutil.copy(source / "config.json", tmp_path / "source" / "config.json")
+    code, _, err = specattn("inspect", tmp_path / "source")
+    assert code == 1
+    assert "has the config.json of a stock bert, and 6 correction(s) of a conditioned model" in err
+    with pytest.raises(ValueError, match=r"has the config.json of a stock model, and 6 correction\(s\)"):
+        AutoModel.from_pretrained(tmp_path / "source", spectral_conditioning=True, spectral_method="svd")

@@ -9,6 +9,7 @@ import torch
 from models import ToyAttention, toy_spec
 from torch import nn
 from transformers import (
+    AutoModel,
     BertConfig,
     BertModel,
     GPT2Config,
@@ -21,7 +22,18 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_specattn import AttentionSpec, SpectralConfig, condition, fold
+from hf_specattn import (
+    AttentionSpec,
+    PreconditionerConfig,
+    SpectralConfig,
+    balance,
+    condition,
+    conditioning,
+    fold,
+    initialize,
+    precondition,
+    refresh,
+)
 from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import SpectralLinear, spectral_layers
 
@@ -296,3 +308,91 @@ def test_a_tied_projection_is_refused():
     with pytest.raises(ValueError, match="is tied"):
         condition(model, SpectralConfig())
     assert not list(spectral_layers(model))
+
+
+# --- what fails leaves the model as it was ----------------------------------------------------------------------------
+
+
+def state_of(model):
+    classes = {name: type(module) for name, module in model.named_modules()}
+    return classes, {name: value.clone() for name, value in model.state_dict().items()}, model.config
+
+
+def is_as_it_was(model, before):
+    classes, weights, config = before
+    now = state_of(model)
+    return (
+        now[0] == classes
+        and now[2] is config
+        and now[1].keys() == weights.keys()
+        and all(torch.equal(value, weights[name]) for name, value in now[1].items())
+    )
+
+
+@pytest.mark.parametrize("number", ["bert", None, {"model": 1}, SpectralConfig()], ids=str)
+def test_what_is_no_model_is_named(number):
+    for verb, use in {
+        "condition": lambda: condition(number, SpectralConfig()),
+        "fold": lambda: fold(number),
+        "refresh": lambda: refresh(number),
+        "balance": lambda: balance(number),
+        "precondition": lambda: precondition(number, PreconditionerConfig()),
+        "initialize": lambda: initialize(number, "orthogonal"),
+    }.items():
+        with pytest.raises(
+            ValueError, match=rf"^{verb}\(.*a model is needed, a torch.nn.Module. Load it first: AutoModel"
+        ):
+            use()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("init", ["additive", "preserve"])
+def test_a_lambda_beside_which_nothing_of_w_is_left_is_refused(dtype, init):
+    model = BertModel(BertConfig(**SMALL)).to(dtype)
+    greatest = max(item.module.weight.abs().max().item() for item in find_projections(model))
+    before = state_of(model)
+    limit = min(
+        torch.finfo(dtype).max,
+        2 * greatest / torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps,
+    )
+    for lambda_ in (1e39, 1.01 * limit):
+        with pytest.raises(ValueError, match=r"lambda_=.* is too large for encoder.layer.0.attention.self.query"):
+            condition(model, SpectralConfig(lambda_=lambda_), init)
+        assert is_as_it_was(model, before)
+    condition(model, SpectralConfig(lambda_=0.1 * min(limit, 1e4)), "additive")
+    with pytest.raises(ValueError, match=r"10\*\*400|must|not allowed"):
+        SpectralConfig(lambda_=10**400)
+
+
+def test_lambda_is_checked_by_the_flag_too(tmp_path):
+    model = BertModel(BertConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    flag = {"spectral_conditioning": True, "lambda_": 1e39}
+    for use in (
+        lambda: AutoModel.from_pretrained(tmp_path, **flag),
+        lambda: AutoModel.from_config(BertConfig(**SMALL, **flag)),
+    ):
+        with pytest.raises(ValueError, match=r"lambda_=1e\+39 is too large"):
+            use()
+
+
+@pytest.mark.parametrize("init", ["additive", "preserve"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_in_the_middle_changes_nothing(init, error, monkeypatch):
+    model = BertModel(BertConfig(**SMALL))
+    before = state_of(model)
+    recompute, calls = conditioning.recompute, []
+
+    def fail_at_the_third(layer):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise error("linalg.svd: the algorithm failed to converge")
+        recompute(layer)
+
+    monkeypatch.setattr(conditioning, "recompute", fail_at_the_third)
+    with pytest.raises(error):
+        condition(model, SpectralConfig("svd"), init)
+    assert is_as_it_was(model, before)
+    monkeypatch.undo()
+    condition(model, SpectralConfig("svd"), init)
+    assert len(list(spectral_layers(model))) == 6

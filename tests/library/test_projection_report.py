@@ -90,3 +90,17 @@ def test_table():
     assert "encoder.layer.0.attention.self.query query" in lines[1]
     assert f"{reports[0].kappa_after:.4g}" in lines[1]
     assert "lambda <= sigma_max: no bound" in lines[1]
+
+
+@pytest.mark.parametrize("granularity", ["projection", "head"])
+def test_a_preserved_weight_is_the_one_that_was_there_and_no_bound_speaks_of_it(granularity):
+    reports = condition(bert(5.0), SpectralConfig(lambda_=10.0, granularity=granularity), "preserve")
+    for report in reports:
+        assert report.preserved
+        assert report.weyl_bound is None
+        assert report.weyl_bound_holds is None
+        assert report.kappa_after == pytest.approx(report.kappa_before, rel=1e-6)
+    assert "no bound" not in format_reports(reports)
+    additive = condition(bert(5.0), SpectralConfig(lambda_=1.0, granularity=granularity))
+    assert not any(report.preserved for report in additive)
+    assert "lambda <= sigma_max: no bound" in format_reports(additive)

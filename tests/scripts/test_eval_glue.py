@@ -1,9 +1,11 @@
 """The script on tiny models and small copies of GLUE's files: its numbers, its records, and everything that it refuses."""
 
+import errno
 import importlib.metadata
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,8 +33,9 @@ from transformers import (
 
 from hf_specattn import CrammedBertConfig, CrammedBertForMaskedLM, SpectralConfig, condition
 from hf_specattn.checkpoints.evaluations_file import read_evaluations
+from hf_specattn.files import FolderLock
 from hf_specattn.layers import spectral_layers
-from recipes.glue import fine_tuning
+from recipes.glue import fine_tuning, glue_results
 from recipes.glue.fine_tuning import FineTuner
 from recipes.glue.glue_batches import epoch_batches
 from recipes.glue.glue_report import picture
@@ -102,7 +105,16 @@ def evaluate(script, checkpoints, data, tmp_path, monkeypatch):
         AcceleratorState._reset_state(reset_partial_state=True)
         paths = [str(checkpoints / each) for each in names.split()]
         folder = tmp_path / name
-        common = ["--tasks", tasks, "--data_dir", str(data), "--seeds", str(seeds), "--output_dir", str(folder)]
+        common = [
+            "--tasks",
+            tasks,
+            "--data_dir",
+            str(data),
+            "--seeds",
+            *map(str, range(seeds)),
+            "--output_dir",
+            str(folder),
+        ]
         command = ["--model_name_or_path", *paths, *common, *SHORT, *flags]
         if fails:
             with pytest.raises(SystemExit) as ended:
@@ -243,7 +255,7 @@ def write_learnable(folder):
 
 def test_models_learn(script, checkpoints, tmp_path):
     write_learnable(tmp_path / "data")
-    model = ["--model_name_or_path", str(checkpoints / "svd"), "--output_dir", str(tmp_path / "run"), "--seeds", "1"]
+    model = ["--model_name_or_path", str(checkpoints / "svd"), "--output_dir", str(tmp_path / "run"), "--seeds", "0"]
     settings = ["--tasks", "sst2,stsb", "--max_seq_length", "32", "--dropout", "0"]
     settings += ["--learning_rate", "1e-2", "--num_train_epochs", "20"]
     script.main([*model, "--data_dir", str(tmp_path / "data"), *settings])
@@ -328,7 +340,7 @@ def test_a_folder_in_the_layout_of_the_hub(script, checkpoints, tmp_path, monkey
         "--tasks",
         "cola",
         "--seeds",
-        "1",
+        "0",
         *SHORT,
         "--output_dir",
         str(tmp_path / "run"),
@@ -519,7 +531,7 @@ def test_a_retrained_checkpoint_of_the_same_name_is_another_model(evaluate, chec
         "--data_dir",
         str(data),
         "--seeds",
-        "1",
+        "0",
     ]
     command += [*SHORT, "--output_dir", str(tmp_path / "run")]
     script.main(command)
@@ -699,7 +711,7 @@ def test_lora_on_a_pretrained_model_from_training_to_a_plain_bert(script, minilm
         "preserve",
         *LORA,
     ]
-    flags += ["--tasks", "sst2", "--data_dir", str(tmp_path / "data"), "--seeds", "1", "--save_models"]
+    flags += ["--tasks", "sst2", "--data_dir", str(tmp_path / "data"), "--seeds", "0", "--save_models"]
     script.main([*flags, "--num_train_epochs", "2", "--max_seq_length", "32", "--output_dir", str(tmp_path / "run")])
     record = only_run_of(tmp_path / "run")
     assert record.scores["validation"]["accuracy"] == 1.0
@@ -748,7 +760,7 @@ def test_two_processes_share_the_runs_and_each_is_what_it_is_on_one(evaluate, ch
     flags = ["--dropout", "0.1", "--train_batch_size", "7", "--per_device_eval_batch_size", "4", "--do_predict"]
     one = evaluate("svd", "mnli,stsb", *flags, name="one", seeds=2)
     command = ["--model_name_or_path", str(checkpoints / "svd"), "--tasks", "mnli,stsb", "--data_dir", str(data)]
-    command += ["--seeds", "2", "--output_dir", "two", *SHORT, *flags]
+    command += ["--seeds", "0", "1", "--output_dir", "two", *SHORT, *flags]
     told = run_process(torchrun(SCRIPT, *command), tmp_path, ACCELERATE_USE_CPU="1")
     assert told.stderr.count("1/2: ") == told.stderr.count("2/2: ") == 2  # each process tells of its own two
     two, expected = runs_of(tmp_path / "two"), runs_of(one)
@@ -786,7 +798,7 @@ eval_glue.main(sys.argv[1:])
 def test_a_run_that_fails_on_one_process_disturbs_no_other(checkpoints, data, tmp_path):
     (tmp_path / "sabotage.py").write_text(SABOTAGE.format(scripts=str(SCRIPT.parent)))
     command = ["--model_name_or_path", str(checkpoints / "svd"), "--tasks", "rte", "--data_dir", str(data)]
-    command += ["--seeds", "3", "--output_dir", "run", *SHORT]
+    command += ["--seeds", "0", "1", "2", "--output_dir", "run", *SHORT]
     with pytest.raises(AssertionError, match="1 runs have failed"):
         run_process(torchrun(tmp_path / "sabotage.py", *command), tmp_path, ACCELERATE_USE_CPU="1")
     records = runs_of(tmp_path / "run")
@@ -818,7 +830,7 @@ eval_glue.main(sys.argv[1:])
 @pytest.mark.slow
 def test_nothing_optional_is_needed(evaluate, checkpoints, data, tmp_path):
     """A GPU machine may have neither `datasets` nor `evaluate`: the scores are the same without."""
-    flags = ["--tasks", "mrpc,stsb", "--seeds", "2", "--data_dir", str(data), *SHORT, "--output_dir", "run"]
+    flags = ["--tasks", "mrpc,stsb", "--seeds", "0", "1", "--data_dir", str(data), *SHORT, "--output_dir", "run"]
     models = ["--model_name_or_path", str(checkpoints / "crammed"), str(checkpoints / "svd")]
     result = run_process([sys.executable, "-c", WITHOUT.format(scripts=str(SCRIPT.parent)), *models, *flags], tmp_path)
     assert "needs scipy" in (tmp_path / "run" / "glue.md").read_text()
@@ -837,7 +849,8 @@ def test_nothing_optional_is_needed(evaluate, checkpoints, data, tmp_path):
     [
         (["--tasks", "imdb"], "--tasks imdb: unknown; choose all, or some of mnli"),
         (["--tasks", "wnli"], "WNLI, which is left out here"),
-        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--seeds", "-1"], "--seeds -1 must be at least 0"),
+        (["--seed", "1", "1"], "--seeds 1 1: a seed is named twice"),
         (["--max_train_samples", "0"], "--max_train_samples 0 must be at least 1"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size 0"),
         (["--learning_rate", "nan"], "--learning_rate nan must be a finite number above 0"),
@@ -856,7 +869,7 @@ def test_nothing_optional_is_needed(evaluate, checkpoints, data, tmp_path):
         (["--peft", "dora"], "invalid choice: 'dora'"),
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         (["--output_dir", __file__], "test_eval_glue.py is a file, not a folder"),
-        (["--epochs", "5"], "--epochs"),
+        (["--num_train_epoch", "5"], "did you mean --num_train_epochs?"),
     ],
     ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
 )
@@ -946,7 +959,7 @@ def test_checkpoints_that_do_not_go_together_are_refused(evaluate, checkpoints, 
 
 def test_a_head_of_another_size_is_replaced_only_on_request(script, odd_checkpoints, data, tmp_path):
     command = ["--model_name_or_path", odd_checkpoints("three classes"), "--tasks", "rte", "--data_dir", str(data)]
-    command += ["--seeds", "1", *SHORT, "--output_dir", str(tmp_path / "run")]
+    command += ["--seeds", "0", *SHORT, "--output_dir", str(tmp_path / "run")]
     with pytest.raises(SystemExit, match=r"^error: .*its classifier was made for another number of outputs than 2"):
         script.main(command)
     assert not (tmp_path / "run").exists()
@@ -993,3 +1006,53 @@ def test_sharding_is_refused(script, monkeypatch):
         SystemExit, match=r"accelerate is configured for FSDP\. Every process here holds the whole model"
     ):
         script.main(["--model_name_or_path", "model"])
+
+
+# --------------------------------------------------------------------------------------------------------------- writing
+
+
+def test_a_run_that_another_command_is_at_is_left_to_it(evaluate, script, tmp_path, caplog):
+    lock = FolderLock(tmp_path / "run" / script.RUNNING / "svd-rte-0", "--output_dir")
+    lock.acquire()
+    folder = evaluate("svd", "rte", seeds=2)
+    assert [record.seed for record in runs_of(folder).values()] == [1]
+    assert "RTE, seed 0, svd is left out: another command is at it" in caplog.text
+    lock.release()
+    assert [record.seed for record in runs_of(evaluate("svd", "rte", seeds=2)).values()] == [1, 0]
+    assert not (folder / script.RUNNING).exists()
+
+
+def test_scores_are_told_where_their_file_cannot_be_written(evaluate, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(glue_results, "write_json", full)
+    message = refusal(evaluate, "svd", "rte")
+    assert "results.json cannot be written: [Errno 28] No space left" in message
+    record = json.loads(message[message.index("{") :])
+    assert 0 <= record["scores"]["validation"]["accuracy"] <= 1
+
+
+def test_scores_stand_where_what_was_asked_for_beside_them_is_missing(evaluate, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fine_tuning, "write_submission", full)
+    folder = evaluate("svd", "rte", "--do_predict", fails=True)
+    record = only_run_of(folder)
+    assert record.failure == {"kind": "not written", "message": "OSError: [Errno 28] No space left on device"}
+    score = record.scores["validation"]["accuracy"]
+    assert f"{100 * score:.1f}" in (folder / "glue.md").read_text()
+    monkeypatch.undo()
+    again = only_run_of(evaluate("svd", "rte", "--do_predict"))
+    assert (again.failure, again.scores["validation"]["accuracy"]) == (None, score)
+
+
+def test_space_for_models_is_asked_for_first(evaluate, checkpoints, monkeypatch):
+    weights = (checkpoints / "svd" / "model.safetensors").stat().st_size
+    free = 3 * weights - 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2 * free, free, free))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(SystemExit, match=r"^error: --output_dir .* will need about"):
+        evaluate("svd", "rte", "--save_models", seeds=3)
+    evaluate("svd", "rte", seeds=3)

@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from hf_specattn.files import require_writable
 
+from ..run.command_line import ScriptParser
 from ..run.spectral_arguments import AUTO, SpectralArguments, explicitly_given
 from .features import LEAST_LENGTH
 from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
@@ -46,7 +45,10 @@ class GlueArguments:
         default_factory=lambda: ["all"], metadata={"help": "all, or names separated by commas: cola,rte."}
     )
     # As in the tables of both papers.
-    seeds: int = field(default=5, metadata={"help": "Runs per model and task, with the seeds 0, 1, ..."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4],
+        metadata={"help": "One run per model and task with each of these seeds."},
+    )
     reference: str | None = field(
         default=None,
         metadata={"help": "Name of the model to take differences to. None: the first without conditioning."},
@@ -122,7 +124,11 @@ class GlueArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "per_device_eval_batch_size", "lora_rank", "max_train_samples", "max_eval_samples"):
+        if bad := [seed for seed in self.seeds if not 0 <= seed < 2**32]:
+            raise ValueError(f"--seeds {bad[0]} must be at least 0 and below 2^32.")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, self.seeds))}: a seed is named twice; name each once.")
+        for name in ("per_device_eval_batch_size", "lora_rank", "max_train_samples", "max_eval_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value} must be at least 1.")
@@ -167,7 +173,7 @@ class GlueArguments:
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[GlueArguments, SpectralArguments]:
     """Parse and check the command line; anything wrong ends the program before work starts."""
     dataclasses: Any = (GlueArguments, SpectralArguments)
-    parser = HfArgumentParser(dataclasses, description=description)
+    parser = ScriptParser(dataclasses, description=description)
     try:
         arguments, spectral = parser.parse_args_into_dataclasses(args=list(argv))
         _check_together(arguments, spectral, explicitly_given(parser, LORA_SETTINGS, list(argv)))

@@ -105,15 +105,16 @@ class ScriptParser(HfArgumentParser):
 
     def describe_unknown(self, words: Iterable[str]) -> str:
         """Say which words are no flags, and which flags are near them or do the same."""
-        lines = []
+        lines, behind_a_flag = [], False
         for word in words:
             name = word.partition("=")[0]
-            if not name.startswith("-"):
+            if name.startswith("--"):
+                underscored = "--" + name[2:].replace("-", "_")
+                lines.append(f"{name} is no flag of this script{self._way_out(underscored)}")
+                behind_a_flag = True
+            elif not behind_a_flag:  # else the value of what is no flag
                 lines.append(f"{word!r} belongs to no flag")
-                continue
-            underscored = "--" + name.lstrip("-").replace("-", "_")
-            lines.append(f"{name} is no flag of this script{self._way_out(underscored)}")
-        return "; ".join(lines) + ". --help lists all."
+        return "; ".join(lines) + ("" if lines[-1].endswith("?") else ".") + " --help lists all."
 
     def _way_out(self, name: str) -> str:
         instead = INSTEAD.get(name, "")
@@ -121,6 +122,5 @@ class ScriptParser(HfArgumentParser):
         if instead and all(flag in self._option_string_actions for flag in mentioned):
             return f": {instead}"
         flags = [flag for flag in self._option_string_actions if flag.startswith("--") and "-" not in flag[2:]]
-        near = [flag for flag in flags if flag.startswith(name)]
-        near += [flag for flag in difflib.get_close_matches(name, flags, SUGGESTIONS) if flag not in near]
+        near = [flag for flag in flags if flag.startswith(name)] or difflib.get_close_matches(name, flags, SUGGESTIONS)
         return f"; did you mean {' or '.join(near[:SUGGESTIONS])}?" if near else ""

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import re
 from html.parser import HTMLParser
 from statistics import fmean
 
@@ -180,9 +181,12 @@ def test_command_on_minilm(settings, app, minilm_path, tmp_path):
     check_page(tmp_path / "out" / "report.html", model, dict(batch), (0, 11), 6)
 
 
-def test_command_says_what_is_wrong(app, tmp_path):
-    result = CliRunner().invoke(app, [str(tmp_path / "nothing")])
-    assert result.exit_code == 2
+@pytest.mark.parametrize("content", [b"\x80\x04\x95 a pickle", b"caf\xe9 in Latin-1\n", b"zero \x00 byte\n", b"\n \n"])
+def test_data_that_are_no_text_are_named(content, app, tmp_path, stock_checkpoint):
+    (tmp_path / "data.txt").write_bytes(content)
+    result = CliRunner().invoke(app, [str(stock_checkpoint(BERT)), "--data", str(tmp_path / "data.txt")])
+    assert isinstance(result.exception, ValueError)
+    assert re.search(r"--data .*data\.txt (is no text in UTF-8|has no line of text)", str(result.exception))
 
 
 def records(kappa):
