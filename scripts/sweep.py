@@ -2,6 +2,7 @@
 
     python scripts/sweep.py table5                     # small models on scikit-learn's digits, on a CPU
     python scripts/sweep.py table1 --scale paper       # commands and estimated GPU hours; --run runs them
+    python scripts/sweep.py table2                     # object detection, on shapes
     python scripts/sweep.py table3 --lra_data text=aclImdb retrieval=lra_release image=cifar-10-batches-py
     python scripts/sweep.py grid --methods stock svd --refresh_every 0 20 --seeds 0 1 2 -- --num_train_epochs 5
 
@@ -30,6 +31,12 @@ from hf_specattn.files import write_bytes, write_json
 from recipes.compare.comparison import ComparisonError
 from recipes.compare.sweeps.cost import gpu_hours, training_operations
 from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
+from recipes.compare.sweeps.detection_sweeps import (
+    DETECTION_SCRIPT,
+    DETECTION_SWEEPS,
+    detection_operations,
+    parse_detection_arguments,
+)
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
 from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
@@ -43,9 +50,13 @@ from recipes.images.image_models import ImageModelError
 from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
-PARSERS: dict[str, Callable[..., Any]] = {IMAGE_SCRIPT: parse_image_arguments, LRA_SCRIPT: parse_lra_arguments}
-NAMED = SWEEPS | LRA_SWEEPS | REGIME_SWEEPS
-NAMES = (*NAMED, "grid")
+PARSERS: dict[str, Callable[..., Any]] = {
+    IMAGE_SCRIPT: parse_image_arguments,
+    LRA_SCRIPT: parse_lra_arguments,
+    DETECTION_SCRIPT: parse_detection_arguments,
+}
+ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS
+NAMES = (*ALL_SWEEPS, "grid")
 
 
 @dataclass
@@ -140,7 +151,7 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
         if given:
             names = ", ".join(f"--{flag}" for flag in given)
             raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
-        sweep = NAMED[name](arguments.scale, SCRIPTS)
+        sweep = ALL_SWEEPS[name](arguments.scale, SCRIPTS)
         sweep = replace(sweep, common=(*sweep.common, *behind))
     if name in LRA_SWEEPS:
         sweep = with_data(sweep, arguments.lra_data or [])
@@ -195,7 +206,8 @@ def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: Sw
     for setting in sweep.settings:
         runs = [run for of, run in planned if of is setting]
         parsed: Any = PARSERS[sweep.script.name]([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")[0]
-        operations = lra_operations(parsed) if sweep.script.name == LRA_SCRIPT else training_operations(parsed)
+        counts = {LRA_SCRIPT: lra_operations, DETECTION_SCRIPT: detection_operations}
+        operations = counts.get(sweep.script.name, training_operations)(parsed)
         hours = gpu_hours(operations, arguments.gpu_teraflops)
         whole += hours * len(runs)
         rows.append([setting.label, str(len(runs)), f"{operations:.3g}", f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])

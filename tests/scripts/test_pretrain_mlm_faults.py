@@ -4,6 +4,7 @@
 processes are forked, because importing everything takes longer than their whole run.
 """
 
+import errno
 import importlib.util
 import json
 import os
@@ -11,10 +12,12 @@ import pathlib
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -33,7 +36,8 @@ from test_pretrain_mlm import (  # noqa: F401  fixtures among them
     script,
 )
 
-from recipes.run import checkpointing, loop, runs
+from hf_specattn.files import LOCK_FILE, FolderLock
+from recipes.run import loop, runs, saving
 from recipes.run.checkpointing import list_checkpoints
 
 # ruff: noqa: F811  the fixtures' names again, as parameters
@@ -402,16 +406,89 @@ def test_a_non_finite_loss_names_the_last_checkpoint(pretrain, monkeypatch, flag
         pretrain("--eval_steps", "0", *flags)
 
 
-def test_a_full_disk_ends_the_run_with_what_it_needs(pretrain, monkeypatch, tmp_path):
-    whole = pretrain(
-        "--save_steps", "2", name="whole"
-    )  # the cache of the data, with space of its own, exists from here on
-    usage = checkpointing.shutil.disk_usage(tmp_path)
+@pytest.fixture
+def whole(pretrain):
+    """A run that nothing disturbed; the cache of the data, with space of its own, exists from here on."""
+    return pretrain("--save_steps", "2", name="whole")
+
+
+def with_free(patch, free: Callable[[], int]) -> None:
+    usage = shutil.disk_usage(".")
+    patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free()))
+
+
+def test_a_full_disk_is_said_before_the_first_step(pretrain, whole, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-        with pytest.raises(SystemExit, match=r"^error: No space for .*checkpoint-000002: it needs about .* MB"):
+        with_free(patch, lambda: 1000)
+        patch.setattr(loop, "train_step", lambda *_: pytest.fail("training started"))
+        with pytest.raises(SystemExit, match=r"^error: --output_dir .* will need about .* for 2 checkpoints"):
+            pretrain("--save_steps", "2")
+    assert not list_checkpoints(tmp_path / "run")
+
+
+def test_a_disk_that_fills_later_leaves_the_last_checkpoint(pretrain, whole, monkeypatch, tmp_path):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        with_free(patch, lambda: 1000 if list_checkpoints(folder) else 10**12)
+        with pytest.raises(SystemExit, match=r"^error: No space for .*checkpoint-000004.*Safe is checkpoint-000002"):
             pretrain("--save_steps", "2")
     assert_same_result(pretrain("--save_steps", "2", RESUME), whole)
+
+
+@pytest.mark.parametrize("save_steps", ["0", "2"])
+def test_a_model_that_cannot_be_saved_in_the_end_is_saved_elsewhere(
+    pretrain, whole, monkeypatch, tmp_path, save_steps
+):
+    save = saving._save_whole
+
+    def full(model, processor, directory, state_dict):
+        if directory == tmp_path / "run":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(model, processor, directory, state_dict)
+
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "_save_whole", full)
+        with pytest.raises(SystemExit, match=rf"^error: .*It is in {tmp_path}/rescued-model-\d+ instead"):
+            pretrain("--save_steps", save_steps)
+    (rescued,) = tmp_path.glob("rescued-model-*")
+    assert (rescued / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    if save_steps != "0":
+        assert_same_result(pretrain("--save_steps", save_steps, RESUME), whole)
+
+
+def test_an_error_of_the_disk_while_training_is_one_line(pretrain, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error", "spectral_monitor.json")
+
+    monkeypatch.setattr(loop, "report_training", fail)
+    with pytest.raises(SystemExit, match=r"^error: .*Input/output error.* There is no checkpoint of it\.$"):
+        pretrain()
+
+
+def test_the_second_of_two_runs_in_a_folder_is_refused(pretrain, monkeypatch, tmp_path):
+    lock = FolderLock(tmp_path / "run", "--output_dir")
+    lock.acquire()
+    for flags in ([], [RESUME], ["--overwrite_output_dir"]):
+        with pytest.raises(SystemExit, match=r"^error: --output_dir .* is in use: another process works in it"):
+            pretrain(*flags)
+    lock.release()
+    folder = pretrain()
+    assert not (folder / LOCK_FILE).exists()
+
+
+def test_what_another_run_wrote_meanwhile_is_not_replaced(pretrain, monkeypatch, tmp_path):
+    acquire = FolderLock.acquire
+
+    def late(lock):
+        lock.folder.mkdir()
+        (lock.folder / "config.json").write_text("{}")
+        acquire(lock)
+
+    monkeypatch.setattr(FolderLock, "acquire", late)
+    with pytest.raises(SystemExit, match=r"^error: --output_dir .* is not empty"):
+        pretrain()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 if __name__ == "__main__":

@@ -86,6 +86,9 @@ METRICS = {
     "tokens": {"loss": Metric("validation_loss", "loss", "nats per predicted token")},
     "images": {
         "accuracy": Metric("validation_accuracy", "accuracy", "%", factor=100.0, digits=2, higher_is_better=True),
+        # Of object detection, which has no accuracy.
+        "box_ap": Metric("validation_box_ap", "box AP", "%", factor=100.0, digits=1, higher_is_better=True),
+        "mask_ap": Metric("validation_mask_ap", "mask AP", "%", factor=100.0, digits=1, higher_is_better=True),
         "loss": Metric("validation_loss", "loss", "nats per image"),
     },
     # Of Long Range Arena: the validation part picks the weights, and all of the test part measures them.
@@ -394,7 +397,11 @@ def find_metric(runs: Sequence[Run], name: str | None = None) -> Metric:
     units = {run.unit for run in runs}
     if len(units) > 1:
         raise ComparisonError("Some of these runs read text and some images; compare runs of one kind.")
-    available = METRICS[units.pop()]
+    available = {
+        key: metric
+        for key, metric in METRICS[units.pop()].items()
+        if all((metric.final_key or metric.key) in run.record.final for run in runs)
+    }
     if name is None:
         return next(iter(available.values()))
     if name not in available:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig
 from transformers.utils import CONFIG_NAME
 
 from hf_specattn.config import SpectralConfig
+from hf_specattn.preconditioner import PreconditionerConfig
 
 from ..run.messages import one_line
 from ..run.run_metrics import METRICS_FILE
@@ -35,12 +36,14 @@ class Classifier:
         body: Name, arguments of the body of its architecture, for `describe_body`.
         weights: By the names within it.
         spectral: How it is conditioned; None: not at all, or folded.
+        preconditioner: How its attention is preconditioned; None: not at all.
     """
 
     path: str
     body: tuple[str, dict[str, Any]]
     weights: dict[str, Tensor]
     spectral: SpectralConfig | None
+    preconditioner: PreconditionerConfig | None = None
 
 
 def read_classifier(path: str) -> Classifier:
@@ -65,10 +68,11 @@ def read_classifier(path: str) -> Classifier:
     if isinstance(model.config, TimmWrapperConfig):
         arguments = {**(model.config.model_args or {})}
         return Classifier(path, (model.config.architecture, _of_bodies(arguments)), _bare(weights), spectral)
-    config = model.config.to_stock() if spectral is not None else model.config
+    config = model.config.to_stock() if hasattr(model.config, "to_stock") else model.config
     arguments = {name: value for name, value in config.to_diff_dict().items() if name in config.__class__().to_dict()}
     arguments.pop("model_type", None)
-    return Classifier(path, (config.model_type, arguments), weights, spectral)
+    preconditioner = getattr(model.config, "preconditioner_config", None)
+    return Classifier(path, (config.model_type, arguments), weights, spectral, preconditioner)
 
 
 def _read_timm_checkpoint(folder: Path) -> Classifier:

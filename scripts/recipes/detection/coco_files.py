@@ -129,7 +129,7 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
     """Read and check a file of annotations with a folder of images.
 
     Args:
-        check_images: "decode" reads every image; "header" only its beginning, with the size.
+        check_images: "decode" reads every image; "header" only its beginning, with the size; "none" none.
 
     Raises:
         DetectionDataError: for what cannot be used, naming it.
@@ -151,7 +151,8 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
     except (KeyError, TypeError) as error:
         raise DetectionDataError(f"{file}: an entry is not as in COCO's format ({one_line(error)}).") from error
     split = DetectionSplit(content, lambda image: _open(folder / image["file_name"]), str(file), tuple(degenerate))
-    _check_images(split, folder, check_images)
+    if check_images != "none":
+        _check_images(split, folder, check_images)
     return split
 
 

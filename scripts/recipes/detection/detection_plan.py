@@ -23,13 +23,7 @@ def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, ac
     Raises:
         DetectionDataError, DetectorError: where a run would raise them.
     """
-    is_here = arguments.coco_dir is None or (Path(arguments.coco_dir) / "annotations").is_dir()
-    if is_here or arguments.train_split not in KNOWN_SIZES:
-        split, _ = load_splits(arguments, accelerator)
-        images, names = len(split), split.class_names
-    else:
-        images, classes = KNOWN_SIZES[arguments.train_split]
-        names = [str(number) for number in range(classes)]
+    images, names = planned_images(arguments)
     state = torch.get_rng_state()
     if arguments.model_name_or_path is not None:
         model = load_trained(arguments.model_name_or_path, names)
@@ -61,6 +55,20 @@ def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, ac
         lines += [f"  - {line}" for line in changed]
         lines.append("What torchvision's Mask R-CNN does otherwise than mmdetection's: docs/detection.md.")
     return lines
+
+
+def planned_images(arguments: DetectionArguments) -> tuple[int, list[str]]:
+    """Return how many images a run trains on, and the names of its classes.
+
+    Raises:
+        DetectionDataError: where a run would raise it.
+    """
+    is_here = arguments.coco_dir is None or (Path(arguments.coco_dir) / "annotations").is_dir()
+    if is_here or arguments.train_split not in KNOWN_SIZES:
+        train, _ = load_splits(arguments)
+        return len(train), train.class_names
+    images, classes = KNOWN_SIZES[arguments.train_split]
+    return min(images, arguments.max_train_samples or images), [str(number) for number in range(classes)]
 
 
 def deviations(arguments: DetectionArguments, batch: int) -> list[str]:

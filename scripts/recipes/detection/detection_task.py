@@ -95,7 +95,7 @@ class DetectionTask(Task):
         planned = self.amounts.batch * self.steps
         return {
             "images": self.train.origin,
-            "classes": len(self.train.class_names),
+            "object_classes": len(self.train.class_names),
             "train_images": len(self.train),
             "validation_images": len(self.validation),
             "train_fingerprint": self.train.fingerprint,
@@ -105,7 +105,7 @@ class DetectionTask(Task):
         }
 
     def describe(self, facts: dict[str, Any]) -> Iterator[str]:
-        yield f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['classes']} classes."
+        yield f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['object_classes']} classes."
         yield (
             f"{self.steps:,} steps of {self.amounts.batch:,} images are {facts['epochs']} passes over the training images, "
             f"on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed precision "
@@ -188,8 +188,13 @@ class DetectionTask(Task):
         return self.evaluate(model, None)
 
 
-def load_splits(arguments: DetectionArguments, accelerator: Accelerator) -> tuple[DetectionSplit, DetectionSplit]:
-    """Find the images to train and to validate on; the main process looks at all of them.
+def load_splits(
+    arguments: DetectionArguments, accelerator: Accelerator | None = None
+) -> tuple[DetectionSplit, DetectionSplit]:
+    """Find the images to train and to validate on.
+
+    Args:
+        accelerator: Its main process looks at all of the images; None: nobody does.
 
     Raises:
         DetectionDataError: for what cannot be used, and for splits of different classes.
@@ -204,8 +209,8 @@ def load_splits(arguments: DetectionArguments, accelerator: Accelerator) -> tupl
             return read_coco(folder / "annotations" / f"instances_{split}.json", folder / split, check_images)
 
         names = (arguments.train_split, arguments.validation_split)
-        # Every process reads the annotations; one of them is enough to look at all images.
-        run_on_main_process(accelerator, lambda: [read(name, arguments.check_images) for name in names] and None)
+        if accelerator is not None:  # every process reads the annotations, and one the images
+            run_on_main_process(accelerator, lambda: [read(name, arguments.check_images) for name in names] and None)
         train, validation = (read(name, "none") for name in names)
     if (train.category_ids, train.class_names) != (validation.category_ids, validation.class_names):
         raise DetectionDataError(

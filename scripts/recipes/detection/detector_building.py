@@ -58,6 +58,7 @@ def build_detector(
         model = new_detector(arguments, class_names, classifier)
     try:
         if classifier is not None:
+            check_preconditioner(classifier, arguments)
             if classifier.spectral is not None:
                 # Before the weights: so its own corrections, computed from the W that it began with, find their place.
                 condition(model, classifier.spectral)
@@ -86,6 +87,20 @@ def new_detector(
         body = body_of(classifier, arguments.body_arguments(), arguments.out_indices)
     settings = {name: getattr(arguments, name) for name in SIZES}
     return Detector(detector_config(body, class_names, **settings))
+
+
+def check_preconditioner(classifier: Classifier, arguments: DetectionArguments) -> None:
+    """Refuse to lose a classifier's preconditioner, which no weight holds.
+
+    Raises:
+        DetectorError: unless the flags ask for the same, whose norms need not be measured again.
+    """
+    own = classifier.preconditioner
+    if own is not None and (own != arguments.preconditioner() or own.scale == "match"):
+        raise DetectorError(
+            f"--classifier {classifier.path} was trained with the preconditioner {own.describe()}; give the same by "
+            "--attention_preconditioner and its flags (match cannot be carried along: its norms are of another start)."
+        )
 
 
 def load_trained(path: str, class_names: Sequence[str]) -> Detector:

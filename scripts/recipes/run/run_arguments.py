@@ -8,7 +8,10 @@ from typing import Any, TypeVar
 
 from transformers import HfArgumentParser
 
+from hf_specattn.files import CannotWriteError, holds_files, require_writable
+
 from .checkpointing import list_checkpoints
+from .command_line import ScriptParser
 from .optimization import OptimizationArguments
 from .preset_files import as_defaults, find_preset
 from .projection_init import InitializationArguments
@@ -151,7 +154,7 @@ def parse_run_arguments(
         replaced_of_preset: In place of `replaced`, for a preset's values.
     """
     dataclasses: Any = (kind, SpectralArguments)
-    parser = HfArgumentParser(dataclasses, description=description)
+    parser = ScriptParser(dataclasses, description=description)
     argv = list(argv)
 
     def set_defaults(values: Mapping[str, Any], gone_with: Replaced) -> None:
@@ -197,24 +200,23 @@ def recorded_settings(model_path: str, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check_output_dir(arguments: RunArguments) -> None:
-    """Refuse a folder in which files would be replaced that nobody said could be.
+    """Refuse a folder that cannot be written, or in which files would be replaced that nobody said could be.
 
     Raises:
-        ValueError: saying what to do.
+        CannotWriteError: saying what to do.
     """
     directory = Path(arguments.output_dir)
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"--output_dir {directory} is a file; name a folder.")
-    if arguments.overwrite_output_dir or not directory.is_dir() or not any(directory.iterdir()):
+    require_writable(directory, "--output_dir")
+    if arguments.overwrite_output_dir or not holds_files(directory):
         return
     if not arguments.resume_from_checkpoint:
-        raise ValueError(
+        raise CannotWriteError(
             f"--output_dir {directory} is not empty. Name another folder, add --resume_from_checkpoint to continue the run "
             "in it, or add --overwrite_output_dir to replace the files of an earlier run."
         )
     # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
     if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
-        raise ValueError(
+        raise CannotWriteError(
             f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
             "folder, or give --overwrite_output_dir instead to train anew in this one."
         )

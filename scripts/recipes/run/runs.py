@@ -19,18 +19,22 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from hf_specattn.checkpoints.evaluations_file import EVALUATIONS, write_evaluations
+from hf_specattn.files import CannotWriteError, cannot_be_written
 
 from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
 from .conditioned_model import ConditioningError
 from .distributed import run_on_main_process
 from .loop import Task, Training, report_evaluation, train
-from .run_arguments import RunArguments
+from .messages import one_line
+from .output_folder import sole_use
+from .run_arguments import RunArguments, check_output_dir
 from .run_description import model_description
 from .run_metrics import LOSS_CURVE_FILE, METRICS_FILE, NonFiniteLossError, RunMetrics
 from .schedules import BudgetSchedule
 from .sharding import configure_sharding
 from .spectral_arguments import SpectralArguments
 from .training_state import TrainingParts
+from .usable_model import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +60,8 @@ def run(
     if not finished:
         accelerator.init_trackers(task.name, config=tracker_config(metrics.arguments))
     training = prepare(task, model, arguments, spectral, accelerator)
+    if not finished and arguments.save_steps > 0:
+        training.checkpoints.require_space()
     # Last before the loop: it restores the random number generators.
     resumed = start_or_resume(arguments, accelerator, training.checkpoints)
     if finished:
@@ -78,15 +84,24 @@ def started(arguments: RunArguments, loggers: Sequence[str], *errors: type[Excep
         loggers: Those that speak on the main process.
         errors: The experiment's own errors whose message says what to do.
     """
-    known: tuple[type[Exception], ...] = (CheckpointError, ConditioningError, *errors)
+    known: tuple[type[Exception], ...] = (CheckpointError, ConditioningError, CannotWriteError, ModelError, *errors)
     try:
         accelerator = build_accelerator(arguments, loggers)
-        with logging_redirect_tqdm():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(logging_redirect_tqdm())
+            if not (arguments.eval_only or arguments.show_plan):
+                stack.enter_context(sole_use(arguments.output_dir, accelerator))
+                # Again: another run may have written there since the command line was read.
+                run_on_main_process(accelerator, lambda: check_output_dir(arguments))
             yield accelerator
     except NonFiniteLossError as error:
         raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
     except known as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        if not cannot_be_written(error):
+            raise
+        raise SystemExit(f"error: {one_line(error)}. {last_checkpoint(arguments)}") from error
 
 
 def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accelerator:

@@ -19,7 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_specattn import SpectralConfig, condition, fold
+from hf_specattn import PreconditionerConfig, SpectralConfig, condition, fold, precondition
 from hf_specattn.layers import spectral_layers
 from recipes.detection.classifier_weights import load_into_body, read_classifier
 from recipes.detection.detection_arguments import DetectionArguments
@@ -142,6 +142,18 @@ def test_a_conditioned_classifier_is_not_conditioned_otherwise(tmp_path):
     other = SpectralArguments(spectral_conditioning=True, lambda_="3.0")
     with pytest.raises(ConditioningError, match=r"ask for .*3.0.* trained with .*2.0"):
         detector_from(tmp_path, other)
+
+
+def test_a_preconditioned_classifier_stays_one(tmp_path):
+    classifier = swin_classifier()
+    condition(classifier, CONDITIONED["identity"])
+    precondition(classifier, PreconditionerConfig("row"))
+    classifier.save_pretrained(tmp_path)
+    detector = detector_from(tmp_path, attention_preconditioner="row")
+    assert_equal(outputs_of_stages(detector.body.swin, LARGE), outputs_of_stages(classifier.swin, LARGE))
+    assert detector.config.preconditioner_config == PreconditionerConfig("row")
+    with pytest.raises(DetectorError, match=r"was trained with the preconditioner row.*give the same by"):
+        detector_from(tmp_path)
 
 
 def test_a_stock_classifier_is_conditioned_now(tmp_path):

@@ -496,7 +496,7 @@ def test_an_empty_folder_is_accepted(parse, output):
 def test_a_file_is_no_folder(refused, tmp_path):
     (tmp_path / "run").write_text("")
     for flags in ([], ["--overwrite_output_dir"], ["--resume_from_checkpoint"]):
-        assert f"--output_dir {tmp_path / 'run'} is a file; name a folder" in refused(*flags)
+        assert f"--output_dir {tmp_path / 'run'} cannot be written: {tmp_path / 'run'} is a file" in refused(*flags)
 
 
 def test_a_folder_with_files_needs_a_word(refused, parse, output):
