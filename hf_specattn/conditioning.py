@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import ARCHITECTURES, MORE_ARCHITECTURES, AttentionSpec, attention_specs
+from .architectures import ARCHITECTURES, MORE_ARCHITECTURES, AttentionSpec, attention_specs, output_module
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .existing_adapters import refuse_adapters
 from .layers import (
     HALF_PRECISION,
     SPECTRAL_CLASSES,
+    OutputLayout,
     ProjectionLayout,
     SpectralLayer,
     hold_projections,
@@ -67,7 +68,7 @@ def condition(
     init: str = "additive",
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
 ) -> list[ProjectionReport]:
-    """Give every query, key and value projection of `model` the effective weight `W + C`, in place.
+    """Give the query, key and value projections of `model`, or other targets, the effective weight `W + C`, in place.
 
     A transformers model of a known architecture also takes its conditioned class and configuration, so that
     `save_pretrained` writes a checkpoint that loads conditioned; give the whole model then, not a part of it. One that
@@ -92,7 +93,7 @@ def condition(
     _check_settings(model, config, init)
     _check_not_conditioned(model)
     refuse_adapters(model)
-    projections = find_projections(model, architecture)
+    projections = find_projections(model, architecture, output="output" in config.targets)
     _check_targets(projections, config)
     projections = _holding(config.targets, projections)
     as_the_table_says = architecture is None or _agrees_with_table(model, projections, config)
@@ -131,7 +132,7 @@ def attach(model: nn.Module, config: SpectralConfig) -> None:
 
     svd corrections stay zero until `recompute` or a checkpoint fills them.
     """
-    projections = find_projections(model)
+    projections = find_projections(model, output="output" in config.targets)
     _check_targets(projections, config)
     for item in _holding(config.targets, projections):
         make_spectral(item.module, item.layout, config)
@@ -197,9 +198,12 @@ def fold(model: nn.Module) -> nn.Module:
 
 
 def find_projections(
-    model: nn.Module, architecture: AttentionSpec | Sequence[AttentionSpec] | None = None
+    model: nn.Module, architecture: AttentionSpec | Sequence[AttentionSpec] | None = None, *, output: bool = False
 ) -> list[Projection]:
     """Every module of `model` that holds a query, key or value projection, in the order of `named_modules`.
+
+    Args:
+        output: whether to add the output projection of each attention, behind its others.
 
     Raises:
         ValueError: where none is found, one cannot be conditioned, or the model contains `nn.MultiheadAttention`.
@@ -215,7 +219,10 @@ def find_projections(
             if _is_named_attention(attention) and _has_linear_children(attention):
                 unmatched.append(f"{name} ({type(attention).__name__})")
             continue
-        projections += list(_projections_of(name, attention, spec, model_config))
+        own = list(_projections_of(name, attention, spec, model_config))
+        projections += own
+        if output:
+            projections.append(_output_of(model, name, spec, own))
     if not projections:
         raise ValueError(_nothing_found_message(model, unmatched, architecture))
     if unmatched:
@@ -244,6 +251,36 @@ def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_
                 "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
                 "PEFT or the like."
             )
+
+
+def _output_of(model: nn.Module, name: str, spec: AttentionSpec, others: Sequence[Projection]) -> Projection:
+    """The output projection of an attention, whose columns are the heads of its query."""
+    located = output_module(model, name, spec)
+    if located is None:
+        kind = type(model.get_submodule(name)).__name__
+        raise ValueError(
+            f"targets: the output projection of {name or 'the model'} ({kind}) is not known; leave 'output' out, or pass "
+            "architecture=AttentionSpec(..., output='<path to the output projection>')."
+        )
+    full_name: str = located[0]
+    module: Any = located[1]
+    if isinstance(module, SpectralLayer):
+        return Projection(full_name, module, module.layout)
+    if type(module) not in SPECTRAL_CLASSES:
+        raise ValueError(
+            f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
+            "transformers Conv1D modules can be conditioned, and an output projection has either a correction or a "
+            "preconditioner."
+        )
+    rows, columns = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape
+    heads = {part: count for item in others for part, count in zip(item.layout.projections, item.layout.heads)}
+    head_dim, remainder = divmod(columns, count := heads.get("query", max(heads.values())))
+    if remainder:
+        raise ValueError(
+            f"{full_name} takes {columns} inputs, which {count} heads do not divide; pass architecture=AttentionSpec(...) "
+            "with the right output and numbers of heads."
+        )
+    return Projection(full_name, module, OutputLayout.of(rows, count, head_dim))
 
 
 def _holding(targets: Sequence[str], projections: list[Projection]) -> list[Projection]:
@@ -491,7 +528,7 @@ def _release(model: nn.Module) -> None:
 def _agrees_with_table(model: nn.Module, projections: list[Projection], config: SpectralConfig) -> bool:
     """Whether a checkpoint, which is conditioned by the table when it is loaded, would be conditioned as the model is."""
     try:
-        by_table = _holding(config.targets, find_projections(model))
+        by_table = _holding(config.targets, find_projections(model, output="output" in config.targets))
     except ValueError:
         return False
     return {item.name: item.layout for item in by_table} == {item.name: item.layout for item in projections}

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 PROJECTIONS = ("query", "key", "value")
+TARGETS = (*PROJECTIONS, "output")
 METHODS = ("identity", "svd")
 GRANULARITIES = ("projection", "head")
 INITS = ("additive", "preserve")
@@ -27,9 +28,10 @@ class SpectralConfig:
         lambda_: for identity a number > 0, or a mapping from each of `targets` to such a number; None resolves to 10,
             the paper's (small models took 0.3 to 1: docs/evidence.md). For svd it must stay None: the method has no such
             parameter.
-        targets: the projections to condition, a non-empty subset of `("query", "key", "value")`.
+        targets: the projections to condition, a non-empty subset of `("query", "key", "value", "output")`; the paper's are
+            the first three. W_O takes the same corrections: what counts for the signal is `W_O W_V` of each head.
         granularity: `"projection"` takes one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
-            for each head's `(head_dim, in_features)` block.
+            for each head's `(head_dim, in_features)` block; of W_O, each head's `(out_features, head_dim)` columns.
         refresh_every: None keeps `C` fixed; n >= 1 (svd only) recomputes it every n optimizer steps, by whoever runs
             the loop: [`SpectralCallback`] for the Trainer, [`refresh`] elsewhere.
 
@@ -46,7 +48,7 @@ class SpectralConfig:
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
         check_choice("granularity", self.granularity, GRANULARITIES)
-        object.__setattr__(self, "targets", _checked_targets(self.targets))
+        object.__setattr__(self, "targets", checked_targets(self.targets))
         object.__setattr__(self, "lambda_", self._checked_lambda())
         self._check_refresh_every()
 
@@ -112,16 +114,21 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, allowed))}.")
 
 
-def _checked_targets(targets: Any) -> tuple[str, ...]:
+def checked_targets(targets: Any) -> tuple[str, ...]:
+    """`targets` in the usual order.
+
+    Raises:
+        ValueError: for anything but a non-empty collection of different projections.
+    """
     if isinstance(targets, (str, Mapping)) or not hasattr(targets, "__iter__"):
         raise ValueError(f"targets={targets!r} must be a sequence of names, such as ('query', 'key').")
     names = list(targets)
-    unknown = [name for name in names if name not in PROJECTIONS]
+    unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
-        raise ValueError(f"targets={tuple(names)!r} must be a non-empty subset of {PROJECTIONS}.")
+        raise ValueError(f"targets={tuple(names)!r} must be a non-empty subset of {TARGETS}.")
     if len(set(names)) != len(names):
         raise ValueError(f"targets={tuple(names)!r} names a projection twice.")
-    return tuple(name for name in PROJECTIONS if name in names)
+    return tuple(name for name in TARGETS if name in names)
 
 
 def is_positive_number(value: Any) -> bool:

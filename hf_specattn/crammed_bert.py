@@ -75,6 +75,8 @@ class CrammedBertConfig(PreTrainedConfig):
         max_position_embeddings: rows of the position table, the greatest sequence length.
         initializer_range: standard deviation of every Linear and Embedding at initialization.
         layer_norm_eps: epsilon of every LayerNorm.
+        attention_residual: whether attention is added to its input; false lets it replace that (the feed-forward is added as
+            ever).
         pad_token_id: token whose embedding starts as zero, or None.
         tie_word_embeddings: whether the decoder uses the token embeddings as its weight.
         sparse_prediction: whether `CrammedBertForMaskedLM` decodes only labelled positions while training.
@@ -98,6 +100,7 @@ class CrammedBertConfig(PreTrainedConfig):
     max_position_embeddings: int = 128
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
+    attention_residual: bool = True
     pad_token_id: int | None = 0
     tie_word_embeddings: bool = True
     sparse_prediction: bool = True
@@ -319,6 +322,7 @@ class CrammedBertLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: CrammedBertConfig, layer_idx: int | None = None):
         super().__init__()
+        self.attention_residual = config.attention_residual
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = CrammedBertSelfAttention(config, layer_idx=layer_idx)
         self.attention_output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -333,7 +337,8 @@ class CrammedBertLayer(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
-        hidden_states = hidden_states + self.dropout(self.attention_output(attended))
+        attended = self.dropout(self.attention_output(attended))
+        hidden_states = hidden_states + attended if self.attention_residual else attended
         return hidden_states + self.dropout(self.feed_forward(self.feed_forward_norm(hidden_states)))
 
 

@@ -1,4 +1,4 @@
-"""How query, key and value begin: initializations to compare conditioning with.
+"""How query, key, value and output begin: initializations to compare conditioning with.
 
 A fixed correction is an initialization with `C` added, and the centre of the weight decay. It also makes the weights larger.
 Whether a gain is the conditioning's or the scale's is told by stock models that differ from the usual one in the scale, or in
@@ -7,7 +7,7 @@ correction does, or better, without anything fixed.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .architectures import AttentionSpec, attention_specs, output_module
 from .conditioning import Projection, find_projections
-from .config import SpectralConfig, check_choice
+from .config import PROJECTIONS, SpectralConfig, check_choice, checked_targets
 from .corrections import at_least_float32
-from .layers import SPECTRAL_CLASSES, correction_matrix, spectral_layers
+from .layers import SPECTRAL_CLASSES, OutputLayout, correction_matrix, spectral_layers
 from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import stock_class_of
 
@@ -36,7 +36,7 @@ OUTPUT_NAMES = ("proj", "o_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Initialization:
-    """What is done to the query, key and value weights of a stock model, in this order.
+    """What is done to the query, key and value weights of a stock model, or other targets, in this order.
 
     Args:
         kind: `"default"` keeps them. `"orthogonal"` replaces each of them by a random matrix with equal singular values and
@@ -44,26 +44,55 @@ class Initialization:
             one of -I (Trockman and Kolter, ICML 2023); it sets the output projection too. `"conditioned"` (arXiv
             2609.07086) makes `W_V` a rectangular identity, ones on its main diagonal, and `W_Q` and `W_K` of each head
             random matrices with all singular values 1, `U V^T` of a Gaussian one.
-        scale: a factor, above 0. With "conditioned" of query and key alone, whose scale the paper, as far as we could read
-            it, does not state.
-        norm_reference: scale each to the Frobenius norm that `W + C` of the weights as they stood would have.
+        scale: a factor above 0 of the targets, or one for each projection named, "output" too, a target or not. With
+            "conditioned" one number is of query and key alone, whose scale the paper, as far as we could read it, does not
+            state.
+        norm_reference: scale each target to the Frobenius norm that `W + C` of the weights as they stood would have.
+        targets: a non-empty subset of query, key, value and output. "conditioned" is of the first three, "mimetic" of all.
 
     Raises:
         ValueError: for values that cannot be, and for a scale beside a norm.
     """
 
     kind: str = "default"
-    scale: float = 1.0
+    scale: float | Mapping[str, float] = 1.0
     norm_reference: SpectralConfig | None = None
+    targets: tuple[str, ...] = PROJECTIONS
 
     def __post_init__(self) -> None:
         check_choice("kind", self.kind, INITIALIZATIONS)
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale={self.scale} must be a finite number above 0.")
+        object.__setattr__(self, "targets", checked_targets(self.targets))
+        if self.kind in WITH_OWN_NORM and self.targets != PROJECTIONS:
+            raise ValueError(
+                f"targets={self.targets}: the start {self.kind!r} is one of all projections; leave targets out."
+            )
+        for number in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
+            if not 0 < number < math.inf:
+                raise ValueError(
+                    f"scale={self.scale} must be a finite number above 0, or one for each projection named."
+                )
+        if isinstance(self.scale, Mapping):
+            checked_targets(list(self.scale))
         if self.norm_reference is not None and self.scale != 1:
             raise ValueError(
                 f"scale={self.scale} would change the norm that norm_reference sets; give one of the two."
             )
+
+    @property
+    def changed(self) -> set[str]:
+        """The projections that are set or scaled."""
+        return {*self.targets, *(self.scale if isinstance(self.scale, Mapping) else ())}
+
+    def kind_for(self, projection: str) -> str:
+        """How a projection begins, before it is scaled."""
+        return self.kind if projection in self.targets else "default"
+
+    def scale_for(self, projection: str) -> float:
+        """The factor of a projection."""
+        if isinstance(self.scale, Mapping):
+            return self.scale.get(projection, 1.0)
+        is_fixed = self.kind == "conditioned" and projection == "value"
+        return self.scale if projection in self.targets and not is_fixed else 1.0
 
     @property
     def is_default(self) -> bool:
@@ -75,17 +104,19 @@ class Initialization:
 def initialize(
     model: nn.Module,
     kind: str,
-    scale: float = 1.0,
+    scale: float | Mapping[str, float] = 1.0,
     norm_reference: SpectralConfig | None = None,
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
+    *,
+    targets: Sequence[str] = PROJECTIONS,
 ) -> None:
-    """Set the query, key and value weights of a stock model in place; each block of a fused tensor for itself.
+    """Set the query, key and value weights of a stock model (or others) in place; each block of a fused tensor for itself.
 
     Draws from torch's global generator. Biases stay as they are. It is no part of a checkpoint: what is saved are weights.
 
     Args:
         model: not conditioned yet; [`condition`] may follow.
-        kind, scale, norm_reference: as in [`Initialization`]: "default", "orthogonal", "mimetic" or "conditioned".
+        kind, scale, norm_reference, targets: as in [`Initialization`]: "default", "orthogonal", "mimetic" or "conditioned".
         architecture: as in [`condition`].
 
     Raises:
@@ -93,7 +124,7 @@ def initialize(
             quantized or no ordinary ones, and for a mimetic start of one whose output projection is not known.
     """
     refuse_no_module(model, "initialize")
-    initialization = Initialization(kind, scale, norm_reference)
+    initialization = Initialization(kind, scale, norm_reference, tuple(targets))
     if initialization.is_default:
         return
     if (first := next(spectral_layers(model), None)) is not None:
@@ -101,15 +132,20 @@ def initialize(
             f"{first[0]} is conditioned already, with corrections for the weights as they stand; initialize the stock model, "
             "then condition it."
         )
-    projections = find_projections(model, architecture)
+    projections = [
+        item
+        for item in find_projections(model, architecture, output="output" in initialization.changed)
+        if set(item.layout.projections) & initialization.changed
+    ]
     refuse_unordinary(model, [(item.name, item.module) for item in projections], "initialize")
     norms = [_target_norms(item, initialization) for item in projections]
     if kind == "mimetic":
-        _initialize_mimetic(model, projections, architecture)
-    for item, targets in zip(projections, norms):
+        heads = [item for item in projections if not isinstance(item.layout, OutputLayout)]
+        _initialize_mimetic(model, heads, architecture)
+    for item, before in zip(projections, norms):
         matrix = item.orient(item.module.weight)
         parts = item.layout.split(matrix.clone()).items()
-        matrix.copy_(item.layout.join({name: _new_block(item, name, block, targets[name], initialization)
+        matrix.copy_(item.layout.join({name: _new_block(item, name, block, before[name], initialization)
                                        for name, block in parts}))  # fmt: skip
 
 
@@ -123,14 +159,15 @@ def _target_norms(item: Projection, initialization: Initialization) -> dict[str,
 
 def _new_block(item: Projection, name: str, block: Tensor, target: Tensor, initialization: Initialization) -> Tensor:
     """The `(heads * head_dim, in_features)` matrix of one projection."""
-    if initialization.kind == "orthogonal":
+    kind, scale = initialization.kind_for(name), initialization.scale_for(name)
+    if kind == "default" and (initialization.norm_reference is None or name not in initialization.targets):
+        return block * scale
+    if kind == "orthogonal":
         block = nn.init.orthogonal_(torch.empty_like(block))
-    elif initialization.kind == "conditioned":
+    elif kind == "conditioned":
         block = _conditioned_block(item, name, block)
-    keeps_norm = initialization.kind in WITH_OWN_NORM and initialization.norm_reference is None
-    factor = 1.0 if keeps_norm else (target / block.norm()).item()
-    is_fixed = initialization.kind == "conditioned" and name == "value"
-    return block * (factor * (1.0 if is_fixed else initialization.scale))
+    keeps_norm = kind in WITH_OWN_NORM and initialization.norm_reference is None
+    return block * ((1.0 if keeps_norm else (target / block.norm()).item()) * scale)
 
 
 def _conditioned_block(item: Projection, name: str, block: Tensor) -> Tensor:

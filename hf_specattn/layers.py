@@ -85,6 +85,45 @@ class ProjectionLayout:
         """`(heads, head_dim, in_features)` of one projection's matrix."""
         return matrix.unflatten(0, (self.heads[self.projections.index(projection)], -1))
 
+    def merge_heads(self, blocks: Tensor) -> Tensor:
+        """The inverse of `head_blocks`."""
+        return blocks.flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class OutputLayout(ProjectionLayout):
+    """The output projection W_O, whose heads are runs of columns: what each of them puts into the layer's output.
+
+    Args:
+        rows: of the weight, `out_features`.
+        head_dims: here the columns of one head.
+    """
+
+    rows: int = 0
+
+    @classmethod
+    def of(cls, rows: int, heads: int, head_dim: int) -> "OutputLayout":
+        """Of a `(rows, heads * head_dim)` weight."""
+        return cls(("output",), (heads,), (head_dim,), rows=rows)
+
+    @property
+    def rows_per_group(self) -> list[int]:
+        """All rows, of which none belongs to a head."""
+        return [self.rows]
+
+    def head_blocks(self, projection: str, matrix: Tensor) -> Tensor:
+        """`(heads, out_features, head_dim)`: a view."""
+        return matrix.unflatten(1, (self.heads[0], -1)).movedim(1, 0)
+
+    def merge_heads(self, blocks: Tensor) -> Tensor:
+        """The inverse of `head_blocks`."""
+        return blocks.movedim(0, 1).flatten(1)
+
+    def sum_heads(self, input: Tensor) -> Tensor:
+        """`(..., heads * head_dim)` to `(..., head_dim)`, in at least float32: where each head has a C of its own, `X C^T`
+        is lambda times a slice of this."""
+        return at_least_float32(input).unflatten(-1, (self.heads[0], -1)).sum(-2)
+
 
 def correction_matrix(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
     """`C` for a whole `(out_features, in_features)` weight: zero on the rows that are no target.
@@ -112,7 +151,7 @@ def _projection_correction(name: str, part: Tensor, layout: ProjectionLayout, sp
         lambda_ = spectral.lambda_for(name)
         assert lambda_ is not None  # an identity config has a lambda for each of its targets
         correction = identity_correction(blocks, lambda_)
-    return correction.flatten(0, 1) if spectral.granularity == "head" else correction
+    return layout.merge_heads(correction) if spectral.granularity == "head" else correction
 
 
 def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
@@ -129,6 +168,11 @@ def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, sp
     Returns:
         `(..., out_features)` in the dtype of `output`.
     """
+    if isinstance(layout, OutputLayout):
+        lambda_ = spectral.lambda_for("output")
+        assert lambda_ is not None
+        term = layout.sum_heads(input) if spectral.granularity == "head" else input
+        return _add_slice(output, term, lambda_).to(output.dtype)
     parts = output.unflatten(-1, (layout.groups, -1)).split(layout.rows_per_group, dim=-1)
     summed = []
     for name, heads, part in zip(layout.projections, layout.heads, parts):
@@ -148,6 +192,13 @@ def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, sp
 
 def add_scaled_input_(output: Tensor, input: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> None:
     """The same in place, which reads and writes the output once: for an output that nobody else has seen."""
+    if isinstance(layout, OutputLayout):
+        lambda_ = spectral.lambda_for("output")
+        assert lambda_ is not None
+        term = layout.sum_heads(input) if spectral.granularity == "head" else input
+        columns = min(output.shape[-1], term.shape[-1])
+        output[..., :columns].add_(term[..., :columns], alpha=lambda_)
+        return
     parts = output.unflatten(-1, (layout.groups, -1)).split(layout.rows_per_group, dim=-1)
     for name, heads, part in zip(layout.projections, layout.heads, parts):
         lambda_ = spectral.lambda_for(name)
@@ -170,6 +221,9 @@ def add_identity_(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralCo
     for name, part in layout.grouped(matrix).items():
         lambda_ = spectral.lambda_for(name)
         if lambda_ is None:
+            continue
+        if isinstance(layout, OutputLayout) and spectral.granularity == "head":
+            layout.head_blocks(name, part[0]).diagonal(dim1=-2, dim2=-1).add_(lambda_)
             continue
         if spectral.granularity == "head":
             heads = layout.heads[layout.projections.index(name)] // layout.groups
@@ -201,7 +255,7 @@ class SpectralLayer(ChangedLayer):
 
     Attributes:
         spectral: the settings.
-        layout: where query, key and value stand among the output rows.
+        layout: where query, key and value stand among the output rows; of W_O, where its heads stand among the columns.
         correction: svd only: `C` in the orientation of `weight`, a persistent buffer. Identity stores no tensor: the
             number in `spectral` cannot be cast, sharded or lost.
     """

@@ -52,7 +52,7 @@ from .conditioning import (
     set_origin,
     subtract_correction,
 )
-from .config import INITS, PROJECTIONS, SpectralConfig, check_choice, is_positive_number
+from .config import INITS, PROJECTIONS, TARGETS, SpectralConfig, check_choice, is_positive_number
 from .layers import refuse_replaced, spectral_layers
 from .preconditioner import PreconditionerConfig, preconditioned_layers
 from .preconditioning import attach_preconditioner, find_output_projections, precondition
@@ -166,7 +166,13 @@ class SpectralConfigMixin:
                 f"{', '.join(SPECTRAL_FIELDS[1:])}: one of them is given and does nothing without "
                 "spectral_conditioning=True; add it, or leave the field out."
             )
-        self._set_spectral(SpectralConfig(*fields) if spectral_conditioning else None)
+        spectral = SpectralConfig(*fields) if spectral_conditioning else None
+        if spectral is not None and "output" in spectral.targets and preconditioner is not None:
+            raise ValueError(
+                f"spectral_targets={list(spectral.targets)} and attention_preconditioner={preconditioner.axis!r}: an output "
+                "projection has either a correction or a preconditioner; leave 'output' out, or the preconditioner."
+            )
+        self._set_spectral(spectral)
         self._set_preconditioner(preconditioner, given.get("preconditioner_norms"))
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
@@ -395,7 +401,7 @@ def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
         spectral = spectral_settings({**fields, "spectral_refresh_every": None})
     except ValueError:  # such as the checkpoint's lambda_ with another method: settings that no checkpoint has
         return None
-    return (spectral.method, spectral.targets, spectral.granularity, [spectral.lambda_for(p) for p in PROJECTIONS])
+    return (spectral.method, spectral.targets, spectral.granularity, [spectral.lambda_for(p) for p in TARGETS])
 
 
 # Whether the weights being loaded are stock ones, for which a missing `correction` is no loss.

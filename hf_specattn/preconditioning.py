@@ -29,7 +29,7 @@ from .architectures import UNSTATED, AttentionSpec, attention_specs, output_modu
 from .compat import Conv1D
 from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
 from .existing_adapters import refuse_adapters
-from .layers import hold_projections
+from .layers import SpectralLayer, hold_projections
 from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import (
     PRECONDITIONED_CLASSES,
@@ -125,6 +125,11 @@ def _output_projection(
     dims = {part: dim for item in items for part, dim in zip(item.layout.projections, item.layout.head_dims)}
     if not {"query", "value"} <= heads.keys():
         raise ValueError(f"{kind}: the AttentionSpec must name query and value, which say what the heads are.")
+    if isinstance(module, SpectralLayer):
+        raise ValueError(
+            f"{full_name} has a spectral correction, and an output projection has either that or a preconditioner; condition "
+            "without 'output' among the targets, or fold the model first."
+        )
     if stock_class_of(module) not in PRECONDITIONED_CLASSES:
         raise ValueError(
             f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only the input of exact torch.nn.Linear "

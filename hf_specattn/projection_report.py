@@ -29,12 +29,12 @@ class Spectrum:
     @property
     def kappa(self) -> float:
         """Condition number of the whole projection."""
-        return _ratio(self.sigma_max, self.sigma_min)
+        return singular_value_ratio(self.sigma_max, self.sigma_min)
 
     @property
     def head_kappa(self) -> tuple[float, ...]:
         """Condition number of each head's block."""
-        return tuple(map(_ratio, self.head_sigma_max, self.head_sigma_min))
+        return tuple(map(singular_value_ratio, self.head_sigma_max, self.head_sigma_min))
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class ProjectionReport:
 
     Attributes:
         name: full name of the module that holds the weight.
-        projection: `query`, `key` or `value`.
+        projection: `query`, `key`, `value` or `output`.
         layout: `separate`, `qkv_blocked` or `qkv_interleaved`.
-        shape: `(heads * head_dim, in_features)` of this projection.
+        shape: `(heads * head_dim, in_features)` of this projection; `(out_features, heads * head_dim)` of the output.
         method, lambda_, granularity: what was applied; lambda_ is None for svd.
         before: spectrum of W as it stood.
         after: spectrum of `W + C` as it stands now.
@@ -118,11 +118,14 @@ def build_report(
     spectral, layout = layer.spectral, layer.layout
     index = layout.projections.index(projection)
     lambda_ = spectral.lambda_for(projection)
+    rows, columns = layer.matrix().shape
+    if projection != "output":  # the weight may hold others, too
+        rows = layout.heads[index] * layout.head_dims[index]
     return ProjectionReport(
         name=name,
         projection=projection,
         layout=layout.kind,
-        shape=(layout.heads[index] * layout.head_dims[index], layer.matrix().shape[1]),
+        shape=(rows, columns),
         method=spectral.method,
         lambda_=lambda_,
         granularity=spectral.granularity,
@@ -175,5 +178,6 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _ratio(sigma_max: float, sigma_min: float) -> float:
+def singular_value_ratio(sigma_max: float, sigma_min: float) -> float:
+    """The condition number; inf where the smallest singular value is 0."""
     return sigma_max / sigma_min if sigma_min > 0 else math.inf

@@ -12,7 +12,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.utils import logging
 
 from .existing_adapters import adapted_layers
-from .layers import STEPS_SINCE_REFRESH, SpectralLayer, refuse_replaced, spectral_layers
+from .layers import STEPS_SINCE_REFRESH, OutputLayout, SpectralLayer, refuse_replaced, spectral_layers
 from .ordinary import refuse_no_module, refuse_unordinary
 from .polar import polar_correction
 
@@ -87,7 +87,7 @@ def recompute(layer: SpectralLayer) -> None:
 
 
 class _Block(NamedTuple):
-    """Matrices of one shape from one weight, `(matrices, m, n)`, and the rows of the correction that belong to them."""
+    """Matrices of one shape from one weight, `(matrices, m, n)`, and the part of the correction that belongs to them."""
 
     matrices: Tensor
     correction: Tensor
@@ -112,11 +112,15 @@ def recompute_by_products(layers: Sequence[SpectralLayer]) -> None:
 
 
 def _blocks(layer: SpectralLayer) -> Iterator[_Block]:
-    corrections = layer.layout.grouped(layer.orient(layer.correction))
-    for name, matrix in layer.layout.split(layer.orient(_whole_weight(layer))).items():
-        if name in layer.spectral.targets:
-            per_head = layer.spectral.granularity == "head"
-            yield _Block(layer.layout.head_blocks(name, matrix) if per_head else matrix[None], corrections[name])
+    layout, per_head = layer.layout, layer.spectral.granularity == "head"
+    corrections = layout.grouped(layer.orient(layer.correction))
+    for name, matrix in layout.split(layer.orient(_whole_weight(layer))).items():
+        if name not in layer.spectral.targets:
+            continue
+        into = corrections[name]
+        if per_head and isinstance(layout, OutputLayout):
+            into = layout.head_blocks(name, into[0])
+        yield _Block(layout.head_blocks(name, matrix) if per_head else matrix[None], into)
 
 
 def _correct(blocks: Sequence[_Block]) -> None:

@@ -102,6 +102,10 @@ def main(argv: list[str] | None = None) -> None:
             raise CorpusError(
                 "--spectral_monitor_every needs whole weights, and FSDP shards them; leave it out, or use DDP."
             )
+        if arguments.decay_toward_start_on and will_shard(accelerator):
+            raise CorpusError(
+                "--decay_toward_start_on needs whole weights, and FSDP shards them; leave it out, or use DDP."
+            )
         if arguments.eval_only:
             evaluate_only(MlmTask(arguments, accelerator), arguments.model_name_or_path, accelerator)
             return

@@ -8,7 +8,8 @@
 
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
 conditioning's or the initialization scale's; `precondition` sets preconditioned attention beside both and its controls;
-`grid` takes the product of the values given, with what follows `--` for every run.
+`residual_free`, `strong_decay` and `dynamic` look for the regimes in which conditioning pays; `grid` takes the product of the
+values given. What follows `--` is given to every run.
 
 As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
 interrupted sweep goes on when its command is repeated.
@@ -39,6 +40,7 @@ from recipes.compare.sweeps.detection_sweeps import (
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
 from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
+from recipes.compare.sweeps.regime_sweeps import REGIME_SWEEPS
 from recipes.compare.sweeps.runner import Machine
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
@@ -53,13 +55,13 @@ PARSERS: dict[str, Callable[..., Any]] = {
     LRA_SCRIPT: parse_lra_arguments,
     DETECTION_SCRIPT: parse_detection_arguments,
 }
-ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS
+ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS
 NAMES = (*ALL_SWEEPS, "grid")
 
 
 @dataclass
 class SweepArguments:
-    """Arguments of the sweep; its name stands before them, and behind `--` what every run of a grid is given."""
+    """Arguments of the sweep; its name stands before them, and behind `--` what every run is given besides."""
 
     scale: str = field(
         default="small",
@@ -146,10 +148,11 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
         sweep = build_grid(arguments, behind)
     else:
         given = [flag for flag in GRID_FLAGS if getattr(arguments, flag) != getattr(SweepArguments(), flag)]
-        if given or behind:
-            names = ", ".join([*(f"--{flag}" for flag in given), *(["--"] if behind else [])])
+        if given:
+            names = ", ".join(f"--{flag}" for flag in given)
             raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
         sweep = ALL_SWEEPS[name](arguments.scale, SCRIPTS)
+        sweep = replace(sweep, common=(*sweep.common, *behind))
     if name in LRA_SWEEPS:
         sweep = with_data(sweep, arguments.lra_data or [])
     elif arguments.lra_data is not None:

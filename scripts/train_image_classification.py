@@ -44,8 +44,9 @@ from recipes.images.image_arguments import ImageArguments, parse_arguments
 from recipes.images.image_datasets import ImageDataError
 from recipes.images.image_models import ImageModelError, build_stock_model
 from recipes.images.image_plan import describe_plan
+from recipes.run.ablations import remove_attention_residuals, remove_layer_norms
 from recipes.run.conditioned_model import SAMPLES, condition_model
-from recipes.run.projection_init import initialize_projections, remove_layer_norms
+from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.spectral_arguments import SpectralArguments
 
@@ -73,6 +74,10 @@ def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
         initialize_projections(model, arguments.initialization())
         if arguments.no_layer_norm:
             logger.info(f"Took {remove_layer_norms(model)} layer norms out of the model.")
+        if arguments.no_attention_residual:
+            logger.info(
+                f"Took {remove_attention_residuals(model)} residual connections of attention out of the model."
+            )
     except ValueError as error:
         raise ImageModelError(str(error)) from error
     return model

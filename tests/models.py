@@ -211,6 +211,18 @@ each_head = pytest.mark.parametrize(
     ],
 )
 each_method = pytest.mark.parametrize("method", ["identity", "svd"])
+# Every head once, with the method that has tensors, and every base model with both: heads differ in names and prefixes, which
+# the identity adds nothing to.
+each_head_once = pytest.mark.parametrize(
+    ("tiny", "auto_name", "method"),
+    [
+        pytest.param(tiny, auto_name, method, id=f"{tiny}-{auto_name}-{method}")
+        for tiny in ARCHITECTURES.values()
+        for auto_name in tiny.classes
+        for method in ("identity", "svd")
+        if method == "svd" or auto_name == "AutoModel"
+    ],
+)
 each_init = pytest.mark.parametrize("init", ["additive", "preserve"])
 
 

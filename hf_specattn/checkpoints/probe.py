@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..balance import OutputChange, OutputChangedError, measured_tolerance, output_change, probe_batch, probe_outputs
 from ..conditioning import find_projections
 from ..config import SpectralConfig
-from ..layers import HALF_PRECISION, SpectralLayer, correction_matrix
+from ..layers import HALF_PRECISION, SpectralLayer, correction_matrix, spectral_layers
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class Diagonals:
 
     def __init__(self, model: nn.Module, spectral: SpectralConfig | None = None):
         self.entries: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for item in find_projections(model):
+        present = next((layer.spectral for _, layer in spectral_layers(model)), spectral)
+        self.output = present is not None and "output" in present.targets
+        for item in find_projections(model, output=self.output):
             module = item.module
             settings = module.spectral if isinstance(module, SpectralLayer) else spectral
             if settings is None or settings.method != "identity" or module.weight.dtype not in HALF_PRECISION:
@@ -130,7 +132,7 @@ class Diagonals:
         Preserved weights are W - C, folded ones W + C. None where nothing is rounded.
         """
         errors = []
-        for item in find_projections(model):
+        for item in find_projections(model, output=self.output):
             if item.name not in self.entries:
                 continue
             touched, before, correction = self.entries[item.name]

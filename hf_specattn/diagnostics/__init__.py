@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .advice import Advice, advise
 from .capture import CapturedAttention, capture
+from .head_products import HeadProducts, head_products, value_path
 from .heads import AttentionHead
 from .indicator import Indicator, jacobian_indicator, softmax_jacobian_extremes
 from .jacobian import JacobianSpectrum, NotConvergedError, jacobian_spectrum
@@ -32,6 +33,7 @@ __all__ = [
     "Diagnosis",
     "FullSpectrum",
     "GradientNorms",
+    "HeadProducts",
     "Indicator",
     "JacobianRow",
     "JacobianSpectrum",
@@ -45,11 +47,13 @@ __all__ = [
     "diagnose",
     "effective_rank",
     "gradient_norms",
+    "head_products",
     "jacobian_indicator",
     "jacobian_spectrum",
     "saturation",
     "softmax_jacobian_extremes",
     "spectra",
+    "value_path",
     "write_report",
     "write_training_report",
 ]

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from .attention_figures import (
 )
 from .attentions import Architecture
 from .capture import CapturedAttention, capture
+from .head_products import HeadProducts, head_products
 from .indicator import Indicator, jacobian_indicator
 from .jacobian import jacobian_spectrum
 from .saturation import Saturation
@@ -64,6 +65,7 @@ class Diagnosis:
 
     Attributes:
         spectra: of every projection, W_O included.
+        products: of every head's `W_Q^T W_K` and `W_O W_V`.
         saturation: of every layer on the batch.
         jacobians: of the heads looked at.
         warnings: what is wrong, in sentences.
@@ -71,6 +73,7 @@ class Diagnosis:
     """
 
     spectra: list[ProjectionSpectra]
+    products: list[HeadProducts]
     saturation: list[Saturation]
     jacobians: list[JacobianRow]
     warnings: list[str]
@@ -100,6 +103,7 @@ def diagnose(
     jacobians = [row for item in captured for row in _jacobian_rows(item, queries, jacobian_heads)]
     return Diagnosis(
         spectra=spectra(model, architecture, output=True),
+        products=head_products(model, architecture),
         saturation=[Saturation.of(item) for item in captured],
         jacobians=jacobians,
         warnings=advise(model, data, architecture).warnings(),
@@ -196,6 +200,7 @@ def page_of(diagnosis: Diagnosis, images: Mapping[str, bytes], title: str) -> st
         verdicts=verdicts(diagnosis),
         diagnosis=diagnosis,
         mean=fmean,
+        geometric_mean=geometric_mean,
         images={name: base64.b64encode(image).decode() for name, image in images.items()},
     )
 
@@ -243,7 +248,10 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
         )
     if any(row.is_lower_bound for row in diagnosis.jacobians):
         found.append("Some Jacobians are conditioned worse than can be resolved; their numbers are lower bounds.")
-    found.append("kappa(W) is a property of the parameters: other weights with other kappa compute the same function.")
+    found.append(
+        "kappa(W) is a property of the parameters: other weights with other kappa compute the same function. The products "
+        "W_O W_V and W_Q^T W_K of each head are the same in all of them."
+    )
     return found
 
 
@@ -276,6 +284,19 @@ kappa is the largest divided by the smallest.</p>
 <p>The condition number of each head's block, and how even its attention is: 1 is uniform, 0 a softmax that picks one token
 and passes no gradient to query and key.</p>
 <img alt="Condition numbers and entropy by layer and head" src="data:image/png;base64,{{ images.heat_maps }}">
+<h2>What the heads compute with</h2>
+<p>Condition numbers of each head's W_Q^T W_K and W_O W_V, geometric mean and largest of the layer. Weights of the same
+function may have another kappa(W); these products they share, so they are the numbers to compare models by.</p>
+<table id="products">
+<tr><th>attention</th><th>product</th>{% if conditioned %}<th>mean, W</th><th>largest, W</th>{% endif %}<th>mean</th>
+<th>largest</th></tr>
+{% for row in diagnosis.products %}
+<tr><td>{{ row.name }}</td><td>{{ row.product }}</td>
+{% if conditioned %}<td>{{ geometric_mean(row.kappa_raw) | number }}</td>
+<td>{{ row.kappa_raw | max | number }}</td>{% endif %}
+<td>{{ geometric_mean(row.kappa) | number }}</td><td>{{ row.kappa | max | number }}</td></tr>
+{% endfor %}
+</table>
 <h2>Distributions</h2>
 <img alt="All singular values" src="data:image/png;base64,{{ images.distributions }}">
 {% if diagnosis.jacobians %}

@@ -71,7 +71,7 @@ class Attention:
                 f"{type(self.root).__name__} should have an output projection at {self.output_name}, but has none there; "
                 "pass architecture=AttentionSpec(..., output=...) with the right path."
             ) from error
-        if stock_class_of(module) not in SPECTRAL_CLASSES:
+        if not isinstance(module, SpectralLayer) and stock_class_of(module) not in SPECTRAL_CLASSES:
             raise ValueError(
                 f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is read "
                 "from exact torch.nn.Linear and transformers Conv1D modules only. Look at the model before quantizing it or "
@@ -80,13 +80,41 @@ class Attention:
         _check_readable(self.output_name, module.weight)
         return module
 
-    def output_weight(self) -> Tensor | None:
-        """W_O as `nn.Linear` stores it, `(out_features, heads * head_dim)`, detached; None where it is not known."""
+    def output_weight(self, effective: bool = True) -> Tensor | None:
+        """W_O + C, or W_O, as `nn.Linear` stores it, `(out_features, heads * head_dim)`, detached; None where not known."""
         module = self.output()
         if module is None:
             return None
+        if isinstance(module, SpectralLayer):
+            return module.orient((module.effective_weight() if effective else module.weight).detach())
         weight: Any = module.weight
         return SPECTRAL_CLASSES[stock_class_of(module)].orient(weight.detach())
+
+    def products(self, effective: bool = True) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors of what a head computes with, whatever its gauge; detached, in the weights' dtype.
+
+        Returns:
+            `"query-key"`: `W_Q` and `W_K` of each query head, `(heads, head_dim, in_features)` twice, of which
+            `W_Q^T W_K` is the product; `"output-value"`, where W_O is known: `W_O`, `(heads, out_features, head_dim)`, and
+            `W_V`, `(heads, head_dim, in_features)`.
+        """
+        blocks = self.head_weights(effective)
+        found = {}
+        if {"query", "key"} <= blocks.keys():
+            query = blocks["query"]
+            found["query-key"] = (query.mT, _for_each(blocks["key"], len(query)))
+        if "value" in blocks and (output := self.output_weight(effective)) is not None:
+            heads = self.heads.get("query", self.heads["value"])
+            columns = output.unflatten(1, (heads, -1)).movedim(1, 0)
+            value = _for_each(blocks["value"], heads)
+            if columns.shape[-1] == value.shape[-2]:
+                found["output-value"] = (columns, value)
+        return found
+
+
+def _for_each(blocks: Tensor, heads: int) -> Tensor:
+    """Those of fewer key and value heads repeated, for each query head that shares them."""
+    return blocks.repeat_interleave(heads // len(blocks), dim=0)
 
 
 def find_attentions(

@@ -20,10 +20,11 @@ from ..files import write_json
 from .advice import advise
 from .attentions import Architecture, find_attentions
 from .capture import CapturedAttention, capture
+from .head_products import HeadProducts, head_products, value_path
 from .indicator import jacobian_indicator
 from .jacobian import jacobian_spectrum
 from .saturation import Saturation, gradient_norms
-from .spectra import ProjectionSpectra, spectra
+from .spectra import ProjectionSpectra, effective_rank, spectra
 
 if TYPE_CHECKING:
     from transformers import Trainer  # whose module imports datasets
@@ -140,6 +141,8 @@ class SpectralMonitor(TrainerCallback):
             record: dict[str, Any] = {"step": step, "layers": self.layers}
             rows = spectra(model, self.architecture, layers=self.layers)
             record |= _spectra_record(rows)
+            record |= _products_record(head_products(model, self.architecture, layers=self.layers))
+            record |= _path_record(value_path(model, self.architecture))
             captured = capture(model, self._inputs, self.architecture, self.layers)
             record |= _saturation_record([Saturation.of(item) for item in captured])
             if self.jacobian_heads:
@@ -270,6 +273,23 @@ def _spectra_record(rows: list[ProjectionSpectra]) -> dict[str, Any]:
             ):
                 record.setdefault(f"{name}_{row.projection}{suffix}", []).append([_finite(value) for value in values])
     return record
+
+
+def _products_record(rows: list[HeadProducts]) -> dict[str, Any]:
+    record: dict[str, Any] = {}
+    for row in rows:
+        name = f"kappa_{row.product.replace('-', '_')}"
+        for suffix, values in (("", row.kappa_raw), ("_effective", row.kappa)):
+            record.setdefault(f"{name}{suffix}", []).append([_finite(value) for value in values])
+    return record
+
+
+def _path_record(values: torch.Tensor | None) -> dict[str, Any]:
+    """Of the product of all layers' `W_O W_V`: its effective rank, and its largest singular value over the median."""
+    if values is None:
+        return {}
+    ratio = (values[0] / values.median()).item()
+    return {"path_effective_rank": effective_rank(values).item(), "path_largest_to_median": _finite(ratio)}
 
 
 def _saturation_record(rows: list[Saturation]) -> dict[str, Any]:

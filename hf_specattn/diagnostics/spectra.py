@@ -102,22 +102,24 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 def _rows(attention: Attention, output: bool, dtype: torch.dtype) -> list[ProjectionSpectra]:
     raw, effective = attention.head_weights(effective=False), attention.head_weights()
-    changed = [name for name in raw if not torch.equal(raw[name], effective[name])]
     names = {part: item.name for item in attention.holders for part in item.layout.projections}
+    if output and (weight := attention.output_weight(effective=False)) is not None:
+        assert attention.output_name is not None
+        names["output"] = attention.output_name
+        heads = attention.heads.get("query", next(iter(attention.heads.values())))
+        # Transposed, so that heads are runs of rows here as well.
+        raw["output"] = weight.mT.unflatten(0, (heads, -1))
+        effective["output"] = attention.output_weight().mT.unflatten(0, (heads, -1))  # type: ignore[union-attr]
+    changed = [name for name in raw if not torch.equal(raw[name], effective[name])]
     blocks = [*raw.values(), *(effective[name] for name in changed)]
     matrices = [block.flatten(0, 1) for block in blocks]
-    if output and (weight := attention.output_weight()) is not None:
-        assert attention.output_name is not None
-        heads = attention.heads.get("query", next(iter(attention.heads.values())))
-        raw["output"] = weight.mT.unflatten(0, (heads, -1))
-        names["output"] = attention.output_name
-        blocks.insert(len(raw) - 1, raw["output"])
-        matrices.insert(len(raw) - 1, weight)
     values = _singular_values([*matrices, *blocks], dtype)
     found = [FullSpectrum.of_values(*pair) for pair in zip(values[: len(blocks)], values[len(blocks) :])]
     of_raw = dict(zip(raw, found))
     of_effective = of_raw | dict(zip(changed, found[len(raw) :]))
     shapes = {name: (matrix.shape[0], matrix.shape[1]) for name, matrix in zip(raw, matrices)}
+    if "output" in shapes:
+        shapes["output"] = shapes["output"][::-1]
     return [
         ProjectionSpectra(names[name], name, of_raw[name], of_effective[name], attention.layer, shapes[name])
         for name in raw

@@ -73,7 +73,7 @@ def test_lambda_keys_must_equal_the_targets(value):
         ({"method": None}, r"method=None is unknown"),
         ({"granularity": "layer"}, r"granularity='layer' is unknown; choose one of 'projection', 'head'"),
         ({"targets": ()}, r"non-empty subset"),
-        ({"targets": ("query", "output")}, r"non-empty subset"),
+        ({"targets": ("query", "out")}, r"non-empty subset"),
         ({"targets": "query"}, r"sequence of names"),
         ({"targets": None}, r"sequence of names"),
         ({"targets": ("key", "key")}, r"twice"),

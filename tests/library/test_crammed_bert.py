@@ -712,3 +712,22 @@ def test_module_can_travel_as_remote_code():
         elif isinstance(node, ast.ImportFrom):
             sibling = node.level == 1 and node.module is not None and "." not in node.module
             assert sibling or (node.level == 0 and node.module.split(".")[0] in allowed)
+
+
+def test_without_the_residual_connection_attention_replaces_its_input(tmp_path):
+    settings = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CrammedBertConfig(**settings, intermediate_size=32, attention_residual=False)
+    torch.manual_seed(0)
+    model = CrammedBertModel(config).double().eval()
+    torch.manual_seed(0)
+    usual = CrammedBertModel(CrammedBertConfig(**settings, intermediate_size=32)).double().eval()
+    seen = {}
+    for layer in usual.layers if hasattr(usual, "layers") else usual.encoder.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.__setitem__(module, args[0]))
+        layer.attention_output.register_forward_hook(lambda module, args, output, layer=layer: output - seen[layer])
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        found = model(ids).last_hidden_state
+        torch.testing.assert_close(found, usual(ids).last_hidden_state, rtol=0, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    assert CrammedBertModel.from_pretrained(tmp_path).config.attention_residual is False

@@ -134,7 +134,57 @@ def test_a_conditioned_start_with_grouped_heads_and_in_half_precision():
             torch.testing.assert_close(head @ head.T, torch.eye(8, dtype=torch.float64), atol=0.02, rtol=0)
 
 
+def output_of(model):
+    """W_O, `(out, in)`, by layer."""
+    ends = ("attn.c_proj.weight", "attention.output.dense.weight", "o_proj.weight")
+    found = [value.detach().clone() for name, value in model.named_parameters() if name.endswith(ends)]
+    assert len(found) == 2
+    return found
+
+
+def test_each_projection_has_its_scale_and_others_stay(model):
+    before, outputs, others = blocks_of(model), output_of(model), others_of(model)
+    initialize(model, "default", scale={"query": 3.0, "output": 5.0})
+    for index, (old, new) in enumerate(zip(before, blocks_of(model), strict=True)):
+        assert torch.equal(new, 3 * old if index % 3 == 0 else old)
+    for old, new in zip(outputs, output_of(model), strict=True):
+        assert torch.equal(new, 5 * old)
+    changed = {name for name, value in others_of(model).items() if not torch.equal(value, others[name])}
+    assert all("output.dense" in name for name in changed)
+
+
+def test_value_and_output_alone_become_orthogonal(model):
+    before, outputs = blocks_of(model), output_of(model)
+    initialize(model, "orthogonal", scale={"query": 3.0, "value": 2.0}, targets=("value", "output"))
+    for index, (old, new) in enumerate(zip(before, blocks_of(model), strict=True)):
+        if index % 3 == 2:
+            sigma = torch.linalg.svdvals(new)
+            torch.testing.assert_close(sigma, torch.full_like(sigma, 2 * old.norm().item() / 4))
+        else:
+            assert torch.equal(new, 3 * old if index % 3 == 0 else old)
+    for old, new in zip(outputs, output_of(model), strict=True):
+        sigma = torch.linalg.svdvals(new)
+        torch.testing.assert_close(sigma, torch.full_like(sigma, old.norm().item() / 4))
+
+
+def test_the_norm_of_a_conditioned_output(model):
+    outputs = output_of(model)
+    reference = SpectralConfig("svd", targets=("output",))
+    initialize(model, "default", norm_reference=reference, targets=("output",))
+    for old, new in zip(outputs, output_of(model), strict=True):
+        left, sigma, right = torch.linalg.svd(old)
+        torch.testing.assert_close(new, old * ((old + sigma[0] * left @ right).norm() / old.norm()))
+
+
 def test_what_cannot_be_is_refused(model):
+    for settings, message in (
+        ({"kind": "mimetic", "targets": ("value", "output")}, "is one of all projections; leave targets out"),
+        ({"kind": "orthogonal", "targets": ("values",)}, "non-empty subset"),
+        ({"kind": "default", "scale": {"values": 2.0}}, "non-empty subset"),
+        ({"kind": "default", "scale": {"value": 0.0}}, "finite number above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            initialize(model, **settings)
     with pytest.raises(
         ValueError, match=r"kind='random' is unknown; choose one of 'default', 'orthogonal', 'mimetic', 'c"
     ):

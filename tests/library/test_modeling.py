@@ -17,6 +17,7 @@ from models import (
     assert_bit_equal,
     each_architecture,
     each_head,
+    each_head_once,
     each_init,
     each_method,
     identity_by_numpy,
@@ -489,8 +490,7 @@ def test_stock_weights_load_where_a_conditioned_checkpoint_was_refused(damage, t
 # --- condition() in place --------------------------------------------------------------------------------------------
 
 
-@each_head
-@each_method
+@each_head_once
 def test_condition_in_place_saves_a_conditioned_checkpoint(tiny, auto_name, method, tmp_path):
     model = tiny.model(auto_name)
     condition(model, SpectralConfig(method))
@@ -609,8 +609,7 @@ def test_an_override_that_the_table_contradicts_is_not_saved_as_the_table_reads_
 # --- fold ------------------------------------------------------------------------------------------------------------
 
 
-@each_head
-@each_method
+@each_head_once
 def test_fold_gives_a_stock_model(tiny, auto_name, method, stock_checkpoint, tmp_path):
     path = stock_checkpoint(tiny, auto_name)
     stock = tiny.model(auto_name)

@@ -116,7 +116,6 @@ def test_the_costs_are_those_of_the_models(sweep, capsys):
     ("argv", "message"),
     [
         (["table5", "--lambdas", "1"], "--lambdas: of grid only; table5 has its own values"),
-        (["table5", "--", "--num_train_epochs", "1"], "--: of grid only"),
         (["table5", "--num_seeds", "6"], "--num_seeds 6: table5 has 5 seed"),
         (["grid", "--scale", "paper"], "--scale is of the sweeps that have a name"),
         (["grid", "--script", "missing.py"], "--script missing.py does not exist"),

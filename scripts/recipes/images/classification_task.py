@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..run.distributed import run_on_main_process
 from ..run.loop import Amounts, Task
-from ..run.optimization import parameter_groups
+from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
@@ -55,6 +55,7 @@ RUN_SETTINGS = (
     "timm_model",
     *INITIALIZATION_SETTINGS,
     "no_layer_norm",
+    "no_attention_residual",
 )
 
 
@@ -168,8 +169,8 @@ class ImageTask(Task):
         }
 
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, self.arguments.weight_decay, not_decayed(model))
-        return torch.optim.AdamW(groups, lr=self.arguments.learning_rate)
+        arguments, exempt = self.arguments, not_decayed(model)
+        return build_adamw(model, arguments, arguments.learning_rate, arguments.weight_decay, not_decayed=exempt)
 
     def averaged(self, model: PreTrainedModel) -> AveragedWeights | None:
         decay = self.arguments.model_ema_decay

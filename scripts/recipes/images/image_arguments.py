@@ -78,6 +78,13 @@ class ImageArguments(RunArguments):
         default=None, metadata={"help": "Train on so many images, the first of each class in turn. None: all."}
     )
     max_validation_samples: int | None = field(default=None, metadata={"help": "The same, to validate on."})
+    held_out_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "Validate on this share of the training images, which are not trained on then, in place of the "
+            "validation images: to choose settings by. None: the validation images."
+        },
+    )
     check_images: str = field(
         default="decode",
         metadata={
@@ -138,6 +145,9 @@ class ImageArguments(RunArguments):
     patch_size: int = field(default=2, metadata={"help": "Height and width of the small ViT's patches."})
 
     no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
+    no_attention_residual: bool = field(
+        default=False, metadata={"help": "Ablation: let attention replace its input in every block of a ViT."}
+    )
 
     # Optimization.
     num_train_epochs: float = field(default=40.0, metadata={"help": "Passes over the training images."})
@@ -213,8 +223,9 @@ class ImageArguments(RunArguments):
 
     def _check_numbers(self) -> None:
         above_zero = ["num_train_epochs", "crop_share"]
-        above_zero += [n for n in ("random_resized_crop", "model_ema_decay") if getattr(self, n) is not None]
-        upper = {"crop_share": 1.0, "random_resized_crop": 1.0, "model_ema_decay": 1 - 1e-9}
+        optional = ("random_resized_crop", "model_ema_decay", "held_out_share")
+        above_zero += [name for name in optional if getattr(self, name) is not None]
+        upper = {"crop_share": 1.0, "random_resized_crop": 1.0, "model_ema_decay": 1 - 1e-9, "held_out_share": 0.9}
         for name in above_zero:
             high = upper.get(name, 1e9)
             if not 0 < getattr(self, name) <= high:

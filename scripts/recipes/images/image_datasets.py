@@ -211,6 +211,8 @@ class ImageDataSettings:
         train_split, validation_split: Its splits.
         image_column, label_column: Its columns.
         max_train_samples, max_validation_samples: Take the first so many of each class in turn; None takes all.
+        held_out_share: Validate on this share of the training images, which no run trains on then, and leave the validation
+            images alone: to choose settings by. None: the validation images.
         check_images: "decode" reads every image file once before training, "header" only looks what it is.
         skip_unreadable_images: Leave unreadable images out, with a warning that names them, instead of refusing.
     """
@@ -227,6 +229,7 @@ class ImageDataSettings:
     label_column: str = "label"
     max_train_samples: int | None = None
     max_validation_samples: int | None = None
+    held_out_share: float | None = None
     check_images: str = "decode"
     skip_unreadable_images: bool = False
 
@@ -282,9 +285,22 @@ def find_images(settings: ImageDataSettings) -> ImageData:
         data = read_digits()
     _refuse_missing_classes(data)
     classes = len(data.class_names)
+    data = hold_out(data, settings.held_out_share)
     train = limit_samples(data.train, settings.max_train_samples, "--max_train_samples", classes)
     validation = limit_samples(data.validation, settings.max_validation_samples, "--max_validation_samples", classes)
     return replace(data, train=train, validation=validation)
+
+
+def hold_out(data: ImageData, share: float | None) -> ImageData:
+    """Put a share of the training images, the same in every run, in the place of the validation images."""
+    if share is None:
+        return data
+    shuffled = np.random.default_rng(0).permutation(len(data.train))
+    held = round(share * len(shuffled))
+    train, validation = (data.train.take(np.sort(part)) for part in (shuffled[held:], shuffled[:held]))
+    held_out = replace(data, train=train, validation=validation)
+    _refuse_missing_classes(held_out)
+    return held_out
 
 
 # --- the sources -----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from hf_specattn.files import write_bytes
 from hf_specattn.layers import spectral_layers
 from hf_specattn.preconditioner import preconditioned_layers
 
+from ..run.ablations import is_ablated
 from ..run.saving import save_pretrained
 
 TIMM_PREFIX = "timm/"
@@ -319,13 +320,13 @@ def save_classifier(model: PreTrainedModel, processor: Any, directory: str) -> b
     """Save a trained model and its processor, in a form that the Auto classes load as what it is.
 
     A conditioned model that has no class of its own (one of timm) is saved folded: stock, with weights `W + C`. Of one
-    without layer norms, or of timm's with a preconditioner, which no class is, the weights alone are saved, as
-    `weights_alone.safetensors`.
+    without layer norms or residual connections, or of timm's with a preconditioner, which no class is, the weights alone are
+    saved, as `weights_alone.safetensors`.
 
     Returns:
         Whether the Auto classes load it.
     """
-    stock_when_folded = _has_layer_norms(model) and next(preconditioned_layers(model), None) is None
+    stock_when_folded = not is_ablated(model) and next(preconditioned_layers(model), None) is None
     if not can_be_saved(model) and next(spectral_layers(model), None) is not None and stock_when_folded:
         model = fold(copy.deepcopy(model))  # type: ignore[assignment]
     if can_be_saved(model):
@@ -335,7 +336,3 @@ def save_classifier(model: PreTrainedModel, processor: Any, directory: str) -> b
     weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     write_bytes(Path(directory) / BARE_WEIGHTS_FILE, safetensors.torch.save(weights))
     return False
-
-
-def _has_layer_norms(model: PreTrainedModel) -> bool:
-    return any(isinstance(module, torch.nn.LayerNorm) for module in model.modules())

@@ -69,6 +69,7 @@ def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> lis
         arguments.describe_preconditioner(),
         describe_initialization(arguments.initialization()),
         "no layer norms" if arguments.no_layer_norm else None,
+        "no residual connection of attention" if arguments.no_attention_residual else None,
     ]
     return [change for change in changes if change is not None]
 

@@ -16,6 +16,7 @@ from hf_specattn.modeling import MODEL_TYPE_PREFIX
 from hf_specattn.preconditioner import PreconditionerConfig
 
 from .distributed import run_on_main_process
+from .projection_init import STOCK, keep_norms
 from .run_arguments import RunArguments
 from .spectral_arguments import AUTO, SpectralArguments
 
@@ -49,6 +50,8 @@ def condition_model(
     """
     try:
         if spectral.spectral_conditioning and not _keeps_its_own(model, spectral):
+            if arguments.match_norm_of == STOCK:
+                keep_norms(model, _settings(spectral))
             _condition(model, spectral, samples, accelerator)
         preconditioner = arguments.preconditioner()
         if preconditioner is not None and _preconditioner_of(model) != preconditioner:

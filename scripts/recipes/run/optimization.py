@@ -1,10 +1,96 @@
-"""Which parameters decay, for AdamW; cramming's own settings of it."""
+"""Which parameters decay, how fast the projections learn, and where they decay to: AdamW and the controls on it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from hf_specattn.conditioning import find_projections
+from hf_specattn.config import PROJECTIONS, TARGETS
+
+# Names of the flags.
+OPTIMIZATION_SETTINGS = ("no_decay_on", "decay_toward_start_on", "projection_learning_rate_factor")
+
+
+@dataclass
+class OptimizationArguments:
+    """Controls for what a fixed correction does besides conditioning: it moves the centre of the decay, and a dynamic one
+    speeds rotations up."""
+
+    no_decay_on: list[str] | None = field(
+        default=None, metadata={"help": "Control: exempt these projections from the decay.", "choices": list(TARGETS)}
+    )
+    decay_toward_start_on: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Control: let these projections decay toward the weights that the run begins with, not toward 0.",
+            "choices": list(TARGETS),
+        },
+    )
+    projection_learning_rate_factor: float = field(
+        default=1.0, metadata={"help": "Control: multiply the learning rate of query, key and value by this."}
+    )
+
+    def check_optimization(self) -> None:
+        """Raise ValueError for values that cannot be."""
+        if not 0 < self.projection_learning_rate_factor < 1e9:
+            raise ValueError(
+                f"--projection_learning_rate_factor {self.projection_learning_rate_factor} must be a finite number above 0."
+            )
+        if twice := sorted(set(self.no_decay_on or ()) & set(self.decay_toward_start_on or ())):
+            raise ValueError(
+                f"--no_decay_on and --decay_toward_start_on both name {', '.join(twice)}; a projection has one of the two."
+            )
+
+    def optimization_settings(self) -> dict[str, Any]:
+        """What was chosen, by the names of the flags."""
+        defaults = OptimizationArguments()
+        return {
+            name: value
+            for name in OPTIMIZATION_SETTINGS
+            if (value := getattr(self, name)) != getattr(defaults, name) and value != []
+        }
+
+
+def build_adamw(
+    model: PreTrainedModel,
+    arguments: OptimizationArguments,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.01,
+    *,
+    not_decayed: Collection[str] = (),
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> torch.optim.AdamW:
+    """Build AdamW over `parameter_groups`, with the controls asked for.
+
+    Args:
+        model: At the weights that the run begins with.
+        arguments: The controls.
+        not_decayed: Names of parameters that are exempt besides.
+
+    Raises:
+        ValueError: for a control on a part of a fused weight.
+    """
+    settings = arguments.optimization_settings()
+    exempt = _holding(model, settings.get("no_decay_on", ()))
+    anchored = _holding(model, settings.get("decay_toward_start_on", ()))
+    factor = arguments.projection_learning_rate_factor
+    faster = _holding(model, PROJECTIONS) if factor != 1 else {}
+    groups = []
+    for group in parameter_groups(model, weight_decay, {*not_decayed, *exempt, *anchored}):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        usual = [parameter for parameter in group["params"] if names[id(parameter)] not in faster]
+        scaled = [parameter for parameter in group["params"] if names[id(parameter)] in faster]
+        groups += [{**group, "params": usual}] if usual else []
+        groups += [{**group, "params": scaled, "lr": factor * learning_rate}] if scaled else []
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps)
+    if anchored:
+        _decay_toward_start(optimizer, list(anchored.values()), weight_decay)
+    return optimizer
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Collection[str] = ()) -> list[dict[str, Any]]:
@@ -22,12 +108,34 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Collect
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(
-    model: nn.Module,
-    learning_rate: float = 1e-3,  # ten times BERT's: pre-norm and a short budget allow and want it
-    betas: tuple[float, float] = (0.9, 0.98),  # a second moment that forgets in 50 steps suits a run of few steps
-    eps: float = 1e-12,  # below any gradient's scale, so that rarely seen tokens get full-sized steps
-    weight_decay: float = 0.01,  # mild: about one pass over the data overfits little
-) -> torch.optim.AdamW:
-    """Build AdamW over `parameter_groups`, with the defaults of cramming's pretraining."""
-    return torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, eps=eps)
+def _holding(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The weights that hold these projections, by name."""
+    found = {}
+    for item in find_projections(model, output="output" in targets) if targets else ():
+        held = set(item.layout.projections)
+        if not held & set(targets):
+            continue
+        if not held <= set(targets):
+            raise ValueError(
+                f"{item.name} holds {', '.join(item.layout.projections)} in one weight, and the flags name "
+                f"{', '.join(targets)} of them; name all of its projections, or none."
+            )
+        found[f"{item.name}.weight"] = item.module.weight
+    return found
+
+
+def _decay_toward_start(
+    optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], weight_decay: float
+) -> None:
+    """Move weights toward what they are now by `lr * weight_decay` of the way before each step, as AdamW does toward 0."""
+    starts = {id(weight): weight.detach().clone() for weight in weights}
+
+    @torch.no_grad()
+    def decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in starts and parameter.grad is not None:
+                    start = starts[id(parameter)] = starts[id(parameter)].to(parameter.device)
+                    parameter.lerp_(start, group["lr"] * weight_decay)
+
+    optimizer.register_step_pre_hook(decay)

@@ -1,29 +1,32 @@
-"""How query, key and value begin in a run: the flags of `hf_specattn.initialize`, and the ablation of layer norm."""
+"""How query, key, value and output begin in a run: the flags of `hf_specattn.initialize`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from hf_specattn.conditioning import refuse_to_save
-from hf_specattn.config import SpectralConfig
+from hf_specattn.conditioning import find_projections
+from hf_specattn.config import PROJECTIONS, TARGETS, SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
+from hf_specattn.layers import correction_matrix
 
-from .spectral_arguments import SpectralArguments
+from .spectral_arguments import SpectralArguments, parse_numbers
 
+STOCK = "stock"  # of --match_norm_of
 # Names of the flags.
-INITIALIZATION_SETTINGS = ("projection_init", "initialization_scale", "match_norm_of")
+INITIALIZATION_SETTINGS = ("projection_init", "projection_init_targets", "initialization_scale", "match_norm_of")
 
 
 @dataclass
 class InitializationArguments:
     """Flags that set how the projections begin: for experiments, before the conditioning."""
 
-    initialization_scale: float = field(
-        default=1.0,
+    initialization_scale: str = field(
+        default="1",
         metadata={
             "help": "Multiply the query, key and value weights by this before training (with --projection_init conditioned "
-            "query and key alone)."
+            "query and key alone); or one number per projection, as query=2,key=2,value=3,output=3."
         },
     )
     projection_init: str = field(
@@ -35,11 +38,15 @@ class InitializationArguments:
             "choices": list(INITIALIZATIONS),
         },
     )
+    projection_init_targets: list[str] | None = field(
+        default=None,
+        metadata={"help": "What --projection_init orthogonal sets (query, key, value).", "choices": list(TARGETS)},
+    )
     match_norm_of: str | None = field(
         default=None,
         metadata={
             "help": "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
-            "identity=LAMBDA. Not with --spectral_conditioning."
+            "identity=LAMBDA. With svd conditioning: stock, which scales W so that W + C has the norm that W had."
         },
     )
 
@@ -50,14 +57,19 @@ class InitializationArguments:
             ValueError: for values that cannot be.
         """
         reference = parse_norm_reference(self.match_norm_of)
-        if not 0 < self.initialization_scale < float("inf"):
-            raise ValueError(f"--initialization_scale {self.initialization_scale} must be a finite number above 0.")
-        if reference is not None and self.initialization_scale != 1:
+        scale = parse_numbers(self.initialization_scale, "initialization_scale", ("2", "query=2,output=3"))
+        if reference is not None and scale != 1:  # of stock, W is scaled before
             raise ValueError(
                 f"--initialization_scale {self.initialization_scale} would change the norm that --match_norm_of sets; give "
                 "one of the two."
             )
-        return Initialization(self.projection_init, self.initialization_scale, reference)
+        try:
+            targets = self.projection_init_targets or PROJECTIONS
+            return Initialization(self.projection_init, scale, reference, tuple(targets))
+        except ValueError as error:
+            raise ValueError(
+                f"--projection_init, --projection_init_targets, --initialization_scale: {error}"
+            ) from error
 
 
 def check_initialization(arguments: InitializationArguments, spectral: SpectralArguments) -> None:
@@ -66,19 +78,25 @@ def check_initialization(arguments: InitializationArguments, spectral: SpectralA
     Raises:
         ValueError: naming them.
     """
-    if arguments.match_norm_of is not None and spectral.spectral_conditioning:
+    if arguments.match_norm_of == STOCK:
+        if not (spectral.spectral_method == "svd" and spectral.init == "additive"):
+            raise ValueError(
+                f"--match_norm_of {STOCK} gives W + C the norm that W had, which is possible with --spectral_method svd "
+                "(additive) alone: the identity does not shrink with W."
+            )
+    elif arguments.match_norm_of is not None and spectral.spectral_conditioning:
         raise ValueError(
             "--match_norm_of makes the control that has the norm of W + C without C; leave out --spectral_conditioning."
         )
 
 
 def parse_norm_reference(text: str | None) -> SpectralConfig | None:
-    """Read `--match_norm_of`: `svd`, or `identity=` and lambda.
+    """Read `--match_norm_of`: `svd`, or `identity=` and lambda; None for `stock`, which is of conditioned models.
 
     Raises:
         ValueError: for anything else.
     """
-    if text is None:
+    if text is None or text == STOCK:
         return None
     method, equals, number = text.partition("=")
     try:
@@ -91,9 +109,25 @@ def parse_norm_reference(text: str | None) -> SpectralConfig | None:
     raise ValueError(f"--match_norm_of {text!r}: give svd, or identity with its lambda as identity=1.0.")
 
 
+@torch.no_grad()
+def keep_norms(model: nn.Module, config: SpectralConfig) -> None:
+    """Scale each target of a stock model so that its `W + C` under an svd config will have the Frobenius norm that W has.
+
+    Such a C is proportional to W, so one factor does it.
+    """
+    for item in find_projections(model, output="output" in config.targets):
+        matrix = item.orient(item.module.weight)
+        corrections = item.layout.split(correction_matrix(matrix, item.layout, config))
+        parts = item.layout.split(matrix.clone())
+        for name in set(parts) & set(config.targets):
+            parts[name] = parts[name] * (parts[name].norm() / (parts[name] + corrections[name]).norm())
+        matrix.copy_(item.layout.join(parts))
+
+
 def initialize_projections(model: nn.Module, initialization: Initialization) -> None:
     """`hf_specattn.initialize` with the settings of a run."""
-    initialize(model, initialization.kind, initialization.scale, initialization.norm_reference)
+    settings = vars(initialization)
+    initialize(model, **settings)
 
 
 def describe_initialization(initialization: Initialization) -> str | None:
@@ -101,34 +135,12 @@ def describe_initialization(initialization: Initialization) -> str | None:
     if initialization.is_default:
         return None
     parts = [] if initialization.kind == "default" else [initialization.kind]
+    scale = initialization.scale
     if initialization.norm_reference is not None:
         parts.append(f"of the norm of W + C under {initialization.norm_reference.describe()}")
-    if initialization.scale != 1:
-        parts.append(f"times {initialization.scale:g}")
-    return f"query, key and value weights {' '.join(parts)}"
-
-
-# --- ablation --------------------------------------------------------------------------------------------------------
-
-
-def remove_layer_norms(model: PreTrainedModel) -> int:
-    """Replace every `nn.LayerNorm` of the model by the identity, in place; returns how many there were.
-
-    No stock class is such a model, so it refuses `save_pretrained` from then on.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-    if not names:
-        raise ValueError(
-            f"--no_layer_norm: {type(model).__name__} has no torch.nn.LayerNorm; leave the flag out, or take another model."
-        )
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Identity())
-    refuse_to_save(
-        model,
-        "has no layer norm any more, and a checkpoint of it would load with new ones; save its state_dict() instead.",
-    )
-    return len(names)
+    if isinstance(scale, Mapping):
+        parts.append("times " + ", ".join(f"{number:g} ({name})" for name, number in scale.items()))
+    elif scale != 1:
+        parts.append(f"times {scale:g}")
+    targets = "query, key and value" if initialization.targets == PROJECTIONS else ", ".join(initialization.targets)
+    return f"{targets} weights {' '.join(parts)}"

@@ -12,6 +12,7 @@ from hf_specattn.files import CannotWriteError, holds_files, require_writable
 
 from .checkpointing import list_checkpoints
 from .command_line import ScriptParser
+from .optimization import OptimizationArguments
 from .preset_files import as_defaults, find_preset
 from .projection_init import InitializationArguments
 from .run_metrics import METRICS_FILE
@@ -33,7 +34,7 @@ AT_LEAST_ONE = (
 
 
 @dataclass
-class RunArguments(PreconditionerArguments, InitializationArguments):
+class RunArguments(OptimizationArguments, PreconditionerArguments, InitializationArguments):
     """Arguments of a training run. Scripts add theirs, and set other defaults by `default_of`."""
 
     show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
@@ -102,8 +103,11 @@ class RunArguments(PreconditionerArguments, InitializationArguments):
         check_bounds(self, bounds)
         if not 0 < self.learning_rate < 1e9:
             raise ValueError(f"--learning_rate {self.learning_rate} must be a finite number above 0.")
-        self.initialization()  # refuses bad values, as the next does
+        start = self.initialization()  # refuses bad values, as the next does
+        if isinstance(start.scale, float):
+            self.initialization_scale = f"{start.scale:g}"  # so that 2 and 2.0 are one setting
         self.preconditioner()
+        self.check_optimization()
         if self.eval_only and getattr(self, "model_name_or_path", None) is None:
             raise ValueError("--eval_only measures a saved model; name it with --model_name_or_path.")
         if self.resume_from_checkpoint and self.overwrite_output_dir:

@@ -167,7 +167,7 @@ def prepare(
     schedule = BudgetSchedule(prepared, task.learning_rate_factor())
     averaged = task.averaged(model)
     parts = TrainingParts(model, prepared, scaler=accelerator.scaler, processor=task.processor, averaged=averaged)
-    description = settings_to_keep(task, model, spectral, accelerator)
+    description = settings_to_keep(task, model, arguments, spectral, accelerator)
     limit = arguments.save_total_limit
     checkpoints = Checkpoints(arguments.output_dir, accelerator, parts, description, keep_last=limit)
     monitor = None
@@ -184,7 +184,7 @@ def prepare(
 
 
 def settings_to_keep(
-    task: Task, model: PreTrainedModel, spectral: SpectralArguments, accelerator: Accelerator
+    task: Task, model: PreTrainedModel, arguments: RunArguments, spectral: SpectralArguments, accelerator: Accelerator
 ) -> dict[str, Any]:
     """What must be the same when the run is resumed, by the names of flags and of the model's configuration.
 
@@ -200,6 +200,7 @@ def settings_to_keep(
         "spectral_init": spectral.init,
         # Only where it was chosen: runs from before this flag can be resumed.
         **({} if exact is None else {"spectral_exact_refresh": exact}),
+        **arguments.optimization_settings(),
         "validation_fingerprint": task.validation_fingerprint,
         **task.must_match(),
     }

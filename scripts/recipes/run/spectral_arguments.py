@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
 from transformers import HfArgumentParser
 
-from hf_specattn.config import INITS, SpectralConfig, check_choice
+from hf_specattn.config import INITS, TARGETS, SpectralConfig, check_choice
 from hf_specattn.preconditioner import AXES, GRADIENTS, SCALES, PreconditionerConfig
 
 AUTO = "auto"  # of --lambda_
@@ -40,7 +40,7 @@ class SpectralArguments:
     )
     spectral_targets: list[str] | None = field(
         default=None,
-        metadata={"help": "The projections to condition (all of them).", "choices": ["query", "key", "value"]},
+        metadata={"help": "The projections to condition (query, key, value).", "choices": list(TARGETS)},
     )
     spectral_granularity: str | None = field(
         default=None,
@@ -194,18 +194,37 @@ def parse_lambda(text: str | None) -> float | dict[str, float] | None:
     """Read `--lambda_`: a number such as `10`, or one per projection such as `query=10,key=2.5`; None for auto.
 
     Raises:
-        ValueError: for text of neither form, and for a projection that is named twice.
+        ValueError: for other text, and for a projection that is named twice.
     """
     if text is None or text == AUTO:
         return None
-    if "=" not in text:
-        return _number(text, text)
-    values: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name and equals) or name in values:
-            raise _unreadable(text)
-        values[name] = _number(value, text)
+    return parse_numbers(text, "lambda_", ("10", "query=10,key=2.5", AUTO))
+
+
+def parse_numbers(text: str, flag: str, examples: Sequence[str]) -> float | dict[str, float]:
+    """Read a number, or one per projection.
+
+    Args:
+        text: To read.
+        flag: Whose value it is.
+        examples: Of both forms, and words that the flag takes besides.
+
+    Raises:
+        ValueError: for text of neither form, and for a name that stands twice.
+    """
+    pieces = [[piece.strip() for piece in part.partition("=")] for part in text.split(",")]
+    try:
+        if "=" not in text:
+            return float(text)
+        values = {name: float(value) for name, equals, value in pieces if name and equals}
+    except ValueError:
+        values = {}
+    if len(values) < len(pieces):
+        number, by_name, *words = examples
+        raise ValueError(
+            f"--{flag} {text!r} is neither a number, such as {number}, nor one number per projection, such as {by_name}"
+            f"{''.join(f', nor {word}' for word in words)}."
+        )
     return values
 
 
@@ -241,17 +260,3 @@ def explicitly_given(parser: HfArgumentParser, names: Iterable[str], argv: list[
     absent = object()
     namespace, _ = parser.parse_known_args(argv, namespace=Namespace(**dict.fromkeys(names, absent)))
     return {name for name in names if getattr(namespace, name) is not absent}
-
-
-def _number(value: str, text: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise _unreadable(text) from None
-
-
-def _unreadable(text: str) -> ValueError:
-    return ValueError(
-        f"--lambda_ {text!r} is neither a number, such as 10, nor one number per projection, such as query=10,key=2.5, nor "
-        f"{AUTO}."
-    )

@@ -166,6 +166,9 @@ class PretrainArguments(RunArguments):
         default=None, metadata={"help": "Steps of linear warmup. None: a tenth (of the time under --max_train_hours)."}
     )
     max_grad_norm: float = default_of("max_grad_norm", 0.5)
+    no_attention_residual: bool = field(
+        default=False, metadata={"help": "Ablation of a new model: let attention replace its input in every layer."}
+    )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
     )
@@ -223,6 +226,7 @@ class PretrainArguments(RunArguments):
             max_position_embeddings=self.max_seq_length,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
+            attention_residual=not self.no_attention_residual,
         )
 
     def data_settings(self) -> MlmDataSettings:
@@ -316,7 +320,9 @@ def _refuse_contradictions(
 ) -> None:
     check_initialization(arguments, spectral)
     if arguments.model_name_or_path is not None:
-        if given := explicitly_given(parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS), argv):
+        if given := explicitly_given(
+            parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS, "no_attention_residual"), argv
+        ):
             flags = ", ".join(f"--{name}" for name in sorted(given))
             raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
         _check_checkpoint(arguments, spectral)

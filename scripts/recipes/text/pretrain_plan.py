@@ -68,6 +68,8 @@ def describe_plan(
             changed.append(f"{start} (published: as drawn)")
         if (preconditioner := arguments.describe_preconditioner()) is not None:
             changed.append(f"{preconditioner} (published: none)")
+        if arguments.no_attention_residual:
+            changed.append("no residual connection of attention (published: with it)")
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines

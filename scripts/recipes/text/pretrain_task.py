@@ -42,6 +42,9 @@ RUN_SETTINGS = (
     "mlm_probability",
     "model_name_or_path",
 )
+# Of AdamW, as cramming has them: a second moment that forgets in 50 steps suits a run of few steps, and an epsilon below any
+# gradient's scale gives rarely seen tokens steps of full size.
+CRAMMING: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-12}
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 
 
@@ -124,7 +127,8 @@ class MlmTask(Task):
 
     def must_match(self) -> dict[str, Any]:
         # Only where it was chosen: runs from before these flags can be resumed.
-        start = () if self.arguments.initialization().is_default else INITIALIZATION_SETTINGS
+        as_drawn = self.arguments.initialization().is_default and self.arguments.match_norm_of is None
+        start = () if as_drawn else INITIALIZATION_SETTINGS
         return {
             **{name: getattr(self.arguments, name) for name in (*RUN_SETTINGS, *start)},
             "lr_scheduler_type": self.arguments.schedule_kind,
@@ -139,7 +143,8 @@ class MlmTask(Task):
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         # Asked of the model itself: a compiled one does not show what its forward pass takes.
         self.sparse = accepts_masked_positions(model)
-        return build_adamw(model, self.arguments.learning_rate, weight_decay=self.arguments.weight_decay)
+        arguments = self.arguments
+        return build_adamw(model, arguments, arguments.learning_rate, arguments.weight_decay, **CRAMMING)
 
     def learning_rate_factor(self) -> Callable[[float], float]:
         return learning_rate_factor(self.arguments.schedule_kind, self.arguments.budget, self.arguments.warmup)

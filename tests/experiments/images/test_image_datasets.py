@@ -176,3 +176,19 @@ def test_without_datasets_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, datasets.__name__, None)
     with pytest.raises(ImageDataError, match="pip install datasets"):
         find_images(ImageDataSettings(dataset_name="somebody/images"))
+
+
+def test_a_share_of_the_training_images_takes_the_place_of_the_validation_images():
+    whole = find_images(ImageDataSettings())
+    held = find_images(ImageDataSettings(held_out_share=0.25))
+    assert len(held.validation) == round(0.25 * len(whole.train))
+    assert len(held.train) + len(held.validation) == len(whole.train)
+    assert held.train.fingerprint == find_images(ImageDataSettings(held_out_share=0.25)).train.fingerprint
+    pictures = {np.asarray(whole.train.load(index, "L")).tobytes() for index in range(len(whole.train))}
+    parts = [
+        {np.asarray(split.load(index, "L")).tobytes() for index in range(len(split))}
+        for split in (held.train, held.validation)
+    ]
+    assert parts[0] | parts[1] == pictures
+    limited = find_images(ImageDataSettings(held_out_share=0.25, max_train_samples=20, max_validation_samples=10))
+    assert (len(limited.train), len(limited.validation)) == (20, 10)

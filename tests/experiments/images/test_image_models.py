@@ -28,7 +28,7 @@ from recipes.images.image_models import (
     model_input,
     save_classifier,
 )
-from recipes.run.projection_init import remove_layer_norms
+from recipes.run.ablations import remove_layer_norms
 
 CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -55,7 +55,7 @@ from recipes.run.checkpointing import (
     TrainingParts,
     list_checkpoints,
 )
-from recipes.run.optimization import build_adamw
+from recipes.run.optimization import OptimizationArguments, build_adamw
 
 DESCRIPTION = {"seed": 0, "data": "1f3a", "lambda_": None, "betas": (0.9, 0.98), "logging_steps": 10}
 STEPS = 30
@@ -78,7 +78,7 @@ def make_model(spectral: SpectralConfig | None = None, seed: int = 0, **changes)
 
 
 def make_parts(model: nn.Module, **others) -> TrainingParts:
-    optimizer = build_adamw(model, 1e-2)
+    optimizer = build_adamw(model, OptimizationArguments(), 1e-2, betas=(0.9, 0.98), eps=1e-12)
     return TrainingParts(model, optimizer, get_linear_schedule_with_warmup(optimizer, 3, STEPS), **others)
 
 

@@ -1,5 +1,6 @@
 """From a stock model to a run's conditioned one: the lambda that is found, what a checkpoint keeps, what is refused."""
 
+import copy
 import logging
 
 import pytest
@@ -10,9 +11,11 @@ from torch import nn
 from transformers import AutoModel, BertModel
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
+from hf_specattn.conditioning import find_projections
 from hf_specattn.config import DEFAULT_LAMBDA
 from hf_specattn.diagnostics import saturation
 from recipes.run.conditioned_model import ConditioningError, condition_model, find_lambda
+from recipes.run.projection_init import check_initialization
 from recipes.run.run_arguments import RunArguments
 from recipes.run.spectral_arguments import SpectralArguments
 
@@ -184,3 +187,28 @@ def test_flags_of_the_preconditioner_belong_together():
         RunArguments(attention_preconditioner="row", preconditioner_eps=-1.0).check_run()
     with pytest.raises(ValueError, match="--lambda_ auto: of the identity correction; leave it out for svd"):
         SpectralArguments(spectral_conditioning=True, spectral_method="svd", lambda_="auto")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_svd_at_the_norm_of_the_stock_model(name):
+    stock = ARCHITECTURES[name].model()
+    model = copy.deepcopy(stock)
+    targets = ["query", "output"]
+    spectral = SpectralArguments(spectral_conditioning=True, spectral_method="svd", spectral_targets=targets)
+    samples = ARCHITECTURES[name].batch()
+    condition_model(model, RunArguments(match_norm_of="stock"), spectral, samples, Accelerator(cpu=True))
+    before = {item.name: item for item in find_projections(stock, output=True)}
+    for item in find_projections(model, output=True):
+        conditioned = hasattr(item.module, "spectral")
+        weight = item.module.effective_weight() if conditioned else item.module.weight
+        parts = item.layout.split(item.orient(weight.detach()))
+        for part, old in before[item.name].layout.split(item.orient(before[item.name].module.weight.detach())).items():
+            torch.testing.assert_close(parts[part].norm(), old.norm(), rtol=1e-12, atol=0)
+            same = torch.equal(parts[part], old)
+            assert same == (part not in targets)
+
+
+def test_the_norm_of_the_stock_model_is_of_svd_alone():
+    for flags in ({}, {"spectral_conditioning": True, "lambda_": "1"}):
+        with pytest.raises(ValueError, match="--match_norm_of stock gives W \\+ C the norm that W had"):
+            check_initialization(RunArguments(match_norm_of="stock"), SpectralArguments(**flags))

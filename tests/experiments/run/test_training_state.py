@@ -15,7 +15,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from hf_specattn import CrammedBertForMaskedLM, SpectralConfig, condition, refresh
 from hf_specattn.refreshing import steps_since_refresh
-from recipes.run.optimization import build_adamw
+from recipes.run.optimization import OptimizationArguments, build_adamw
 from recipes.run.training_state import (
     CheckpointError,
     TrainingParts,
@@ -41,7 +41,7 @@ def make_model(spectral: SpectralConfig | None = None, seed: int = 0, **changes)
 
 
 def make_parts(model: nn.Module, **others) -> TrainingParts:
-    optimizer = build_adamw(model, 1e-2)
+    optimizer = build_adamw(model, OptimizationArguments(), 1e-2, betas=(0.9, 0.98), eps=1e-12)
     return TrainingParts(model, optimizer, get_linear_schedule_with_warmup(optimizer, 3, 30), **others)
 
 

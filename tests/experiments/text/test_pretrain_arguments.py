@@ -289,7 +289,7 @@ REFUSALS = [
     ("--warmup_steps -1", "--warmup_steps -1 must lie between 0 and --max_steps 300"),
     # How the projections begin.
     ("--projection_init random", "invalid choice: 'random'"),
-    ("--initialization_scale 0", "--initialization_scale 0.0 must be a finite number above 0"),
+    ("--initialization_scale 0", "scale=0.0 must be a finite number above 0"),
     ("--match_norm_of identity=0", "--match_norm_of 'identity=0': give svd, or identity with its lambda"),
     ("--match_norm_of svd --initialization_scale 2", "would change the norm that --match_norm_of sets; give one"),
     ("--match_norm_of svd --spectral_conditioning", "--match_norm_of makes the control that has the norm of W + C"),

@@ -49,16 +49,17 @@ class Tuning:
     Attributes:
         name: By which variants name the value.
         values: To choose from, rising.
-        flags: Of a candidate, with `{value}` in them.
+        flags: Of a candidate, with `{value}` in them, and the names of tunings that stand before this one.
     """
 
     name: str
     values: tuple[float, ...]
     flags: Flags
 
-    def candidate(self, value: float) -> Variant:
-        """The variant that tries a value."""
-        return Variant(f"{self.name} {value:g}", tuple(flag.format(value=f"{value:g}") for flag in self.flags))
+    def candidate(self, value: float, chosen: Mapping[str, float | str]) -> Variant:
+        """The variant that tries a value, with what the tunings before chose."""
+        texts = _texts(chosen) | {"value": f"{value:g}"}
+        return Variant(f"{self.name} {value:g}", tuple(_filled(flag, texts) for flag in self.flags))
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Sweep:
         common: Flags of every run.
         tunings: What is chosen first.
         tuning_seeds: For that; none of `seeds`.
+        tuning_flags: Of the runs of every tuning besides, such as other data to choose by.
         second_references: Labels of other variants; differences are taken to the best of them, too.
         published: The paper's table, as header and rows, with a caption; None where it has none.
     """
@@ -89,6 +91,7 @@ class Sweep:
     common: Flags = ()
     tunings: tuple[Tuning, ...] = ()
     tuning_seeds: tuple[int, ...] = ()
+    tuning_flags: Flags = ()
     second_references: tuple[str, ...] = ()
     published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
 
@@ -113,15 +116,20 @@ class Sweep:
         """The variant that differences are taken to."""
         return self.variants[0]
 
-    def tuning_runs(self, setting: Setting) -> dict[str, dict[float, list["PlannedRun"]]]:
-        """Return the runs that choose a setting's values: name of the tuning -> value -> runs."""
-        return {
-            tuning.name: {
-                value: [self._run(setting, tuning.candidate(value).flags, seed) for seed in self.tuning_seeds]
-                for value in tuning.values
-            }
-            for tuning in self.tunings
-        }
+    def tuning_runs(
+        self, setting: Setting, tuning: Tuning, chosen: Mapping[str, float | str]
+    ) -> dict[float, list["PlannedRun"]]:
+        """Return the runs that choose a setting's value of one tuning: value -> runs.
+
+        Args:
+            setting, tuning: Which.
+            chosen: What the tunings before it chose for the setting, or a name in its place.
+        """
+        runs = {}
+        for value in tuning.values:
+            flags = (*self.tuning_flags, *tuning.candidate(value, chosen).flags)
+            runs[value] = [self._run(setting, flags, seed) for seed in self.tuning_seeds]
+        return runs
 
     def runs(self, setting: Setting, variant: Variant, chosen: Mapping[str, float | str]) -> list["PlannedRun"]:
         """Return the runs of an arm, one for each seed.
@@ -133,9 +141,9 @@ class Sweep:
         Raises:
             SweepError: for a variant that names a value which nothing chose.
         """
-        texts = {name: value if isinstance(value, str) else f"{value:g}" for name, value in chosen.items()}
+        texts = _texts(chosen)
         try:
-            flags = tuple(flag.format(**texts) for flag in variant.flags)
+            flags = tuple(_filled(flag, texts) for flag in variant.flags)
         except KeyError as error:
             raise SweepError(
                 f"The variant {variant.label!r} needs the value {error}, and nothing tunes it."
@@ -144,6 +152,15 @@ class Sweep:
 
     def _run(self, setting: Setting, flags: Sequence[str], seed: int) -> "PlannedRun":
         return PlannedRun(self.script, setting.label, (*self.common, *setting.flags, *flags), seed)
+
+
+def _texts(chosen: Mapping[str, float | str]) -> dict[str, str]:
+    return {name: value if isinstance(value, str) else f"{value:g}" for name, value in chosen.items()}
+
+
+def _filled(flag: str, texts: Mapping[str, str]) -> str:
+    """A flag with values in the place of names in braces; other braces, as JSON has them, stay."""
+    return re.sub(r"\{(\w+)\}", lambda found: texts[found[1]], flag)
 
 
 @dataclass(frozen=True)

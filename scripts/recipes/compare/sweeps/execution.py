@@ -17,13 +17,7 @@ def run_sweep(sweep: Sweep, runs_dir: Path, machine: Machine, disable_tqdm: bool
     Raises:
         SweepError: if no run of a tuning, or of the sweep, came to its end.
     """
-    tuning = {setting.label: sweep.tuning_runs(setting) for setting in sweep.settings}
-    candidates = [
-        run for names in tuning.values() for values in names.values() for runs in values.values() for run in runs
-    ]
-    if candidates:
-        run_all(candidates, runs_dir, machine, description="tuning", disable_tqdm=disable_tqdm)
-    tried, chosen = _read_tuning(tuning, runs_dir)
+    tried, chosen = _tune(sweep, runs_dir, machine, disable_tqdm)
     planned = {
         (setting.label, variant.label): sweep.runs(setting, variant, chosen[setting.label])
         for setting in sweep.settings
@@ -47,31 +41,41 @@ def planned_runs(sweep: Sweep, values: Mapping[str, float | str]) -> list[tuple[
     """
     runs: list[tuple[Setting, PlannedRun]] = []
     for setting in sweep.settings:
-        for candidates in sweep.tuning_runs(setting).values():
+        for tuning in sweep.tunings:
+            candidates = sweep.tuning_runs(setting, tuning, values)
             runs += [(setting, run) for same_value in candidates.values() for run in same_value]
         for variant in sweep.variants:
             runs += [(setting, run) for run in sweep.runs(setting, variant, values)]
     return runs
 
 
-def _read_tuning(
-    tuning: Mapping[str, Mapping[str, Mapping[float, list[PlannedRun]]]], runs_dir: Path
+def _tune(
+    sweep: Sweep, runs_dir: Path, machine: Machine, disable_tqdm: bool
 ) -> tuple[dict[str, dict[str, dict[float, float | None]]], dict[str, dict[str, float]]]:
-    tried: dict[str, dict[str, dict[float, float | None]]] = {}
-    chosen: dict[str, dict[str, float]] = {}
-    for setting, names in tuning.items():
-        tried[setting], chosen[setting] = {}, {}
-        for name, values in names.items():
+    """Choose the values of one tuning after the other, of all settings at once.
+
+    Returns:
+        Setting's label -> name of the tuning -> value -> mean result, and the same down to the value chosen.
+    """
+    tried: dict[str, dict[str, dict[float, float | None]]] = {setting.label: {} for setting in sweep.settings}
+    chosen: dict[str, dict[str, float]] = {setting.label: {} for setting in sweep.settings}
+    for tuning in sweep.tunings:
+        planned = {
+            setting.label: sweep.tuning_runs(setting, tuning, chosen[setting.label]) for setting in sweep.settings
+        }
+        candidates = [run for values in planned.values() for runs in values.values() for run in runs]
+        run_all(candidates, runs_dir, machine, description=f"tuning {tuning.name}", disable_tqdm=disable_tqdm)
+        for label, values in planned.items():
             arms = {value: read_arm(runs, runs_dir) for value, runs in values.items()}
             metric = metric_of(arms.values())
             if metric is None:
                 first = next(run for runs in values.values() for run in runs)
                 raise SweepError(
-                    f"No run that tunes the {name} of {setting} came to its end: {failure(first, runs_dir)}"
+                    f"No run that tunes the {tuning.name} of {label} came to its end: {failure(first, runs_dir)}"
                 )
             metric = replace(metric, final_key=None)  # by the validation data, also where the results are of others
-            tried[setting][name] = {value: arm.mean(metric) for value, arm in arms.items()}
-            best = choose(tried[setting][name], metric)
+            tried[label][tuning.name] = {value: arm.mean(metric) for value, arm in arms.items()}
+            best = choose(tried[label][tuning.name], metric)
             assert best is not None
-            chosen[setting][name] = best
+            chosen[label][tuning.name] = best
     return tried, chosen

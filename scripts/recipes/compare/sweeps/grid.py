@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_specattn.config import GRANULARITIES, METHODS, PROJECTIONS, check_choice
+from hf_specattn.config import GRANULARITIES, METHODS, PROJECTIONS, TARGETS, check_choice
 from hf_specattn.initialization import INITIALIZATIONS
 
 from .design import Flags, Setting, Sweep, SweepError, Variant
@@ -84,8 +84,8 @@ def _check(values: GridValues) -> None:
             except ValueError as error:
                 raise SweepError(str(error)) from error
     for targets in values.targets:
-        if not set(targets.split(",")) <= set(PROJECTIONS):
-            raise SweepError(f"--targets {targets}: names of {', '.join(PROJECTIONS)}, joined by commas.")
+        if not set(targets.split(",")) <= set(TARGETS):
+            raise SweepError(f"--targets {targets}: names of {', '.join(TARGETS)}, joined by commas.")
 
 
 def _start(norm: str, init: str, scale: float) -> tuple[str, Flags]:

@@ -21,6 +21,8 @@ SMALL_RECIPE: Flags = (
     *("--save_steps", "0"),
     *("--logging_steps", "100"),
 )
+# Scales and strengths are chosen by other images than those that results are of.
+HELD_OUT: Flags = ("--held_out_share", "0.25")
 VIT = Setting("ViT")  # the script's own
 # Architectures of timm, cut down to width 64 (Swin and DaViT: 32 and 64) and few layers.
 FAMILIES = (
@@ -279,7 +281,8 @@ def _sweep(
     script = scripts / IMAGE_SCRIPT
     if scale == "paper":
         return Sweep(name, title, script, PAPER_SETTINGS, tuple(paper), SEEDS, layout, published=published)
-    return Sweep(name, title, script, FAMILIES, tuple(small), SEEDS, layout, SMALL_RECIPE, published=published)
+    sweep = Sweep(name, title, script, FAMILIES, tuple(small), SEEDS, layout, SMALL_RECIPE, published=published)
+    return replace(sweep, tuning_flags=HELD_OUT)
 
 
 SWEEPS: dict[str, Callable[[str, Path], Sweep]] = {

@@ -221,7 +221,12 @@ def _tuning_text(results: Results) -> str:
         if value in (min(results.tried[setting.label][name]), max(results.tried[setting.label][name]))
     ]
     seeds = ", ".join(map(str, results.sweep.tuning_seeds))
-    text = f"Chosen by the mean over the seeds {seeds}, which no table below uses; the validation images are the same."
+    by = (
+        f"with {' '.join(results.sweep.tuning_flags)}"
+        if results.sweep.tuning_flags
+        else "the validation data are the same"
+    )
+    text = f"Chosen by the mean over the seeds {seeds}, which no table below uses; {by}."
     if at_end:
         text += f" The best value lies at an end of its range, so a better one may lie beyond: {', '.join(at_end)}."
     return text

@@ -22,19 +22,25 @@ SWEEP = Sweep(
 )
 
 
-def test_the_runs_of_a_cell():
+def test_the_runs_of_an_arm():
     runs = SWEEP.runs(SWEEP.settings[0], SWEEP.variants[1], {"scale": 2.5})
     flags = ("--steps", "5", "--model", '{"width": 8}', "--initialization_scale", "2.5")
     assert runs == [PlannedRun(SCRIPT, "A", flags, 0), PlannedRun(SCRIPT, "A", flags, 1)]
 
 
-def test_the_runs_of_a_tuning_have_its_own_seeds():
-    runs = SWEEP.tuning_runs(SWEEP.settings[1])
-    expected = {
-        value: [PlannedRun(SCRIPT, "B", ("--steps", "5", "--initialization_scale", text), 7)]
+def test_the_runs_of_a_tuning_have_its_own_seeds_and_data():
+    sweep = replace(SWEEP, tuning_flags=("--held_out", "0.5"))
+    runs = sweep.tuning_runs(sweep.settings[1], SCALE, {})
+    assert runs == {
+        value: [PlannedRun(SCRIPT, "B", ("--steps", "5", "--held_out", "0.5", "--initialization_scale", text), 7)]
         for value, text in ((1.0, "1"), (2.5, "2.5"))
     }
-    assert runs == {"scale": expected}
+
+
+def test_a_tuning_takes_what_those_before_it_chose():
+    rate = Tuning("rate", (0.1,), ("--scale", "{scale}", "--rate", "{value}", "--model", '{"width": 8}'))
+    (runs,) = SWEEP.tuning_runs(SWEEP.settings[1], rate, {"scale": 2.5}).values()
+    assert runs[0].flags[2:] == ("--scale", "2.5", "--rate", "0.1", "--model", '{"width": 8}')
 
 
 def test_a_run_is_the_same_in_every_sweep():

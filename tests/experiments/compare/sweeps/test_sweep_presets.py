@@ -5,13 +5,15 @@ import torch
 from scripts_loading import REPOSITORY
 
 from hf_specattn import SpectralConfig, condition
-from recipes.compare.sweeps.design import Setting
+from recipes.compare.sweeps.design import Setting, SweepError
 from recipes.compare.sweeps.execution import planned_runs
+from recipes.compare.sweeps.regime_sweeps import REGIME_SWEEPS
 from recipes.compare.sweeps.sweep_presets import FAMILIES, SCALES, SMALL_RECIPE, SWEEPS
 from recipes.images.image_arguments import parse_arguments
 from recipes.images.image_models import build_stock_model
 from recipes.images.image_plan import planned_amounts
-from recipes.run.projection_init import initialize_projections, remove_layer_norms
+from recipes.run.ablations import remove_layer_norms
+from recipes.run.projection_init import initialize_projections
 
 SCRIPTS = REPOSITORY / "scripts"
 
@@ -30,6 +32,16 @@ def test_the_script_takes_every_run(name, scale, tmp_path):
         arguments, spectral = parse_arguments(run.arguments(tmp_path), "a run")
         assert arguments.seed == run.seed
         assert spectral.spectral_conditioning == ("--spectral_conditioning" in run.flags)
+
+
+@pytest.mark.parametrize("name", REGIME_SWEEPS)
+def test_the_script_takes_every_run_of_a_regime(name, tmp_path):
+    sweep = REGIME_SWEEPS[name]("small", SCRIPTS)
+    planned = planned_runs(sweep, first_values(sweep))
+    for _, run in {run.flags: (of, run) for of, run in planned}.values():
+        parse_arguments(run.arguments(tmp_path), "a run")
+    with pytest.raises(SweepError, match=f"{name} is of no paper's table"):
+        REGIME_SWEEPS[name]("paper", SCRIPTS)
 
 
 @pytest.mark.parametrize("setting", FAMILIES, ids=lambda setting: setting.label)
