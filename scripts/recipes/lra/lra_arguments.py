@@ -19,9 +19,11 @@ from .nystromformer import LraNystromformerConfig
 
 PRESETS = read_yaml(Path(__file__).with_name("lra_presets.yaml"))
 VOCABULARY = {"listops": 32, "text": 512, "retrieval": 512, "image": 512, "pathfinder": 512}
-# Where and by how many processes data are prepared changes nothing about them.
-DATA_SETTINGS = tuple(
-    item.name for item in fields(LraDataSettings) if item.name not in ("cache_dir", "preprocessing_num_workers")
+# What decides a run's results beside its model: --eval_only takes these from its metrics.json. With the published
+# pseudo-inverse an output depends on its batch.
+DATA_SETTINGS = (
+    *(item.name for item in fields(LraDataSettings) if item.name not in ("cache_dir", "preprocessing_num_workers")),
+    "per_device_eval_batch_size",
 )
 MODEL_SETTINGS = (
     *(
@@ -139,8 +141,10 @@ class LraArguments(RunArguments):
             raise ValueError(
                 f"--max_length {self.max_length}: {self.task} reads whole images of 1024 pixels; leave it out."
             )
-        nystrom = self.attention_type == "nystrom" and self.padding_in_landmarks
-        if nystrom and self.padded_length % self.num_landmarks:
+        equal_parts = (
+            self.attention_type == "nystrom" and self.padding_in_landmarks and self.model_name_or_path is None
+        )
+        if equal_parts and self.padded_length % self.num_landmarks:
             raise ValueError(
                 f"--num_landmarks {self.num_landmarks} must divide the padded length {self.padded_length}; give a power of "
                 "2, or --padding_in_landmarks False."
