@@ -8,6 +8,8 @@ from typing import Any
 OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
 # The rest of Okabe and Ito's palette but its yellow, which is too light for lines on white.
 COLORS = (*OKABE_ITO.values(), "#56B4E9", "#CC79A7", "#000000")
+# Powers of ten beyond which a figure says no more than that.
+LOG10_LIMITS = (-30.0, 30.0)
 MARKERS = "os^Dv*XP"  # one more than colours, so that both repeat together only after many groups
 
 
@@ -19,6 +21,14 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _table_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def log10_of(values: Any) -> Any:
+    """Decimal logarithms of numbers >= 0: -inf of 0, inf of infinity."""
+    import numpy as np
+
+    with np.errstate(divide="ignore"):
+        return np.log10(np.asarray(values, dtype=float))
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -33,6 +43,31 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise ImportError("The picture needs matplotlib, which is not installed: pip install matplotlib.") from error
     return figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def capped(log10: Any) -> tuple[Any, Any]:
+    """Decimal logarithms within `LOG10_LIMITS`, and which of them were beyond; nan, which is no number, stays."""
+    import numpy as np
+
+    log10 = np.asarray(log10, dtype=float)
+    limited = np.clip(log10, *LOG10_LIMITS)
+    return limited, (limited != log10) & ~np.isnan(log10)
+
+
+def draw_log10(axes: Any, x: Any, log10: Any, **style: Any) -> None:
+    """Plot decimal logarithms over `x`, on an axis of logarithms: what is beyond `LOG10_LIMITS` at its edge, with a mark.
+
+    matplotlib's own logarithmic axes overflow at 1e308, and leave out what is infinite or zero.
+    """
+    import numpy as np
+
+    limited, beyond = capped(log10)
+    axes.plot(x, limited, **style)
+    if beyond.any():
+        low, high = LOG10_LIMITS
+        mark = {"linestyle": "none", "marker": "X", "markersize": 8, "color": style.get("color"), "label": "_beyond"}
+        axes.plot(np.asarray(x)[beyond], limited[beyond], **mark)
+        axes.annotate(f"x: beyond 1e{low:.0f} or 1e{high:.0f}", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
 
 
 def render(figure: Any, name: str) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import COLORS, MARKERS, new_figure
+from ..figures import COLORS, MARKERS, capped, draw_log10, log10_of, new_figure
 from .monitor import summary_of
 from .saturation import Saturation
 from .spectra import ProjectionSpectra
@@ -35,13 +35,12 @@ def spectra_figure(rows: Sequence[ProjectionSpectra]) -> Any:
             chosen = [row for row in rows if row.projection == name]
             style = {"color": COLORS[index], "marker": MARKERS[index], "markersize": 4}
             layers = [row.layer for row in chosen]
-            axes.plot(layers, [getattr(row.raw, attribute) for row in chosen], linestyle=":", fillstyle="none",
-                      label=f"{name}: W", **style)  # fmt: skip
+            raw = log10_of([getattr(row.raw, attribute) for row in chosen])
+            draw_log10(axes, layers, raw, linestyle=":", fillstyle="none", label=f"{name}: W", **style)
             if is_conditioned(chosen):
-                axes.plot(
-                    layers, [getattr(row.effective, attribute) for row in chosen], label=f"{name}: W + C", **style
-                )
-        axes.set(xlabel="attention layer", ylabel=label, yscale="log")
+                effective = log10_of([getattr(row.effective, attribute) for row in chosen])
+                draw_log10(axes, layers, effective, label=f"{name}: W + C", **style)
+        axes.set(xlabel="attention layer", ylabel=f"log10 of {label}")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
@@ -59,12 +58,12 @@ def distributions_figure(rows: Sequence[ProjectionSpectra]) -> Any:
     for axes, name in zip(all_axes, names):
         for row in rows:
             if row.projection == name:
-                values = row.effective.singular_values.numpy()
-                axes.plot(np.arange(1, len(values) + 1), values, color=colors[row.layer], linewidth=1)
+                values = log10_of(row.effective.singular_values.numpy())
+                draw_log10(axes, np.arange(1, len(values) + 1), values, color=colors[row.layer], linewidth=1)
         conditioned = is_conditioned([row for row in rows if row.projection == name])
-        axes.set(xlabel="rank of the singular value", title=f"{name}: {'W + C' if conditioned else 'W'}", yscale="log")
+        axes.set(xlabel="rank of the singular value", title=f"{name}: {'W + C' if conditioned else 'W'}")
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("singular value")
+    all_axes[0].set_ylabel("log10 of singular value")
     _layer_scale(figure, all_axes, layers)
     return figure
 
@@ -73,7 +72,7 @@ def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Sa
     """Condition number of every head's block, of what the forward pass uses, and attention entropy, by layer and head."""
     names = projections_in(rows)
     maps = [
-        (f"log10 kappa, {name}", _by_layer({row.layer: np.log10(row.effective.head_kappa) for row in rows
+        (f"log10 kappa, {name}", _by_layer({row.layer: log10_of(row.effective.head_kappa) for row in rows
                                             if row.projection == name}))
         for name in names
     ]  # fmt: skip
@@ -83,7 +82,9 @@ def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Sa
     figure = new_figure(3.2 * len(maps), 3.4)
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
         limits = {"vmin": 0.0, "vmax": 1.0} if title.startswith("entropy") else {}
+        values, beyond = capped(values)
         picture = axes.imshow(values, aspect="auto", cmap=COLOR_MAP, **limits)
+        axes.plot(*np.nonzero(beyond)[::-1], linestyle="none", marker="X", color="white", label="_beyond")
         axes.set_title(title, fontsize=9)
         axes.set(xlabel="head", ylabel="attention layer")
         for axis in (axes.xaxis, axes.yaxis):
@@ -101,17 +102,18 @@ def jacobian_figure(rows: Sequence[Any]) -> Any:
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
     for index, (attribute, label) in enumerate((("kappa", "kappa of the Jacobian"), ("product", "indicator (10)"))):
-        values = [row.kappa if attribute == "kappa" else row.indicator.product for row in rows]
+        values = [log10_of(row.kappa) if attribute == "kappa" else row.indicator.log10_product for row in rows]
         layers = [row.layer for row in rows]
         style = {"color": COLORS[index], "marker": MARKERS[index]}
-        axes.plot(layers, values, linestyle="none", alpha=0.5, markersize=4, **style)
-        means = [np.exp(np.mean(np.log([v for v, here in zip(values, layers) if here == layer])))
-                 for layer in sorted(set(layers))]  # fmt: skip
-        axes.plot(sorted(set(layers)), means, label=f"{label}, geometric mean over heads", color=COLORS[index])
+        draw_log10(axes, layers, values, linestyle="none", alpha=0.5, markersize=4, **style)
+        places = sorted(set(layers))
+        means = [np.mean([value for value, here in zip(values, layers) if here == layer]) for layer in places]
+        draw_log10(axes, places, means, label=f"{label}, geometric mean over heads", color=COLORS[index])
     if lower := [row for row in rows if row.is_lower_bound]:
-        axes.plot([row.layer for row in lower], [row.kappa for row in lower], linestyle="none", marker="^", color="black",
-                  markersize=8, fillstyle="none", label="at least: beyond what the Gram matrix resolves")  # fmt: skip
-    axes.set(xlabel="attention layer", ylabel="condition number", yscale="log")
+        draw_log10(axes, [row.layer for row in lower], log10_of([row.kappa for row in lower]), linestyle="none", marker="^",
+                   color="black", markersize=8, fillstyle="none",
+                   label="at least: beyond what the Gram matrix resolves")  # fmt: skip
+    axes.set(xlabel="attention layer", ylabel="log10 of the condition number")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -137,11 +139,11 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
                 _draw_band(axes, [(s, v[effective]) for s, v in curves], f"{label}: W + C", color, "-")
         _draw_band(right, [(s, v["kappa_jacobian"]) for s, v in curves], f"{label}: Jacobian", color, "-")
         _draw_band(right, [(s, v["indicator"]) for s, v in curves], f"{label}: indicator (10)", color, "--")
-    left.set(ylabel="smallest singular value", title="Smallest singular value")
-    middle.set(ylabel="kappa", title="Condition number of W and W + C")
-    right.set(ylabel="kappa", title="Condition number of the Jacobian")
+    left.set(ylabel="log10 of smallest singular value", title="Smallest singular value")
+    middle.set(ylabel="log10 kappa", title="Condition number of W and W + C")
+    right.set(ylabel="log10 kappa", title="Condition number of the Jacobian")
     for axes in (left, middle, right):
-        axes.set(xlabel="optimizer step", yscale="log")
+        axes.set(xlabel="optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
@@ -149,7 +151,7 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
 
 def _curves(records: Sequence[Record]) -> tuple[list[int], dict[str, list[float]]]:
     """Steps, and per quantity its means over layers, heads and the three projections."""
-    summaries = [summary_of(record) for record in records]
+    summaries = [summary_of(record) | _infinite(record) for record in records]
     curves: dict[str, list[float]] = {}
     for name in ("sigma_min", "sigma_min_effective", "kappa", "kappa_effective"):
         base, ending, _ = name.partition("_effective")
@@ -160,6 +162,12 @@ def _curves(records: Sequence[Record]) -> tuple[list[int], dict[str, list[float]
     return [record["step"] for record in records], curves
 
 
+def _infinite(record: Record) -> dict[str, float]:
+    """The condition numbers of a measurement of which one is infinite: JSON has null there, and no mean holds it."""
+    rows = {name: rows for name, rows in record.items() if name.startswith(("kappa", "indicator"))}
+    return {name: np.inf for name, by_layer in rows.items() if any(None in row for row in by_layer)}
+
+
 def _draw_band(
     axes: Any, curves: Sequence[tuple[Sequence[int], Sequence[float]]], label: str, color: str, style: str
 ) -> None:
@@ -168,11 +176,13 @@ def _draw_band(
     values = np.array([[dict(zip(steps, row))[step] for step in common] for steps, row in curves])
     if np.isnan(values).all():
         return
-    mean = values.mean(axis=0)
-    axes.plot(common, mean, label=label, color=color, linestyle=style)
-    if len(values) > 1:
-        deviation = values.std(axis=0, ddof=1)
-        axes.fill_between(common, np.maximum(mean - deviation, mean * 1e-2), mean + deviation, color=color, alpha=0.15)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond floats: inf, and a deviation of nan
+        mean = values.mean(axis=0)
+        draw_log10(axes, common, log10_of(mean), label=label, color=color, linestyle=style)
+        if len(values) > 1:
+            deviation = values.std(axis=0, ddof=1)
+            ends = log10_of(np.maximum(mean - deviation, mean * 1e-2)), log10_of(mean + deviation)
+            axes.fill_between(common, *(capped(end)[0] for end in ends), color=color, alpha=0.15)
 
 
 def _by_layer(values: Mapping[int, np.ndarray]) -> np.ndarray:

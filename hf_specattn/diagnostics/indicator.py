@@ -7,6 +7,7 @@ singular values it is finite and no longer a bound, because kappa(C D) <= kappa(
 matrices.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,15 @@ class Indicator:
 
     @property
     def product(self) -> float:
-        """`x^3 softmax value (query + key)`; an indicator, not a bound (the module's docstring)."""
-        return self.x**3 * self.softmax * self.value * (self.query + self.key)
+        """`x^3 softmax value (query + key)`; an indicator, not a bound (the module's docstring). inf beyond floats."""
+        # Not x**3, which raises OverflowError.
+        return self.x * self.x * self.x * self.softmax * self.value * (self.query + self.key)
+
+    @property
+    def log10_product(self) -> float:
+        """Its decimal logarithm, which a saturated softmax leaves finite, too."""
+        factors = (self.x, self.x, self.x, self.softmax, self.value, self.query + self.key)
+        return sum(math.log10(factor) for factor in factors)
 
 
 @torch.no_grad()

@@ -27,8 +27,15 @@ from hf_specattn.diagnostics import (
     write_report,
     write_training_report,
 )
-from hf_specattn.diagnostics.attention_figures import training_figure
+from hf_specattn.diagnostics.attention_figures import (
+    heat_maps_figure,
+    jacobian_figure,
+    spectra_figure,
+    training_figure,
+)
+from hf_specattn.diagnostics.attention_report import JacobianRow
 from hf_specattn.diagnostics.command import report
+from hf_specattn.diagnostics.indicator import Indicator
 from hf_specattn.preconditioning import preconditioning_reports
 
 BERT = ARCHITECTURES["bert"]
@@ -203,16 +210,75 @@ def records(kappa):
 def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     groups = {"stock": [records(3.0), records(5.0)], "svd": [records(2.0)]}
     axes = training_figure(groups).axes
-    assert [panel.get_yscale() for panel in axes] == ["log"] * 3
+    assert [panel.get_yscale() for panel in axes] == ["linear"] * 3
+    assert all(panel.get_ylabel().startswith("log10") for panel in axes)
     lines = {line.get_label(): line for line in axes[2].lines}
     assert lines["stock: Jacobian"].get_xdata().tolist() == [0, 10, 20]
-    assert lines["stock: Jacobian"].get_ydata().tolist() == [4.0, 14.0, 24.0]
-    assert {line.get_label(): line for line in axes[1].lines}["svd: W"].get_ydata().tolist() == [2.0, 22.0, 42.0]
+    assert lines["stock: Jacobian"].get_ydata() == pytest.approx(np.log10([4.0, 14.0, 24.0]))
+    of_weights = {line.get_label(): line for line in axes[1].lines}
+    assert of_weights["svd: W"].get_ydata() == pytest.approx(np.log10([2.0, 22.0, 42.0]))
     band = axes[2].collections[0].get_paths()[0].vertices
-    assert band[:, 1].max() == pytest.approx(max(24 + math.sqrt(2), 14 + math.sqrt(2)))
+    assert band[:, 1].max() == pytest.approx(math.log10(24 + math.sqrt(2)))
     path = write_training_report(groups, tmp_path)
     Image.open(path).load()
     assert path.with_suffix(".svg").is_file()
+
+
+def drawn(axes):
+    """Label -> (x, y) of each line, marks of what is beyond the axis under `_beyond`."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+
+
+def test_what_is_beyond_the_axis_is_drawn_at_its_edge_with_a_mark(tmp_path):
+    rows = records(3.0)
+    rows[1]["kappa_jacobian"], rows[2]["kappa_jacobian"] = [[1e300]], [[None]]  # JSON has no infinity
+    rows[0]["indicator"], rows[1]["indicator"] = [[1e29]], [[1e200]]
+    axes = training_figure({"stock": [rows, records(4.0)]}).axes[2]
+    lines = drawn(axes)
+    assert lines["stock: Jacobian"] == ([0, 10, 20], [pytest.approx(math.log10(3.5)), 30.0, 30.0])
+    assert lines["stock: indicator (10)"][1] == [pytest.approx(math.log10(5e28)), 30.0, pytest.approx(6.0)]
+    marks = [list(line.get_xdata()) for line in axes.lines if line.get_label() == "_beyond"]
+    assert marks == [[10, 20], [10]]
+    assert np.isfinite(np.concatenate([path.vertices for path in axes.collections[0].get_paths()])).all()
+    write_training_report({"stock": [rows]}, tmp_path)
+
+
+def test_an_indicator_beyond_floats(tmp_path):
+    large = Indicator(x=1e110, softmax=1e60, query=1e3, key=1.0, value=1e2)
+    assert large.product == math.inf  # x**3 would raise OverflowError
+    assert large.log10_product == pytest.approx(330 + 60 + 2 + math.log10(1001))
+    small = Indicator(2.0, 3.0, 4.0, 5.0, 6.0)
+    assert 10**small.log10_product == pytest.approx(small.product) == 8 * 3 * 6 * 9
+    jacobians = [JacobianRow(0, 0, 1e40, True, 3, (4, 5), large), JacobianRow(1, 0, 1e3, False, 3, (4, 5), small)]
+    lines = drawn(jacobian_figure(jacobians).axes[0])
+    assert lines["indicator (10), geometric mean over heads"][1] == [30.0, pytest.approx(small.log10_product)]
+    assert lines["kappa of the Jacobian, geometric mean over heads"][1] == [30.0, 3.0]
+
+
+@pytest.mark.parametrize("lambda_", [10.0, 1e4])
+def test_a_saturated_model_has_a_page(lambda_, tmp_path):
+    model = BERT.model(dtype=torch.float32)
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.value.weight[3] = model.encoder.layer[1].attention.self.value.weight[2]
+    condition(model, SpectralConfig(lambda_=lambda_))
+    page = Page(write_report(model, BERT.batch(), tmp_path).read_text())
+    assert len(page.rows("jacobian")) == BERT.layers * 4
+    diagnosis = diagnose(model, BERT.batch())
+    assert page.rows("jacobian")[0][5] == four_digits(diagnosis.jacobians[0].indicator.product)[0]
+
+
+def test_singular_heads_are_marked_in_the_heat_map():
+    model = BERT.model()
+    with torch.no_grad():
+        model.encoder.layer[1].attention.self.value.weight[8:16] = 0  # its second head
+    rows = spectra(model)
+    figure = heat_maps_figure(rows, [])
+    value = next(axes for axes in figure.axes if axes.get_title() == "log10 kappa, value")
+    assert value.images[0].get_array()[1, 1] == 30.0
+    assert drawn(value)["_beyond"] == ([1], [1])
+    assert drawn(next(axes for axes in figure.axes if "query" in axes.get_title()))["_beyond"] == ([], [])
+    lines = drawn(spectra_figure(rows).axes[0])
+    assert lines["value: W"][1][1] < -10
 
 
 def test_a_preconditioned_model(tmp_path):
