@@ -195,6 +195,11 @@ def causal_lm(stem: str, **changes: Any) -> Callable[[], nn.Module]:
     return lambda: model_class(config_class(**SIZES | TEXT | SPECIAL_TOKENS | changes))
 
 
+def masked_lm(stem: str) -> Callable[[], nn.Module]:
+    config_class, model_class = (getattr(transformers, f"{stem}{end}") for end in ("Config", "ForMaskedLM"))
+    return lambda: model_class(config_class(**SIZES | TEXT | SPECIAL_TOKENS))
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": HEADS, "vocab_size": VOCABULARY}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
@@ -290,6 +295,7 @@ CONDITION_ONLY = (
     *(timm_row(name, count, **layout) for name, (count, layout) in TIMM_LAYOUTS.items()),
     *(timm_row(name, count, wrapped=True, **layout) for name, (count, layout) in TIMM_LAYOUTS.items()),
     ConditionOnly("gpt_neox", causal_lm("GPTNeoX"), 2, interleaved=r"\.query_key_value\.weight$"),
+    ConditionOnly("camembert", masked_lm("Camembert"), 2, separate=r"\.(query|key|value)\.weight$"),
     *(
         ConditionOnly(
             name.lower(),
@@ -298,7 +304,7 @@ CONDITION_ONLY = (
             separate=Q_K_V_PROJ,
             heads=lambda weight: HEADS if "q_proj" in weight else 2,
         )
-        for name in ("Qwen2", "Qwen3")
+        for name in ("Qwen2", "Qwen3", "Mistral")
     ),
     ConditionOnly("t5", t5, 6, separate=r"Attention\.(q|k|v)\.weight$", inputs=encoder_decoder_inputs),
     ConditionOnly("bart", bart, 6, separate=Q_K_V_PROJ, inputs=encoder_decoder_inputs),

@@ -103,6 +103,9 @@ def jacobian_figure(rows: Sequence[Any]) -> Any:
     axes = figure.subplots()
     for index, (attribute, label) in enumerate((("kappa", "kappa of the Jacobian"), ("product", "indicator (10)"))):
         values = [log10_of(row.kappa) if attribute == "kappa" else row.indicator.log10_product for row in rows]
+        values = np.nan_to_num(
+            values, nan=np.inf, posinf=np.inf, neginf=-np.inf
+        )  # a one-hot softmax has no nonzero Lambda
         layers = [row.layer for row in rows]
         style = {"color": COLORS[index], "marker": MARKERS[index]}
         draw_log10(axes, layers, values, linestyle="none", alpha=0.5, markersize=4, **style)

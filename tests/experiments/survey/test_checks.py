@@ -6,7 +6,6 @@ from hf_specattn import PreconditionerConfig, precondition
 from recipes.survey import checks
 from recipes.survey.rows import chosen_rows
 
-
 # One of each place where an output projection lies, and of each layout.
 EXACT = (
     "masked LM/camembert",

@@ -250,6 +250,9 @@ def test_an_indicator_beyond_floats(tmp_path):
     small = Indicator(2.0, 3.0, 4.0, 5.0, 6.0)
     assert 10**small.log10_product == pytest.approx(small.product) == 8 * 3 * 6 * 9
     jacobians = [JacobianRow(0, 0, 1e40, True, 3, (4, 5), large), JacobianRow(1, 0, 1e3, False, 3, (4, 5), small)]
+    one_hot = Indicator(2.0, math.nan, 4.0, 5.0, 6.0)
+    saturated = jacobian_figure([JacobianRow(0, 0, 3.0, False, 3, (4, 5), one_hot)])
+    assert drawn(saturated.axes[0])["indicator (10), geometric mean over heads"] == ([0], [30.0])
     lines = drawn(jacobian_figure(jacobians).axes[0])
     assert lines["indicator (10), geometric mean over heads"][1] == [30.0, pytest.approx(small.log10_product)]
     assert lines["kappa of the Jacobian, geometric mean over heads"][1] == [30.0, 3.0]
