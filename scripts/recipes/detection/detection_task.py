@@ -15,6 +15,7 @@ from ..images.image_batches import Batches, load_batches
 from ..run.batching import BatchOrder
 from ..run.distributed import run_on_main_process
 from ..run.loop import Amounts, Task
+from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.saving import save_pretrained
 from ..run.schedules import Budget, cosine_factor
@@ -120,7 +121,10 @@ class DetectionTask(Task):
         }
 
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameter_groups(model, self.arguments.weight_decay), lr=self.arguments.learning_rate)
+        arguments = self.arguments
+        return build_adamw(
+            model, arguments, arguments.learning_rate, arguments.weight_decay, groups_of=parameter_groups
+        )
 
     def learning_rate_factor(self) -> Callable[[float], float]:
         arguments, steps = self.arguments, self.steps

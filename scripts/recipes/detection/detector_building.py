@@ -1,7 +1,7 @@
 """The detector of a run: built, begun from a classifier, conditioned; and its optimizer and learning rate."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -154,13 +154,14 @@ def freeze_unused(body: nn.Module) -> None:
     body.train(training)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Collection[str] = ()) -> list[dict[str, Any]]:
     """Sort the trainable parameters as the published recipes do: norms and position tables are exempt from decay."""
     norms = {id(each) for module in model.modules() if isinstance(module, NORMS) for each in module.parameters()}
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[id(parameter) not in norms and not name.endswith(NOT_DECAYED)].append(parameter)
+            exempt = id(parameter) in norms or name.endswith(NOT_DECAYED) or name in not_decayed
+            groups[not exempt].append(parameter)
     decays = {True: weight_decay, False: 0.0}
     return [{"params": group, "weight_decay": decays[decayed]} for decayed, group in groups.items() if group]
 

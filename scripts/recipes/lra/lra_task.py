@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from ..run.batching import BatchOrder
 from ..run.distributed import run_on_main_process
 from ..run.loop import Amounts, Task
-from ..run.optimization import parameter_groups
+from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.saving import save_pretrained
 from ..run.schedules import Budget
@@ -212,8 +212,7 @@ class LraTask(Task):
 
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
         arguments = self.arguments
-        groups = parameter_groups(model, arguments.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=(0.9, 0.999), eps=1e-6)
+        optimizer = build_adamw(model, arguments, arguments.learning_rate, arguments.weight_decay, eps=1e-6)
         if arguments.cycle_beta1:
             optimizer.register_step_pre_hook(self._cycle_beta1)
         return optimizer

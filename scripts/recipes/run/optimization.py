@@ -1,6 +1,6 @@
 """Which parameters decay, how fast the projections learn, and where they decay to: AdamW and the controls on it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,7 @@ def build_adamw(
     weight_decay: float = 0.01,
     *,
     not_decayed: Collection[str] = (),
+    groups_of: Callable[[nn.Module, float, Collection[str]], list[dict[str, Any]]] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
@@ -71,6 +72,7 @@ def build_adamw(
         model: At the weights that the run begins with.
         arguments: The controls.
         not_decayed: Names of parameters that are exempt besides.
+        groups_of: Sorts the parameters in place of `parameter_groups`, with its arguments.
 
     Raises:
         ValueError: for a control on a part of a fused weight.
@@ -81,7 +83,8 @@ def build_adamw(
     factor = arguments.projection_learning_rate_factor
     faster = _holding(model, PROJECTIONS) if factor != 1 else {}
     groups = []
-    for group in parameter_groups(model, weight_decay, {*not_decayed, *exempt, *anchored}):
+    sort = parameter_groups if groups_of is None else groups_of
+    for group in sort(model, weight_decay, {*not_decayed, *exempt, *anchored}):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         usual = [parameter for parameter in group["params"] if names[id(parameter)] not in faster]
         scaled = [parameter for parameter in group["params"] if names[id(parameter)] in faster]
