@@ -37,7 +37,7 @@ from contextlib import nullcontext
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from recipes.run.conditioned_model import SAMPLES, condition_model
@@ -45,6 +45,7 @@ from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.sharding import will_shard
 from recipes.run.spectral_arguments import SpectralArguments
+from recipes.run.usable_model import check_conditioning, check_forward, check_tokens, load_config, load_model
 from recipes.text.documents import CorpusError
 from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 from recipes.text.pretrain_plan import describe_plan
@@ -71,27 +72,26 @@ def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, acceler
 
 
 def build_model(arguments: PretrainArguments, vocab_size: int) -> PreTrainedModel:
-    """Build or load the model, without dropout, and set how its projections begin.
+    """Build a new model, without dropout, and set how its projections begin.
 
     A stock and a conditioned model of one seed start from the same W.
     """
     set_seed(arguments.seed)
-    if arguments.model_name_or_path is not None:
-        return load_model(arguments.model_name_or_path, vocab_size)
     model = CrammedBertForMaskedLM(arguments.new_model_config(vocab_size))
     initialize_projections(model, arguments.initialization())
     return model
 
 
-def load_model(path: str, vocab_size: int) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(path)
+def load_checked(arguments: PretrainArguments, spectral: SpectralArguments) -> PreTrainedModel:
+    """Load the checkpoint, without dropout, and refuse one that cannot be trained here, or be measured."""
+    set_seed(arguments.seed)
+    path = str(arguments.model_name_or_path)
+    config = load_config(path)
     no_dropout = {name: 0.0 for name in DROPOUT_SETTINGS if hasattr(config, name)}
-    model = AutoModelForMaskedLM.from_pretrained(path, **no_dropout)
-    if model.config.vocab_size < vocab_size:
-        raise CorpusError(
-            f"The tokenizer has {vocab_size} tokens and the model of {path} only {model.config.vocab_size}; name the "
-            "tokenizer it was trained with by --tokenizer_name."
-        )
+    model = load_model(AutoModelForMaskedLM, path, with_head=arguments.eval_only, **no_dropout)
+    check_conditioning(model, spectral, path)
+    check_tokens(path, config, arguments.max_seq_length)
+    check_forward(model, {"input_ids": torch.full((2, arguments.max_seq_length), 1)}, path)
     return model
 
 
@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> None:
             raise CorpusError(
                 "--decay_toward_start_on needs whole weights, and FSDP shards them; leave it out, or use DDP."
             )
+        # What is wrong with a checkpoint shows before the corpus is prepared.
+        loaded = None if arguments.model_name_or_path is None else load_checked(arguments, spectral)
         if arguments.eval_only:
             evaluate_only(MlmTask(arguments, accelerator), arguments.model_name_or_path, accelerator)
             return
@@ -114,7 +116,9 @@ def main(argv: list[str] | None = None) -> None:
             return
         # The corpus is read, or found prepared; it decides the tokenizer, and that the size of the model.
         task = MlmTask(arguments, accelerator)
-        model = build_model(arguments, task.vocab_size)
+        if loaded is not None:
+            check_tokens(str(arguments.model_name_or_path), loaded.config, task.units, task.processor)
+        model = build_model(arguments, task.vocab_size) if loaded is None else loaded
         condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable()

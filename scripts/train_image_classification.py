@@ -37,18 +37,19 @@ import sys
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from recipes.images.classification_task import ImageTask
 from recipes.images.image_arguments import ImageArguments, parse_arguments
 from recipes.images.image_datasets import ImageDataError
-from recipes.images.image_models import ImageModelError, build_stock_model
+from recipes.images.image_models import ImageModelError, build_stock_model, check_named_model
 from recipes.images.image_plan import describe_plan
 from recipes.run.ablations import remove_attention_residuals, remove_layer_norms
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.spectral_arguments import SpectralArguments
+from recipes.run.usable_model import check_conditioning, load_model
 
 logger = logging.getLogger("train_image_classification")
 LOGGERS = ("train_image_classification", "recipes", "hf_specattn")
@@ -88,6 +89,11 @@ def main(argv: list[str] | None = None) -> None:
     with started(arguments, LOGGERS, ImageDataError, ImageModelError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ImageModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
+        # What is wrong with a model that is named shows before the images are looked at.
+        if arguments.eval_only:
+            load_model(AutoModelForImageClassification, str(arguments.model_name_or_path), with_head=True)
+        elif (model := check_named_model(arguments.model_settings(), arguments.image_size)) is not None:
+            check_conditioning(model, spectral, arguments.model_settings().named)
         if arguments.eval_only:
             task = ImageTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)

@@ -24,12 +24,10 @@ from .classification_evaluation import evaluate_images
 from .image_arguments import ImageArguments
 from .image_batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
 from .image_datasets import load_image_data
-from .image_models import ImageModelError, image_processor, model_input, save_classifier
+from .image_models import DEFAULT_IMAGE_SIZE, ImageModelError, image_processor, model_input, save_classifier
 from .vision_optimization import AveragedWeights, not_decayed
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_IMAGE_SIZE = 224
 
 # What decides a run beside its data and model: a resumed run must have the same.
 RUN_SETTINGS = (

@@ -39,8 +39,8 @@ MODEL_SOURCES = ("model_name_or_path", "config_name", "timm_model")
 NEW_VIT_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
 # What decides the validation images of a run: --eval_only takes these from the run's metrics.json.
 DATA_SETTINGS = (*(item.name for item in fields(ImageDataSettings)), "image_size", "crop_share")
-AT_LEAST_ONE = (*NEW_VIT_SETTINGS, "repeated_augmentation")
-OPTIONAL_COUNTS = ("max_train_samples", "max_validation_samples", "image_size")
+AT_LEAST_ONE = (*(name for name in NEW_VIT_SETTINGS if name != "patch_size"), "repeated_augmentation")
+OPTIONAL_COUNTS = ("max_train_samples", "max_validation_samples", "image_size", "patch_size")
 SHARES = ("horizontal_flip", "random_erasing", "label_smoothing")
 
 
@@ -142,7 +142,10 @@ class ImageArguments(RunArguments):
     num_hidden_layers: int = field(default=6, metadata={"help": "Layers of the small ViT."})
     num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of the small ViT."})
     intermediate_size: int = field(default=128, metadata={"help": "Feed-forward width of the small ViT."})
-    patch_size: int = field(default=2, metadata={"help": "Height and width of the small ViT's patches."})
+    patch_size: int | None = field(
+        default=None,
+        metadata={"help": "Height and width of the small ViT's patches. None: the smallest that are at most 256."},
+    )
 
     no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
     no_attention_residual: bool = field(

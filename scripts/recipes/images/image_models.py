@@ -28,9 +28,14 @@ from hf_specattn.layers import spectral_layers
 from hf_specattn.preconditioner import preconditioned_layers
 
 from ..run.ablations import is_ablated
+from ..run.messages import one_line
 from ..run.saving import save_pretrained
+from ..run.usable_model import load_model
 
 TIMM_PREFIX = "timm/"
+
+MOST_PATCHES = 256  # that a small ViT cuts an image into by default
+DEFAULT_IMAGE_SIZE = 224  # of files of any size, for a model of any size
 
 
 class ImageModelError(ValueError):
@@ -48,7 +53,8 @@ class ImageModelSettings:
         timm_model: Random weights, initialized by timm, of the architecture of that name.
         timm_model_args: What else `timm.create_model` is given.
         drop_path_rate: Stochastic depth, of models that have it; None leaves a model's own.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, patch_size: Of the small ViT.
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: Of the small ViT.
+        patch_size: Of the small ViT; None is `default_patch_size`.
     """
 
     model_name_or_path: str | None = None
@@ -60,7 +66,7 @@ class ImageModelSettings:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     intermediate_size: int = 128
-    patch_size: int = 2
+    patch_size: int | None = None
 
     @property
     def is_small_vit(self) -> bool:
@@ -97,6 +103,41 @@ def model_input(settings: ImageModelSettings) -> tuple[int | None, int | None]:
     size = arguments.get("img_size") or getattr(config, "image_size", None) or (shape[-1] if shape else None)
     channels = arguments.get("in_chans") or getattr(config, "num_channels", None) or (shape[0] if shape else None)
     return (max(size) if isinstance(size, (list, tuple)) else size), channels
+
+
+def default_patch_size(size: int) -> int:
+    """Return the smallest power of two above one pixel that cuts an image into whole patches, at most 256; else any number.
+
+    Raises:
+        ImageModelError: if that leaves a single patch: for prime numbers of pixels.
+    """
+    fitting = [patch for patch in range(2, size) if size % patch == 0 and (size // patch) ** 2 <= MOST_PATCHES]
+    if not fitting:
+        raise ImageModelError(
+            f"Images of {size} x {size} cannot be cut into 2 to {MOST_PATCHES} equal patches. Give another --image_size, to "
+            "which they are resized, or a --patch_size."
+        )
+    return next((patch for patch in fitting if patch.bit_count() == 1), fitting[0])
+
+
+def tokens_per_image(config: PreTrainedConfig, size: int) -> int | None:
+    """Return how many tokens each of which attends to all an image becomes, special ones apart; None: it cannot be told."""
+    patch = getattr(config, "patch_size", None)
+    if not isinstance(patch, int) or getattr(config, "window_size", None) is not None:
+        return None
+    return (size // patch) ** 2
+
+
+def check_named_model(settings: ImageModelSettings, image_size: int | None) -> PreTrainedModel | None:
+    """Build or load a model that is named, for two classes, before any image is looked at; the small ViT needs the images.
+
+    Raises:
+        ImageModelError, ModelError: as `build_stock_model`.
+    """
+    if settings.is_small_vit:
+        return None
+    own_size, own_channels = model_input(settings)
+    return build_stock_model(settings, ("0", "1"), image_size or own_size or DEFAULT_IMAGE_SIZE, own_channels or 3)
 
 
 def build_stock_model(
@@ -137,8 +178,8 @@ def load_config(path: str) -> PreTrainedConfig:
     """
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ImageModelError(f"No model configuration at {path!r}: {error}") from error
+    except Exception as error:  # of whatever kind a damaged file leads to
+        raise ImageModelError(f"No model configuration at {path!r}: {one_line(error)}") from error
 
 
 def image_processor(size: int, mean: Sequence[float], std: Sequence[float], crop_share: float) -> Any:
@@ -167,12 +208,12 @@ def _load(settings: ImageModelSettings, labels: dict[str, Any]) -> PreTrainedMod
     config = load_config(path)
     _set_drop_path(config, settings)
     another_head = config.num_labels != labels["num_labels"]
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            path, config=_with_labels(config, labels), ignore_mismatched_sizes=another_head
-        )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ImageModelError(f"--model_name_or_path {path}: it cannot be loaded ({error}).") from error
+    return load_model(
+        AutoModelForImageClassification,
+        path,
+        config=_with_labels(config, labels),
+        ignore_mismatched_sizes=another_head,
+    )
 
 
 def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, channels: int) -> PreTrainedModel:
@@ -188,10 +229,11 @@ def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, 
             raise ImageModelError(
                 f"--config_name {settings.config_name}: no such model can be built ({error})."
             ) from error
-    if size % settings.patch_size:
+    patch_size = default_patch_size(size) if settings.patch_size is None else settings.patch_size
+    if size % patch_size:
         raise ImageModelError(
-            f"Images of {size} x {size} cannot be cut into patches of --patch_size {settings.patch_size}; it must divide "
-            f"{size} (--image_size)."
+            f"Images of {size} x {size} cannot be cut into patches of --patch_size {patch_size}; it must divide {size} "
+            "(--image_size)."
         )
     if settings.drop_path_rate:
         raise ImageModelError(
@@ -201,7 +243,7 @@ def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, 
     config = ViTConfig(
         image_size=size,
         num_channels=channels,
-        patch_size=settings.patch_size,
+        patch_size=patch_size,
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.num_attention_heads,

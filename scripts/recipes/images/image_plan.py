@@ -13,12 +13,13 @@ from ..run.spectral_arguments import SpectralArguments
 from .augmentation import Augmentation
 from .image_arguments import ImageArguments
 from .image_datasets import find_images
-from .image_models import ImageModelSettings, build_stock_model, model_input
+from .image_models import DEFAULT_IMAGE_SIZE, ImageModelSettings, build_stock_model, model_input, tokens_per_image
 from .imagenet_recipes import RECIPES, deviations
 
 # Training images and classes of datasets that nobody downloads for a plan.
 KNOWN_SIZES = {"ILSVRC/imagenet-1k": (1_281_167, 1000)}
-DEFAULT_IMAGE_SIZE = 224
+
+MANY_TOKENS = 1000
 
 
 def describe_plan(
@@ -44,9 +45,11 @@ def describe_plan(
     torch.set_rng_state(state)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     changes = model_changes(arguments, spectral)
+    tokens = tokens_per_image(model.config, size)
+    cut = "" if tokens is None else f", {tokens:,} tokens each"
     lines = [
         f"Model: {settings.named} ({model.config.model_type}), {model.num_parameters():,} parameters, {classes} classes, "
-        f"images of {size} x {size} with {channels} channel(s); {'; '.join(changes) or 'not conditioned'}.",
+        f"images of {size} x {size} with {channels} channel(s){cut}; {'; '.join(changes) or 'not conditioned'}.",
         _data_line(arguments),
         _steps_line(arguments, images, batch),
         f"Learning rate: from {arguments.warmup_learning_rate:g} up to {arguments.learning_rate:g} in "
@@ -54,6 +57,11 @@ def describe_plan(
         f"{arguments.weight_decay:g}, gradient clipped at {arguments.max_grad_norm or 'no norm'}.",
         _memory_line(model, arguments.per_device_train_batch_size, channels, size, classes, mixed_precision),
     ]
+    if tokens is not None and tokens > MANY_TOKENS:
+        lines.append(
+            f"CAUTION: {tokens:,} tokens are many: time and memory of attention grow with their square. Larger patches "
+            "(--patch_size) or smaller images (--image_size) make fewer."
+        )
     if arguments.preset in RECIPES:
         changed = deviations(arguments.preset, vars(arguments), batch, changes)
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())

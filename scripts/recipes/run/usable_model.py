@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from hf_specattn.conditioning import find_projections
+from hf_specattn.modeling import MODEL_TYPE_PREFIX
+
 from .messages import one_line
+from .spectral_arguments import SpectralArguments
 
 # Of layers that come behind the model itself in many architectures, and that a checkpoint may lack.
 OPTIONAL_LAYERS = ("pooler",)
@@ -29,12 +33,13 @@ def load_config(path: str, **kwargs: Any) -> PreTrainedConfig:
         raise ModelError(f"{path} cannot be loaded: {one_line(error)}") from error
 
 
-def load_model(auto_class: Any, path: str, **kwargs: Any) -> Any:
+def load_model(auto_class: Any, path: str, *, with_head: bool = False, **kwargs: Any) -> Any:
     """Load a checkpoint with an Auto class; its head may be missing, and is drawn then.
 
     Args:
         auto_class: Says for what.
         path: A folder, or a name on the Hub.
+        with_head: Whether the head must be there, too, because nothing will train it.
         kwargs: Those of `from_pretrained`.
 
     Raises:
@@ -51,16 +56,37 @@ def load_model(auto_class: Any, path: str, **kwargs: Any) -> Any:
     lacking = [
         name
         for name in found["missing_keys"]
-        if name.startswith(f"{model.base_model_prefix}.")
+        if (with_head or name.startswith(f"{model.base_model_prefix}."))
         and name not in replaced
         and not any(layer in name for layer in OPTIONAL_LAYERS)
     ]
     if lacking:
         raise ModelError(
-            f"{path} lacks {len(lacking)} weights of a {model.config.model_type} ({', '.join(lacking[:3])}, ...), which "
+            f"{path} lacks {len(lacking)} weights of a {type(model).__name__} ({', '.join(lacking[:3])}, ...), which "
             "would be random: it is damaged, or the checkpoint of another model."
         )
     return model
+
+
+def check_conditioning(model: Any, spectral: SpectralArguments, path: str) -> None:
+    """Refuse a checkpoint that the flags cannot condition.
+
+    Raises:
+        ModelError: for one without known projections, and for one that is conditioned already and asked to begin anew.
+    """
+    if not spectral.spectral_conditioning:
+        return
+    if model.config.model_type.startswith(MODEL_TYPE_PREFIX):
+        if spectral.spectral_init is not None:
+            raise ModelError(
+                f"--spectral_init {spectral.spectral_init} says how weights enter a new conditioning, and {path} is "
+                "conditioned already; leave it out to go on as it is, or fold the checkpoint (`specattn fold`) first."
+            )
+        return
+    try:
+        find_projections(model)
+    except ValueError as error:
+        raise ModelError(f"{path} cannot be conditioned: {one_line(error)}") from error
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, HfArgumentParser
+from transformers import HfArgumentParser
 
 from hf_specattn.crammed_bert import CrammedBertConfig
 
@@ -11,6 +11,7 @@ from ..run.projection_init import INITIALIZATION_SETTINGS, check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.schedules import SCHEDULES, Budget
 from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
+from ..run.usable_model import check_tokens, load_config
 from .cleaning import Cleaning
 from .crammed_recipe import PRESETS
 from .mlm_data import MlmDataSettings
@@ -333,7 +334,5 @@ def _refuse_contradictions(
 def _check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
     """Refuse a checkpoint that does not exist, is conditioned otherwise, or is too short, by its config alone."""
     path = str(arguments.model_name_or_path)
-    config = AutoConfig.from_pretrained(path, **spectral.to_loading_kwargs())
-    positions = getattr(config, "max_position_embeddings", arguments.max_seq_length)
-    if arguments.max_seq_length > positions:
-        raise ValueError(f"--max_seq_length {arguments.max_seq_length} exceeds the {positions} positions of {path}.")
+    config = load_config(path, **spectral.to_loading_kwargs())
+    check_tokens(path, config, arguments.max_seq_length)

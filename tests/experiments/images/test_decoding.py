@@ -48,7 +48,7 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused():
 def test_integers_of_no_known_range_are_refused():
     for array in (RAMP.astype(np.int32), (RAMP // 2).astype(np.int16)):
         mode_i = stored(Image.fromarray(array.astype(np.int32)), "TIFF")
-        with pytest.raises(ValueError, match="32 bits, or 16 with a sign.*convert it to 8 bits"):
+        with pytest.raises(ValueError, match=r"32 bits, or 16 with a sign.*convert it to 8 bits"):
             decode(mode_i, "RGB")
 
 

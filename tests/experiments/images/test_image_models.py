@@ -1,4 +1,5 @@
 import pytest
+import safetensors.torch
 import timm
 import torch
 from transformers import (
@@ -24,11 +25,15 @@ from recipes.images.image_models import (
     ImageModelError,
     ImageModelSettings,
     build_stock_model,
+    check_named_model,
+    default_patch_size,
     image_processor,
     model_input,
     save_classifier,
+    tokens_per_image,
 )
 from recipes.run.ablations import remove_layer_norms
+from recipes.run.usable_model import ModelError
 
 CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -177,3 +182,41 @@ def test_a_preconditioned_model_of_timm_is_saved_as_weights_alone(conditioned_ti
     precondition(conditioned_timm, PreconditionerConfig(), probe, TIMM_ATTENTION)
     assert not save_classifier(conditioned_timm, PROCESSOR, str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [BARE_WEIGHTS_FILE]
+
+
+@pytest.mark.parametrize(
+    ("size", "patch"), [(4, 2), (8, 2), (28, 2), (32, 2), (64, 4), (96, 8), (224, 16), (225, 15), (256, 16), (384, 32)]
+)
+def test_the_small_vit_has_at_most_256_patches(size, patch):
+    assert default_patch_size(size) == patch
+    assert size % patch == 0
+    assert (size // patch) ** 2 <= 256
+    model = build_stock_model(ImageModelSettings(num_hidden_layers=1), ("a", "b"), size, 1)
+    assert model.config.patch_size == patch
+    assert tokens_per_image(model.config, size) == model.vit.embeddings.patch_embeddings.num_patches
+
+
+def test_images_that_cannot_be_cut_into_equal_patches():
+    with pytest.raises(
+        ImageModelError, match=r"Images of 29 x 29 cannot be cut into 2 to 256 equal patches.*--image_size"
+    ):
+        default_patch_size(29)
+
+
+def test_damaged_and_foreign_checkpoints_are_one_line(tmp_path):
+    model = build_stock_model(ImageModelSettings(num_hidden_layers=1), ("a", "b"), 8, 1)
+    model.save_pretrained(tmp_path)
+    settings = ImageModelSettings(model_name_or_path=str(tmp_path))
+    assert check_named_model(settings, None).config.num_labels == 2
+    assert check_named_model(ImageModelSettings(), None) is None
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:500])
+    with pytest.raises(ModelError, match="cannot be loaded as a model for ImageClassification") as caught:
+        check_named_model(settings, None)
+    assert "\n" not in str(caught.value)
+    tensors = safetensors.torch.load(content)
+    kept = {name: tensor for name, tensor in tensors.items() if "layernorm" not in name}
+    safetensors.torch.save_file(kept, weights)
+    with pytest.raises(ModelError, match=r"lacks \d+ weights of a ViTForImageClassification"):
+        check_named_model(settings, None)
