@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import matplotlib
 import torch
 from torch import Tensor
 from torchvision.io import encode_png
@@ -41,12 +42,16 @@ def draw(pixels: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Te
     factor = max(1, -(-LEAST_SIDE // min(pixels.shape[-2:])))
     size = [side * factor for side in pixels.shape[-2:]]
     picture = F.resize(pixels, size, interpolation=F.InterpolationMode.NEAREST)
-    kept = found["scores"] >= LEAST_SCORE
-    if not kept.any():
+    kept = torch.where(found["scores"] >= LEAST_SCORE)[0].flip(0)  # the surest last, over the others
+    if not len(kept):
         return picture
     masks = F.resize(found["masks"][kept, 0], size) > MASK_THRESHOLD
     colours = [COLORS[int(label) % len(COLORS)] for label in found["labels"][kept]]
     labels = zip(found["labels"][kept].tolist(), found["scores"][kept].tolist())
     words = [f"{class_names[label - 1]} {score:.2f}" for label, score in labels]
     picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
-    return draw_bounding_boxes(picture, found["boxes"][kept] * factor, words, colors=colours, width=2)
+    boxes = found["boxes"][kept] * factor
+    font = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
+    return draw_bounding_boxes(
+        picture, boxes, words, colours, width=2, font=font, font_size=13, label_colors="white", fill_labels=True
+    )
