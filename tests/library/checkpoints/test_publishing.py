@@ -193,6 +193,18 @@ def test_push_to_hub_of_a_model(api, tmp_path, stock_checkpoint, monkeypatch):
     assert api.uploaded.keys() >= CODE
 
 
+def test_push_to_hub_of_a_preconditioned_model(api, stock_checkpoint):
+    model = AutoModel.from_pretrained(stock_checkpoint(BERT), attention_preconditioner="row").train()
+    model.push_to_hub("me/pushed")
+    assert model.training
+    assert api.uploaded.keys() == {"config.json", "model.safetensors", "README.md"} | CODE  # no kappa(W + C) to draw
+    card = ModelCard(api.uploaded["README.md"].decode())
+    assert "preconditioned-attention" in card.data.tags
+    assert "spectral-conditioning" not in card.data.tags
+    assert "A BertModel with a **preconditioner of attention**" in card.content
+    assert "third-party reading" in card.content
+
+
 @pytest.mark.parametrize("repo_id", ["a/b/c", "bad name", ""])
 def test_a_bad_name_is_refused(repo_id, converted, api):
     with pytest.raises(PublishingError, match="no name on the Hub"):
