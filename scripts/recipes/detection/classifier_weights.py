@@ -19,6 +19,7 @@ from hf_specattn.preconditioner import PreconditionerConfig
 from ..run.messages import one_line
 from ..run.run_metrics import METRICS_FILE
 from ..run.spectral_arguments import SpectralArguments
+from ..run.usable_model import ModelError, load_model
 from .detector import DetectorError, describe_body
 
 TIMM_KEYS = "timm_model."
@@ -58,11 +59,9 @@ def read_classifier(path: str) -> Classifier:
     if (Path(path) / "model.safetensors").is_file() and not (Path(path) / CONFIG_NAME).is_file():
         return _read_timm_checkpoint(Path(path))
     try:
-        model = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise DetectorError(
-            f"--classifier {path} cannot be loaded as an image classifier: {one_line(error)}"
-        ) from error
+        model = load_model(AutoModelForImageClassification, path, dtype=torch.float32)
+    except ModelError as error:
+        raise DetectorError(f"--classifier {error}") from error
     spectral = getattr(model.config, "spectral_config", None)
     weights = model.state_dict()
     if isinstance(model.config, TimmWrapperConfig):

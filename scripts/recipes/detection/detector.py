@@ -38,6 +38,7 @@ from hf_specattn.architectures import ARCHITECTURES, MORE_ARCHITECTURES
 
 from ..images.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from ..run.messages import one_line
+from ..run.usable_model import ModelError, load_model
 
 STRIDES = (4, 8, 16, 32)  # of the pyramid, in pixels
 ROI_SIZE = 7  # side of what the box head reads of a region
@@ -349,11 +350,9 @@ def load_detector(path: str | Path, **settings: Any) -> Detector:
     """
     register_detector()
     try:
-        model, found = AutoModelForInstanceSegmentation.from_pretrained(path, output_loading_info=True, **settings)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DetectorError(f"{path} cannot be loaded as a detector: {one_line(error)}") from error
+        model = load_model(AutoModelForInstanceSegmentation, str(path), with_head=True, **settings)
+    except ModelError as error:
+        raise DetectorError(str(error)) from error
     if not isinstance(model, Detector):
         raise DetectorError(f"{path} holds a {type(model).__name__} and no detector of train_detection.py.")
-    if wrong := sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]])):
-        raise DetectorError(f"The weights in {path} are not those of its config.json: {', '.join(wrong[:5])} ...")
     return model

@@ -189,7 +189,9 @@ def test_another_architecture_is_refused(tmp_path):
     ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
     with pytest.raises(DetectorError, match="body vit"):
         detector_from(tmp_path / "vit")
-    with pytest.raises(DetectorError, match="cannot be loaded as an image classifier"):
+    with pytest.raises(
+        DetectorError, match=r"--classifier .*nothing cannot be loaded as a model for ImageClassification"
+    ):
         detector_from(tmp_path / "nothing")
 
 

@@ -1,5 +1,7 @@
 """What a run makes of its flags: optimizer, learning rate, the plan, and what is drawn."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,12 @@ from recipes.detection.coco_files import DetectionDataError
 from recipes.detection.detection_arguments import parse_arguments
 from recipes.detection.detection_plan import describe_plan
 from recipes.detection.detection_task import describe_split, load_splits
-from recipes.detection.detector_building import milestone_factor, parameter_groups
+from recipes.detection.detector_building import (
+    build_detector,
+    milestone_factor,
+    parameter_groups,
+    set_batch_norm,
+)
 from recipes.detection.drawing import draw, draw_detections
 from recipes.detection.shapes import shapes
 
@@ -50,6 +57,30 @@ def test_norms_and_position_tables_do_not_decay(body):
 def test_the_published_learning_rate():
     factor = [milestone_factor(step, [1000, 1500], 500, 0.001) for step in (0, 250, 500, 999, 1000, 1499, 1500, 3000)]
     assert factor == pytest.approx([0.001, 0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_stock_and_conditioned_detectors_of_a_seed_begin_alike(accelerator):
+    samples = {"images": [torch.rand(3, 64, 64)]}
+    weights = []
+    for flags in ((), ("--spectral_conditioning",), ("--spectral_conditioning", "--spectral_method", "svd")):
+        torch.manual_seed(7)
+        weights.append(build_detector(*parse(*flags), ["one", "two"], samples, accelerator).state_dict())
+    stock, identity, svd = weights
+    assert stock.keys() == identity.keys()
+    assert all(torch.equal(stock[name], identity[name]) for name in stock)
+    assert all(torch.equal(stock[name], svd[name]) for name in stock)
+    assert len(svd) - len(stock) == 4  # a correction for each fused weight
+
+
+def test_batch_norms_are_synchronized_over_gpus():
+    detector = tiny_detector("xcit_p16")
+    names = list(detector.state_dict())
+    set_batch_norm(detector, None, True, SimpleNamespace(device=torch.device("cuda"), num_processes=2))
+    norms = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
+    assert len(norms) == 9
+    assert not detector.freezes_batch_norm
+    assert list(detector.state_dict()) == names
 
 
 def test_a_plan_without_the_data(accelerator):
