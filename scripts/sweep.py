@@ -9,7 +9,7 @@
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
 conditioning's or the initialization scale's; `precondition` sets preconditioned attention beside both and its controls;
 `residual_free`, `strong_decay` and `dynamic` look for the regimes in which conditioning pays; `grid` takes the product of the
-values given. What follows `--` is given to every run.
+values given. Other flags, and all that follows `--`, are given to every run.
 
 As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
 interrupted sweep goes on when its command is repeated.
@@ -24,10 +24,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import HfArgumentParser
-
 from hf_specattn.figures import markdown_table
-from hf_specattn.files import write_bytes, write_json
+from hf_specattn.files import CannotWriteError, require_writable, write_bytes, write_json
 from recipes.compare.comparison import ComparisonError
 from recipes.compare.sweeps.cost import gpu_hours, training_operations
 from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
@@ -48,6 +46,7 @@ from recipes.images.image_arguments import parse_arguments as parse_image_argume
 from recipes.images.image_datasets import ImageDataError
 from recipes.images.image_models import ImageModelError
 from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
+from recipes.run.command_line import ScriptParser
 
 SCRIPTS = Path(__file__).resolve().parent
 PARSERS: dict[str, Callable[..., Any]] = {
@@ -61,7 +60,7 @@ NAMES = (*ALL_SWEEPS, "grid")
 
 @dataclass
 class SweepArguments:
-    """Arguments of the sweep; its name stands before them, and behind `--` what every run is given besides."""
+    """Arguments of the sweep; its name stands before them, and other flags are given to every run."""
 
     scale: str = field(
         default="small",
@@ -129,13 +128,14 @@ GRID_FLAGS = (*(item.name for item in fields(GridValues)), "script", "seeds")
 
 def parse_arguments(argv: Sequence[str]) -> tuple[str, SweepArguments, list[str]]:
     dataclasses: Any = SweepArguments
-    parser = HfArgumentParser(dataclasses, description=str(__doc__).splitlines()[0])
+    parser = ScriptParser(dataclasses, description=str(__doc__).splitlines()[0])
     parser.add_argument("sweep", choices=NAMES, help="Which.")
     argv, behind = list(argv), []
     if "--" in argv:
         argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    arguments, rest = parser.parse_args_into_dataclasses(args=argv)
-    return rest.sweep, arguments, behind
+    # What is no flag of the sweep is one of its runs, whose script says so otherwise.
+    arguments, positional, unknown = parser.parse_args_into_dataclasses(args=argv, keep_unknown=True)
+    return positional.sweep, arguments, [*unknown, *behind]
 
 
 def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
@@ -231,8 +231,6 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     """Run, and write the report; returns whether every run came to its end."""
     runs_dir = Path(arguments.runs_dir)
     output = Path(arguments.output_dir) if arguments.output_dir else runs_dir / "reports"
-    if output.exists() and not output.is_dir():
-        raise SweepError(f"--output_dir {output} is a file; name a folder.")
     results = run_sweep(sweep, runs_dir, Machine.whole(arguments.num_parallel), arguments.disable_tqdm)
     output.mkdir(parents=True, exist_ok=True)
     text = report(results, runs_dir, command)
@@ -257,9 +255,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.plan or (arguments.scale == "paper" and not arguments.run):
             show_plan(sweep, arguments)
             return
+        require_writable(arguments.runs_dir, "--runs_dir")
+        require_writable(arguments.output_dir or arguments.runs_dir, "--output_dir")
         check_runs(sweep, Path(arguments.runs_dir))
         complete = sweep_and_report(sweep, arguments, shlex.join(["python", "scripts/sweep.py", *argv]))
-    except (SweepError, ComparisonError, ImageDataError, ImageModelError, ImportError) as error:
+    except (SweepError, CannotWriteError, ComparisonError, ImageDataError, ImageModelError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where this stopped.", file=sys.stderr)

@@ -138,7 +138,22 @@ def test_a_flag_that_the_script_refuses_ends_the_sweep_before_any_run(sweep, tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_two_dashes_may_be_left_out(sweep):
+    name, arguments, behind = sweep.parse_arguments(
+        ["grid", "--seed", "3", "--methods", "svd", "stock", *TINY, "--", "--x"]
+    )
+    assert (name, arguments.seeds, arguments.methods) == ("grid", [3], ["svd", "stock"])
+    assert behind == [*TINY, "--x"]
+
+
+def test_what_is_no_flag_of_a_sweep_nor_of_its_runs(sweep, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        sweep.main(["grid", "--runs_dir", str(tmp_path / "runs"), "--learning_rat", "1", *TINY])
+    assert error.value.code == 2
+    assert "--learning_rat is no flag of this script; did you mean --learning_rate?" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_is_a_file(sweep, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match="is a file; name a folder"):
+    with pytest.raises(SystemExit, match=r"^error: --output_dir .* is a file, not a folder"):
         sweep.main(["grid", "--runs_dir", str(tmp_path / "runs"), "--output_dir", str(tmp_path / "file"), "--", *TINY])

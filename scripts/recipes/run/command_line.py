@@ -59,17 +59,23 @@ class ScriptParser(HfArgumentParser):
         """As argparse's, of the words that `args` stands for."""
         return super().parse_known_args(self.spelled_out(sys.argv[1:] if args is None else args), namespace)
 
-    def parse_args_into_dataclasses(self, args: Any = None, **settings: Any) -> tuple[Any, ...]:
-        """As the parent's; what is wrong ends the program with status 2."""
+    def parse_args_into_dataclasses(
+        self, args: Any = None, *, keep_unknown: bool = False, **settings: Any
+    ) -> tuple[Any, ...]:
+        """As the parent's; what is wrong ends the program with status 2.
+
+        Args:
+            keep_unknown: Whether words that are no flags come last, as a list, in place of an error.
+        """
         tolerate_output()
         settings = {"look_for_args_file": False, **settings, "return_remaining_strings": True}
         try:
             *parsed, rest = super().parse_args_into_dataclasses(args, **settings)
-            if rest:
+            if rest and not keep_unknown:
                 raise ValueError(self.describe_unknown(rest))
         except ValueError as error:
             self.exit(2, f"{self.prog}: error: {error}\n")
-        return tuple(parsed)
+        return (*parsed, rest) if keep_unknown else tuple(parsed)
 
     def spelled_out(self, words: Sequence[str]) -> list[str]:
         """Return the words of a command line with each flag by its own name, up to a `--`."""
