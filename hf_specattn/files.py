@@ -12,6 +12,7 @@ import re
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,19 @@ def is_alive(process: int) -> bool:
     except OSError:  # it exists, but is another user's
         return True
     return True
+
+
+def checksum(file: Path) -> str:
+    """Return the CRC-32 of a file, in hexadecimal.
+
+    Damage by accident is what it must find, not forgery, and it is the fastest that Python has: several times as fast as
+    SHA-256 and BLAKE2, whose time would show for checkpoints of gigabytes.
+    """
+    value = 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
 
 
 def sync(path: Path) -> None:

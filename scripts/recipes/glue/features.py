@@ -23,7 +23,7 @@ from .glue_files import Examples, GlueDataError
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # raise it when the files of the cache change: older ones are then made anew
+FORMAT = 2  # raise it when the files of the cache change: older ones are then made anew
 EXAMPLES_PER_CALL = 1000
 LEAST_LENGTH = 8  # three special tokens, and something of each text
 
@@ -161,6 +161,7 @@ def prepare_tokens(
     arrays |= {"offsets": tokens.offsets, "indices": np.asarray(tokens.indices, dtype=np.str_)}
     if tokens.labels is not None:
         arrays["labels"] = tokens.labels
+    arrays["digest"] = _digest(arrays)
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
     try:
@@ -180,13 +181,25 @@ def load_tokens(path: str | Path) -> TokenizedExamples:
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            columns = {name.removeprefix("column."): file[name] for name in file.files if name.startswith("column.")}
-            labels = file["labels"] if "labels" in file.files else None
-            return TokenizedExamples(columns, file["offsets"], labels, file["indices"].tolist())
+            arrays = {name: file[name] for name in file.files}
+        if not np.array_equal(arrays.pop("digest"), _digest(arrays)):
+            raise ValueError("it does not hold what was written")
+        columns = {
+            name.removeprefix("column."): values for name, values in arrays.items() if name.startswith("column.")
+        }
+        return TokenizedExamples(columns, arrays["offsets"], arrays.get("labels"), arrays["indices"].tolist())
     except FileNotFoundError:
         raise
-    except Exception as error:  # of whatever kind: the archive's checksums cover all that is read of it
+    except Exception as error:  # of whatever kind an archive leads to
         raise GlueDataError(f"{path} is damaged: {one_line(error)}. Remove it; it is made again.") from error
+
+
+def _digest(arrays: dict[str, NDArray[Any]]) -> NDArray[np.uint8]:
+    """A hash of names and contents: the archive's own checksums cover each array, and not which there are."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name}\0{arrays[name].dtype.str}\0{arrays[name].shape}\0".encode() + arrays[name].tobytes())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

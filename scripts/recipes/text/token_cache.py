@@ -6,7 +6,10 @@ under another name and renamed when it is complete, behind a lock, so that a pro
 two processes of a machine make the same one. What a killed process left behind is removed by the next.
 
     <cache folder>/tokens-<key>/     tokens.bin, order.npy, manifest.json
-    <cache folder>/tokenizer-<key>/  a tokenizer trained on a corpus
+    <cache folder>/tokenizer-<key>/  a tokenizer trained on a corpus, manifest.json
+
+The manifest has a checksum of every file. They are compared whenever a run asks for what is cached; what differs is made
+again.
 """
 
 import errno
@@ -30,8 +33,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_specattn.files import write_json
+from hf_specattn.files import cannot_be_written, checksum, write_json
 
+from ..run.messages import one_line
 from .cleaning import NO_CLEANING, Cleaning
 from .documents import CorpusError, Document
 from .packing import PIECE_CHARACTERS, PIECES_PER_CALL, plain_encoder, text_pieces, token_dtype, works_wordwise
@@ -40,7 +44,7 @@ from .tokenization import load_tokenizer, train_wordpiece
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 1  # raise it when packed files or their manifest change: older caches are then made anew
+FORMAT = 2  # raise it when packed files or their manifest change: older caches are then made anew
 TOKENS_FILE, ORDER_FILE, MANIFEST_FILE = "tokens.bin", "order.npy", "manifest.json"
 ORDERS = ("published", "shuffled")
 
@@ -170,7 +174,7 @@ def prepare_tokens(
         _write_cache(folder, packer, max_seq_length, _period(tokenizer), ingredients)
 
     folder = Path(cache_dir) / f"tokens-{_key(ingredients)}"
-    return _load_or_make(folder, make, TokenCache, f"the sequences of {stream.origin}")
+    return _load_or_make(folder, make, _load_sequences, f"the sequences of {stream.origin}")
 
 
 def prepare_tokenizer(
@@ -217,6 +221,8 @@ def prepare_tokenizer(
 
         tokenizer = train_wordpiece(documents(), vocab_size, show_progress=show_progress)
         tokenizer.save_pretrained(folder)
+        files = sorted(path.name for path in folder.iterdir())
+        write_json(folder / MANIFEST_FILE, {"crc32": _checksums(folder, files), "ingredients": ingredients})
         logger.info(
             f"Trained a tokenizer of {len(tokenizer):,} tokens on {read:,} characters, spread over the corpus (at most "
             f"{sample_characters:,})."
@@ -225,6 +231,7 @@ def prepare_tokenizer(
     def load(folder: Path) -> PreTrainedTokenizerBase:
         if not folder.is_dir():
             raise FileNotFoundError(folder)
+        _require_undamaged(folder)
         try:
             tokenizer = load_tokenizer(str(folder))
         except Exception as error:  # of whatever kind: `tokenizers` raises bare ones for a file it cannot parse
@@ -367,6 +374,7 @@ def _write_cache(
         "dtype": packer.dtype.str,
         "fingerprint": fingerprint,
         "bytes": {name: (folder / name).stat().st_size for name in files},
+        "crc32": _checksums(folder, files),
         "documents": counts.documents,
         "documents_kept": counts.kept,
         "characters": counts.characters,
@@ -454,6 +462,31 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _load_sequences(folder: Path) -> TokenCache:
+    cache = TokenCache(folder)
+    _require_undamaged(folder)
+    return cache
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    return {name: checksum(folder / name) for name in names}
+
+
+def _require_undamaged(folder: Path) -> None:
+    """Compare every file with its checksum in the manifest; a copy to a worker process does not.
+
+    Raises:
+        DamagedCacheError: naming the first file that is not the one that was written.
+    """
+    try:
+        expected = dict(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["crc32"])
+        different = [name for name, value in expected.items() if checksum(folder / name) != value]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedCacheError(one_line(error)) from error
+    if different or not expected:
+        raise DamagedCacheError(f"{', '.join(different) or MANIFEST_FILE} is not what was written")
+
+
 def _load_or_make(folder: Path, make: Callable[[Path], None], load: Callable[[Path], Loaded], content: str) -> Loaded:
     """Return `load(folder)`, after `make` filled the folder where it does not exist or is damaged."""
     try:
@@ -531,7 +564,7 @@ def _write_errors(cache_dir: Path) -> Iterator[None]:
                 f"The disk of {cache_dir} is full ({error.strerror}); what was half made is removed. Free some space, or "
                 "name another cache folder."
             ) from error
-        ours = str(error.filename or "").startswith(str(cache_dir))  # and not the corpus
-        if ours and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        # Of the cache, whatever it is, or of a disk; and not of the corpus.
+        if str(error.filename or "").startswith(str(cache_dir)) or cannot_be_written(error):
             raise CorpusError(f"{cache_dir} cannot be written: {error}. Name another cache folder.") from error
         raise

@@ -198,3 +198,24 @@ def test_inputs_that_the_model_does_not_take_are_left_out(tokenizer):
         "input_ids",
         "attention_mask",
     }
+
+
+def test_no_flipped_bit_changes_what_is_read(tokenizer, tmp_path):
+    examples = examples_of("the cat sat", "on a mat", "and the dog", labels=np.array([0, 1, 0]))
+    path = prepare_tokens(examples, tokenizer, 16, tmp_path, "rte-train")
+    content, expected = path.read_bytes(), load_tokens(path)
+    refused = 0
+    for place in range(0, len(content), 7):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        try:
+            found = load_tokens(path)
+        except GlueDataError:
+            refused += 1
+            continue
+        assert {name: values.tolist() for name, values in found.columns.items()} == {
+            name: values.tolist() for name, values in expected.columns.items()
+        }
+        assert found.offsets.tolist() == expected.offsets.tolist()
+        assert found.labels.tolist() == expected.labels.tolist()
+        assert found.indices == expected.indices
+    assert refused > len(content) / 7 / 3
