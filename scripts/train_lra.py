@@ -37,12 +37,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from recipes.lra.lra_arguments import LraArguments, parse_arguments
 from recipes.lra.lra_plan import describe_plan
 from recipes.lra.lra_sources import LraDataError
-from recipes.lra.lra_task import LraModelError, LraTask
+from recipes.lra.lra_task import LraTask, check_model
 from recipes.lra.nystromformer import LraNystromformerForSequenceClassification, register
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.spectral_arguments import SpectralArguments
+from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
 logger = logging.getLogger("train_lra")
 LOGGERS = ("train_lra", "recipes", "hf_specattn")
@@ -58,27 +59,37 @@ def show_plan(arguments: LraArguments, spectral: SpectralArguments, accelerator:
 
 
 def build_model(arguments: LraArguments) -> PreTrainedModel:
-    """Build or load the model, and set how its projections begin.
+    """Build a new model, and set how its projections begin.
 
     A stock and a conditioned model of one seed start from the same W.
     """
     set_seed(arguments.seed)
-    if arguments.model_name_or_path is not None:
-        return AutoModelForSequenceClassification.from_pretrained(arguments.model_name_or_path)
     model = LraNystromformerForSequenceClassification(arguments.new_model_config())
     try:
         initialize_projections(model, arguments.initialization())
     except ValueError as error:
-        raise LraModelError(str(error)) from error
+        raise ModelError(str(error)) from error
+    return model
+
+
+def load_checked(arguments: LraArguments, spectral: SpectralArguments) -> PreTrainedModel:
+    """Load the checkpoint, and refuse one that cannot be trained on the task, or measured on it."""
+    set_seed(arguments.seed)
+    path = str(arguments.model_name_or_path)
+    model = load_model(AutoModelForSequenceClassification, path, with_head=arguments.eval_only)
+    check_conditioning(model, spectral, path)
+    check_model(model, arguments)
     return model
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
     register()
-    with started(arguments, LOGGERS, LraDataError, LraModelError) as accelerator:
+    with started(arguments, LOGGERS, LraDataError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise LraModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
+            raise ModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
+        # What is wrong with a checkpoint shows before the data are prepared.
+        loaded = None if arguments.model_name_or_path is None else load_checked(arguments, spectral)
         if arguments.eval_only:
             task = LraTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)
@@ -88,8 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         # The data are found or made, and cached; guessing is measured on them.
         task = LraTask(arguments, spectral, accelerator)
-        model = build_model(arguments)
-        task.check(model)
+        model = build_model(arguments) if loaded is None else loaded
         condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
         # Train, with checkpoints, from the newest one where the run is resumed; save the best weights, and measure them.
         run(task, model, arguments, spectral, accelerator)

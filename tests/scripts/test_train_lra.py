@@ -197,6 +197,16 @@ def test_a_saved_model_can_be_trained_on_and_another_task_refuses_it(train, tmp_
         train("--model_name_or_path", str(first), "--max_length", "32", name="third", model=())
 
 
+def test_a_checkpoint_that_cannot_be_used_is_said_before_data_are_made(train, tmp_path, cache):
+    before = sorted(path.name for path in cache.iterdir()) if cache.exists() else []
+    for flags in ([], ["--eval_only"]):
+        with pytest.raises(
+            SystemExit, match=r"error: .*absent cannot be loaded as a model for SequenceClassification"
+        ):
+            train("--model_name_or_path", str(tmp_path / "absent"), "--data_seed", "77", *flags, model=())
+    assert sorted(path.name for path in cache.iterdir()) == before
+
+
 def test_bad_data_end_the_run_with_a_message(train, tmp_path):
     with pytest.raises(SystemExit, match=r"error: --data_dir .* holds no data of listops in a known form"):
         train("--data_dir", str(tmp_path))

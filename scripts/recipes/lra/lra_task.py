@@ -19,6 +19,7 @@ from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.saving import save_pretrained
 from ..run.schedules import Budget
 from ..run.spectral_arguments import SpectralArguments
+from ..run.usable_model import ModelError
 from .lra_arguments import LraArguments
 from .lra_data import LraData, Split, load_lra_data
 from .one_cycle import beta1, learning_rate_factor
@@ -35,8 +36,20 @@ RUN_SETTINGS = (
 )
 
 
-class LraModelError(ValueError):
-    """The model cannot be trained or measured on the task; the message says what to do."""
+def check_model(model: PreTrainedModel, arguments: LraArguments) -> None:
+    """Refuse a checkpoint of another task, or of shorter sequences.
+
+    Raises:
+        ModelError: saying what differs.
+    """
+    wanted = arguments.new_model_config()
+    for name in ("vocab_size", "max_position_embeddings", "pairs", "num_labels"):
+        found, needed = getattr(model.config, name, None), getattr(wanted, name)
+        if found != needed:
+            raise ModelError(
+                f"--model_name_or_path {arguments.model_name_or_path} has {name}={found}, and --task {arguments.task} with "
+                f"--max_length {arguments.max_length} needs {needed}; name a model of this task."
+            )
 
 
 class BestWeights:
@@ -147,22 +160,6 @@ class LraTask(Task):
         self.order = BatchOrder(len(self.data.train), arguments.seed)
         self.step = 0
         self.best: BestWeights | None = None
-
-    def check(self, model: PreTrainedModel) -> None:
-        """Refuse a checkpoint of another task, or of shorter sequences.
-
-        Raises:
-            LraModelError: saying what differs.
-        """
-        config, wanted = model.config, self.arguments.new_model_config()
-        for name in ("vocab_size", "max_position_embeddings", "pairs", "num_labels"):
-            found, needed = getattr(config, name, None), getattr(wanted, name)
-            if found != needed:
-                raise LraModelError(
-                    f"--model_name_or_path {self.arguments.model_name_or_path} has {name}={found}, and --task "
-                    f"{self.arguments.task} with --max_length {self.arguments.max_length} needs {needed}; name a model "
-                    "of this task."
-                )
 
     def samples(self, count: int) -> dict[str, Tensor]:
         rows = min(count, max(1, SAMPLED_TOKENS * 1024 // self.length**2), len(self.data.validation))
@@ -280,7 +277,6 @@ class LraTask(Task):
     def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
         """Accuracy and loss on the validation and the test part."""
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(device)
-        self.check(model)
         values = self._evaluate("validation", model, None)
         if self.data.test.fingerprint == self.data.validation.fingerprint:  # Text as published
             return values | {name.replace("validation", "test"): value for name, value in values.items()}

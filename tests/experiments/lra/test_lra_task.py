@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from recipes.lra.lra_arguments import parse_arguments
-from recipes.lra.lra_task import BestWeights, LraModelError, LraTask, evaluate_split
+from recipes.lra.lra_task import BestWeights, LraTask, check_model, evaluate_split
 from recipes.lra.nystromformer import LraNystromformerForSequenceClassification
+from recipes.run.usable_model import ModelError
 
 
 class Processes:
@@ -146,8 +147,8 @@ def test_what_is_looked_at_is_real_and_fits_the_memory(new_task):
 
 def test_a_model_of_another_task_is_refused(new_task):
     task = new_task()
-    task.check(new_model(task))
+    check_model(new_model(task), task.arguments)
     config = task.arguments.new_model_config()
     config.num_labels = 10
-    with pytest.raises(LraModelError, match=r"has num_labels=10, and --task text with --max_length 16 needs 2"):
-        task.check(SimpleNamespace(config=config))
+    with pytest.raises(ModelError, match=r"has num_labels=10, and --task text with --max_length 16 needs 2"):
+        check_model(SimpleNamespace(config=config), task.arguments)
