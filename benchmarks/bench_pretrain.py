@@ -140,7 +140,9 @@ class PretrainRun:
         self.accelerator = accelerator
         self.task = MlmTask(self.arguments, accelerator)
         self.rows = self.task.amounts.batch
-        model = script.build_model(self.arguments, spectral, self.task.vocab_size)
+        model = script.build_model(self.arguments, self.task.vocab_size)
+        samples = self.task.samples(script.SAMPLES)
+        script.condition_model(model, self.arguments, spectral, samples, accelerator)
         self.training = runs.prepare(self.task, model, self.arguments, spectral, accelerator)
         self.training.wrapped.train()
         self.every = refresh_interval(model)

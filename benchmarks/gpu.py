@@ -72,6 +72,8 @@ ITEMS = (
     Item("steps", "What does a training step cost, against stock?", BENCHMARKS / "gpu_steps.py", 300),
     Item("polar", "What does a refresh of svd cost?", BENCHMARKS / "gpu_polar.py", 110),
     Item("families", "The same for the paper's other models", BENCHMARKS / "gpu_steps.py", 180, "families"),
+    Item("pretrain", "How fast does the script pretrain?", BENCHMARKS / "gpu_experiments.py", 300, "pretrain"),
+    Item("listops", "ListOps, stock and conditioned", BENCHMARKS / "gpu_experiments.py", 500, "listops"),
 )
 
 
