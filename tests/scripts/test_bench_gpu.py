@@ -361,7 +361,7 @@ def test_the_profilers_events_are_counted_by_category(steps):
 
 
 def test_a_batch_that_does_not_fit_is_halved(steps, monkeypatch):
-    bench = steps.Bench(steps.Options("cpu", False))
+    bench = steps.StepTimings(steps.Options("cpu", False))
     tried = []
 
     def measure(case, group):
@@ -379,7 +379,7 @@ def test_a_batch_that_does_not_fit_is_halved(steps, monkeypatch):
 
 
 def test_stock_stays_for_the_next_variants_of_the_same_model(steps, monkeypatch):
-    bench = steps.Bench(steps.Options("cpu", True))
+    bench = steps.StepTimings(steps.Options("cpu", True))
     built = []
     original = bench._built
     monkeypatch.setattr(bench, "_built", lambda case, name: built.append((case.mode, name)) or original(case, name))
