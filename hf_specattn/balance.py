@@ -30,7 +30,7 @@ from .conditioning import Projection, find_projections
 from .layers import SPECTRAL_CLASSES, spectral_layers
 from .ordinary import module_problem, refuse_no_module, refuse_unordinary
 from .preconditioner import PreconditionedLayer
-from .projection_report import Spectrum
+from .projection_report import Spectrum, text_table
 
 # A float64 model has no more exact one to be measured against. Roundoff of the gauge itself is far below this.
 FLOAT64_TOLERANCE = 1e-10
@@ -191,14 +191,10 @@ def balance(
 def format_balance(reports: BalanceReports) -> str:
     """A plain-text table, one line per projection, with what was left alone and why, and how the outputs changed."""
     header = ("projection", "shape", "kappa", "balanced", "per head", "balanced", "worst head", "balanced", "")
-    rows = [header, *map(_row, reports)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
     measured = "" if reports.dtype_error is None else f", the dtype's own error is {reports.dtype_error:.2g}"
     return "\n".join(
         [
-            *(line.rstrip() for line in lines),
+            text_table([header, *map(_row, reports)]),
             f"Largest change of an output on the probe: {reports.output_change.absolute:.2g}, relative "
             f"{reports.output_change.relative:.2g} (allowed {reports.tolerance:.2g}{measured}).",
             "Conditioning moves, it does not vanish: what W_V loses W_O takes up, and W_Q and W_K share theirs. The function "

@@ -40,6 +40,7 @@ from .preconditioner import (
     preconditioned_layers,
     stock_class_of,
 )
+from .projection_report import text_table
 
 logger = logging.get_logger(__name__)
 
@@ -322,18 +323,11 @@ def _report(
 def format_preconditioning(reports: Sequence[PreconditionReport]) -> str:
     """A plain-text table, one line per attention, which says where kappa grew."""
     header = ("attention", "A", "|A|", "|C A|", "kappa(A)", "kappa(C A)", "log10 B(A)", "log10 B(C A)", "")
-    rows = [header, *map(_row, reports)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
     grew = sum(len(report.kappa_grew) for report in reports)
     total = sum(len(report.kappa_before) for report in reports)
-    return "\n".join(
-        [
-            *(line.rstrip() for line in lines),
-            f"Means over heads (of condition numbers: geometric) on one probe. Kappa grew in {grew} of {total} heads. The "
-            f"preconditioner is {SOURCE}.",
-        ]
+    return (
+        f"{text_table([header, *map(_row, reports)])}\nMeans over heads (of condition numbers: geometric) on one probe. Kappa "
+        f"grew in {grew} of {total} heads. The preconditioner is {SOURCE}."
     )
 
 

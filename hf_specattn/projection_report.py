@@ -143,11 +143,17 @@ def _worst_weyl_bound(granularity: str, before: Spectrum, lambda_: float) -> flo
 def format_reports(reports: Sequence[ProjectionReport]) -> str:
     """A plain-text table, one line per projection; where kappa grew, the line says so."""
     header = ("projection", "shape", "sigma_min", "sigma_max", "kappa(W)", "kappa(W+C)", "per head", "per head+C", "")
-    rows = [header] + [_row(report) for report in reports]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-             for row in rows]  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
+    return text_table([header, *map(_row, reports)])
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Lines with the first column to the left and the others to the right; all rows have as many cells."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = (
+        [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths))]
+        for row in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def _row(report: ProjectionReport) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..projection_report import text_table
 from .records import KappaRow
 
 
@@ -22,10 +23,7 @@ def format_rows(rows: Sequence[KappaRow], is_conditioned: bool) -> str:
     ]
     if not is_conditioned:
         cells = [(line[0], line[1], line[3], line[5]) for line in cells]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
-    lines = ("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-             for line in cells)  # fmt: skip
-    return "\n".join(line.rstrip() for line in lines)
+    return text_table(cells)
 
 
 def _number(value: float | None) -> str:
