@@ -326,8 +326,9 @@ def format_preconditioning(reports: Sequence[PreconditionReport]) -> str:
     grew = sum(len(report.kappa_grew) for report in reports)
     total = sum(len(report.kappa_before) for report in reports)
     return (
-        f"{text_table([header, *map(_row, reports)])}\nMeans over heads (of condition numbers: geometric) on one probe. Kappa "
-        f"grew in {grew} of {total} heads. The preconditioner is {SOURCE}."
+        f"{text_table([header, *map(_row, reports)])}\n"
+        f"Means over heads (of condition numbers: geometric) on one probe. Kappa grew in {grew} of {total} heads. The "
+        f"preconditioner is {SOURCE}."
     )
 
 
