@@ -41,7 +41,9 @@ def new_figure(width: float, height: float) -> Any:
         # Imported here, and without pyplot: training must run where matplotlib or a display is missing.
         from matplotlib import figure
     except ImportError as error:
-        raise ImportError("The picture needs matplotlib, which is not installed: pip install matplotlib.") from error
+        raise ImportError(
+            "The picture needs matplotlib, which is not installed: pip install 'hf_specattn[train]'."
+        ) from error
     return figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 

@@ -418,7 +418,7 @@ def _lanczos(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
     try:
         from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
     except ImportError as error:
-        raise ImportError("The Jacobian's singular values need SciPy: pip install scipy.") from error
+        raise ImportError("The Jacobian's singular values need SciPy: pip install 'hf_specattn[train]'.") from error
 
     def on_device(vector: np.ndarray) -> np.ndarray:
         return product(torch.from_numpy(vector.ravel()).to(like)).cpu().numpy()

@@ -46,5 +46,7 @@ def test_no_display_and_no_pyplot_is_needed():
 
 def test_a_missing_matplotlib_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # makes its import fail
-    with pytest.raises(ImportError, match="needs matplotlib, which is not installed: pip install matplotlib"):
+    with pytest.raises(
+        ImportError, match=r"needs matplotlib, which is not installed: pip install 'hf_specattn\[train\]'"
+    ):
         new_figure(3, 2)

@@ -465,7 +465,9 @@ def paired_difference(
         # Imported here: training and its metrics must run where scipy is missing.
         from scipy import stats
     except ImportError as error:
-        raise ImportError("The intervals need scipy, which is not installed: pip install scipy.") from error
+        raise ImportError(
+            "The intervals need scipy, which is not installed: pip install 'hf_specattn[train]'."
+        ) from error
     low, high = stats.ttest_rel(ours, others).confidence_interval(confidence)
     return PairedDifference(fmean(differences), seeds, (float(low), float(high)))
 

@@ -303,8 +303,8 @@ def _load_dataset(dataset_name: str, task: GlueTask, split: GlueSplit, origin: s
         import datasets
     except ImportError as error:
         raise GlueDataError(
-            "Reading GLUE from the Hub needs the `datasets` library, which is not installed: pip install datasets, or give "
-            "the official files with --data_dir."
+            "Reading GLUE from the Hub needs the `datasets` library, which is not installed: pip install "
+            "'hf_specattn[train]', or give the official files with --data_dir."
         ) from error
     try:
         return datasets.load_dataset(dataset_name, task.name, split=split.name)

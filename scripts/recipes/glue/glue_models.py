@@ -315,7 +315,9 @@ def add_lora(model: Any, lora: Lora) -> nn.Module:
     try:
         import peft
     except ImportError as error:
-        raise ImportError("--peft lora needs the `peft` package, which is not installed: pip install peft.") from error
+        raise ImportError(
+            "--peft lora needs PEFT, which is not installed: pip install 'hf_specattn[peft]'."
+        ) from error
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
         r=lora.rank,

@@ -316,8 +316,8 @@ def read_digits() -> ImageData:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImageDataError(
-            "The default data are scikit-learn's digits, and it is not installed: pip install scikit-learn, or name data "
-            "of your own with --idx_dir, --train_dir or --dataset_name."
+            "The default data are scikit-learn's digits, and it is not installed: pip install 'hf_specattn[train]', or name "
+            "data of your own with --idx_dir, --train_dir or --dataset_name."
         ) from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
@@ -426,8 +426,8 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         import datasets
     except ImportError as error:
         raise ImageDataError(
-            "--dataset_name needs the `datasets` package. Install it (pip install datasets), or give folders of images with "
-            "--train_dir and --validation_dir."
+            "--dataset_name needs the `datasets` package. Install it (pip install 'hf_specattn[train]'), or give folders of "
+            "images with --train_dir and --validation_dir."
         ) from error
     try:
         builder = datasets.load_dataset_builder(

@@ -81,8 +81,8 @@ def _datasets() -> Any:
         import datasets
     except ImportError as error:
         raise CorpusError(
-            "--dataset_name needs the `datasets` package. Install it (`pip install datasets`), or give files with "
-            "--train_file."
+            "--dataset_name needs the `datasets` package. Install it (`pip install 'hf_specattn[train]'`), or give files "
+            "with --train_file."
         ) from error
     return datasets
 

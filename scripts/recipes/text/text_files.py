@@ -314,8 +314,8 @@ def _parquet_texts(path: Path, text_column: str) -> Iterator[str | None]:
         import pyarrow.parquet
     except ImportError as error:
         raise CorpusError(
-            f"{path}: reading Parquet needs the `pyarrow` package. Install it (`pip install pyarrow`), or convert the "
-            "corpus to .jsonl.gz."
+            f"{path}: reading Parquet needs the `pyarrow` package. Install it (`pip install 'hf_specattn[train]'`), or "
+            "convert the corpus to .jsonl.gz."
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:

@@ -421,7 +421,9 @@ def test_one_or_no_common_seed_gives_no_interval(monkeypatch):
     result = paired_difference({0: 1.5, 1: 2.0}, {1: 1.0, 2: 0.0})
     assert (result.mean, result.seeds, result.interval, result.contains_zero) == (1.0, (1,), None, False)
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
-    with pytest.raises(ImportError, match="The intervals need scipy, which is not installed: pip install scipy"):
+    with pytest.raises(
+        ImportError, match=r"The intervals need scipy, which is not installed: pip install 'hf_specattn\[train\]'"
+    ):
         paired_difference({0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0})
 
 

@@ -319,7 +319,8 @@ def test_a_dataset_that_cannot_be_loaded(tmp_path):
 def test_without_the_datasets_library(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        GlueDataError, match="needs the `datasets` library, which is not installed: pip install datasets"
+        GlueDataError,
+        match=r"needs the `datasets` library, which is not installed: pip install 'hf_specattn\[train\]'",
     ):
         read("cola", "train")
     glue_files.write_all(tmp_path)

@@ -174,7 +174,7 @@ def test_a_dataset_in_the_layout_of_the_hub(folders, tmp_path):
 
 def test_without_datasets_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, datasets.__name__, None)
-    with pytest.raises(ImageDataError, match="pip install datasets"):
+    with pytest.raises(ImageDataError, match=r"pip install 'hf_specattn\[train\]'"):
         find_images(ImageDataSettings(dataset_name="somebody/images"))
 
 

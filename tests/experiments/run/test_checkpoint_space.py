@@ -9,13 +9,13 @@ from models import ARCHITECTURES
 
 from hf_specattn import CrammedBertForMaskedLM
 from recipes.run.checkpointing import Checkpoints, DiskFullError, Progress, TrainingParts
-from recipes.run.optimization import build_adamw
+from recipes.run.optimization import OptimizationArguments, build_adamw
 
 
 @pytest.fixture
 def checkpoints(tmp_path):
     model = CrammedBertForMaskedLM(ARCHITECTURES["crammed_bert"].config())
-    parts = TrainingParts(model, build_adamw(model, 1e-2))
+    parts = TrainingParts(model, build_adamw(model, OptimizationArguments(), 1e-2))
     return Checkpoints(tmp_path / "run", Accelerator(cpu=True), parts, {}, keep_last=2)
 
 

@@ -100,5 +100,7 @@ def test_damaged_data_is_one_of_our_errors(tmp_path, streaming):
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match=r"--dataset_name needs the `datasets` package.*pip install datasets"):
+    with pytest.raises(
+        CorpusError, match=r"--dataset_name needs the `datasets` package.*pip install 'hf_specattn\[train\]'"
+    ):
         hub_stream("owner/name")
