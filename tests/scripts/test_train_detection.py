@@ -229,7 +229,7 @@ def test_eight_images_of_coco_are_learned(train, shared_data):
         "--eval_steps",
         "0",
     ]
-    steps = ["--per_device_train_batch_size", "4", "--warmup_steps", "30", "--save_steps", "0"]
+    steps = ["--per_device_train_batch_size", "2", "--warmup_steps", "30", "--save_steps", "0"]
     final = metrics_of(train(*sizes, *steps, data=data, model=[]))["final"]
     assert final["validation_box_ap"] > 0.7
     assert final["validation_mask_ap"] > 0.4

@@ -146,10 +146,7 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
                 f"{file} has no {part}; it must be a file such as COCO's instances_train2017.json."
             )
     content = {part: content[part] for part in ("images", "annotations", "categories")}
-    try:
-        degenerate = _check_annotations(content, file)
-    except (KeyError, TypeError) as error:
-        raise DetectionDataError(f"{file}: an entry is not as in COCO's format ({one_line(error)}).") from error
+    degenerate = _check_annotations(content, file)
     split = DetectionSplit(content, lambda image: _open(folder / image["file_name"]), str(file), tuple(degenerate))
     if check_images != "none":
         _check_images(split, folder, check_images)
@@ -166,34 +163,52 @@ def _open(path: Path) -> Image.Image:
 def _check_annotations(content: Mapping[str, list[dict[str, Any]]], file: Path) -> list[int]:
     """Refuse annotations that cannot be; return the ids of those whose box has no width or height."""
     sizes: dict[int, tuple[int, int]] = {}
-    for image in content["images"]:
-        if image["id"] in sizes:
-            raise DetectionDataError(f"{file}: two images have the id {image['id']}.")
-        image["file_name"].strip()
-        sizes[image["id"]] = int(image["height"]), int(image["width"])
-    categories = {category["id"]: category["name"] for category in content["categories"]}
-    degenerate, numbers = [], set()
-    for annotation in content["annotations"]:
-        name = f"{file}: annotation {annotation['id']}"
-        if annotation["id"] in numbers:
-            raise DetectionDataError(f"{name} is there twice; ids must differ.")
-        numbers.add(annotation["id"])
-        if annotation["category_id"] not in categories:
-            raise DetectionDataError(
-                f"{name} is of the category {annotation['category_id']}, which is not among the {len(categories)} of the "
-                "file; add it there, or take the annotation out."
-            )
-        if annotation["image_id"] not in sizes:
-            raise DetectionDataError(f"{name} is of the image {annotation['image_id']}, which the file does not list.")
-        height, width = sizes[annotation["image_id"]]
-        box = [float(value) for value in annotation["bbox"]]
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            raise DetectionDataError(f"{name} has the box {annotation['bbox']}; it must be x, y, width, height.")
-        _check_inside(f"{name}, whose box", [box[0], box[0] + box[2]], [box[1], box[1] + box[3]], height, width)
-        if box[2] <= 0 or box[3] <= 0:
-            degenerate.append(annotation["id"])
-        _check_segmentation(f"{name}, whose mask", annotation["segmentation"], height, width)
-    return degenerate
+    categories: dict[int, str] = {}
+    boxes: dict[int, list[float]] = {}
+
+    def check(part: str, entry: Mapping[str, Any]) -> None:
+        parts: dict[str, dict[int, Any]] = {"images": sizes, "categories": categories, "annotations": boxes}
+        known = parts[part]
+        if entry["id"] in known:
+            raise DetectionDataError(f"{file}: two of the {part} have the id {entry['id']}; ids must differ.")
+        if part == "images":
+            Path(entry["file_name"])
+            known[entry["id"]] = int(entry["height"]), int(entry["width"])
+        elif part == "categories":
+            known[entry["id"]] = str(entry["name"])
+        else:
+            known[entry["id"]] = _checked_box(entry, sizes, categories, f"{file}: annotation {entry['id']}")
+
+    for part in ("images", "categories", "annotations"):
+        for place, entry in enumerate(content[part]):
+            try:
+                check(part, entry)
+            except DetectionDataError:
+                raise
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise DetectionDataError(
+                    f"{file}: entry {place} of its {part} is not as in COCO's format ({one_line(error)})."
+                ) from error
+    return [number for number, box in boxes.items() if box[2] <= 0 or box[3] <= 0]
+
+
+def _checked_box(
+    annotation: Mapping[str, Any], sizes: Mapping[int, tuple[int, int]], categories: Mapping[int, str], name: str
+) -> list[float]:
+    if annotation["category_id"] not in categories:
+        raise DetectionDataError(
+            f"{name} is of the category {annotation['category_id']}, which is not among the {len(categories)} of the file; "
+            "add it there, or take the annotation out."
+        )
+    if annotation["image_id"] not in sizes:
+        raise DetectionDataError(f"{name} is of the image {annotation['image_id']}, which the file does not list.")
+    height, width = sizes[annotation["image_id"]]
+    box = [float(value) for value in annotation["bbox"]]
+    if len(box) != 4 or not math.isfinite(sum(box)):
+        raise DetectionDataError(f"{name} has the box {annotation['bbox']}; it must be x, y, width, height.")
+    _check_inside(f"{name}, whose box", [box[0], box[0] + box[2]], [box[1], box[1] + box[3]], height, width)
+    _check_segmentation(f"{name}, whose mask", annotation["segmentation"], height, width)
+    return box
 
 
 def _check_segmentation(name: str, segmentation: Any, height: int, width: int) -> None:
@@ -202,13 +217,41 @@ def _check_segmentation(name: str, segmentation: Any, height: int, width: int) -
             raise DetectionDataError(f"{name} is no list of polygons of three or more points each.")
         for polygon in segmentation:
             _check_inside(name, polygon[0::2], polygon[1::2], height, width)
-    elif list(segmentation["size"]) != [height, width]:
+        return
+    if list(segmentation["size"]) != [height, width]:
         raise DetectionDataError(
             f"{name} is of {segmentation['size']} pixels, and not of its image's [{height}, {width}]."
         )
+    counts = segmentation["counts"]
+    counts = counts if isinstance(counts, list) else counts_of(counts)
+    if min(counts, default=-1) < 0 or sum(counts) != height * width:
+        raise DetectionDataError(
+            f"{name} has run lengths that cover {sum(counts):,} pixels, and its image has {height * width:,}."
+        )
+
+
+def counts_of(text: str) -> list[int]:
+    """Return the run lengths in COCO's compressed text, which its own code decodes without looking whether they fit.
+
+    Five bits a character, the lowest first; the sixth says that more follow, and the fifth of the last is the sign. From the
+    third run on the difference to the last but one is written.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        value |= (bits & 0x1F) << shift
+        shift += 5
+        if not bits & 0x20:
+            value -= (bits & 0x10) << (shift - 4) if bits & 0x10 else 0
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 def _check_inside(name: str, xs: Sequence[float], ys: Sequence[float], height: int, width: int) -> None:
+    if not math.isfinite(sum(xs) + sum(ys)):
+        raise DetectionDataError(f"{name} has corners that are no numbers. Mend the annotation.")
     if min(*xs, *ys) < -SLACK or max(xs) > width + SLACK or max(ys) > height + SLACK:
         raise DetectionDataError(
             f"{name} reaches from ({min(xs):g}, {min(ys):g}) to ({max(xs):g}, {max(ys):g}), outside its image of "
@@ -224,9 +267,9 @@ def _check_images(split: DetectionSplit, folder: Path, how: str) -> None:
         try:
             with Image.open(path) as found:
                 if found.size != (image["width"], image["height"]):
-                    return (
-                        f"{path}: {found.size[0]} x {found.size[1]} pixels, not {image['width']} x {image['height']}"
-                    )
+                    return f"{path}: {found.size} pixels wide and high, not {(image['width'], image['height'])}"
+                if found.mode.startswith(("I", "F")):
+                    return f"{path}: more than 8 bits per channel; convert it to 8"
                 if how == "decode":
                     found.draft("RGB", (max(found.width // 8, 1), max(found.height // 8, 1)))
                     found.load()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from detection_files import annotation, coco_content, write_coco
 from PIL import Image
+from pycocotools import mask as run_lengths
 
-from recipes.detection.coco_files import DetectionDataError, encoded, mask_of, read_coco
+from recipes.detection.coco_files import DetectionDataError, counts_of, encoded, mask_of, read_coco
 from recipes.detection.shapes import COUNTS, SIZE, shapes
 
 
@@ -45,6 +46,17 @@ def test_run_lengths_and_polygons_are_the_same_masks():
     assert np.array_equal(mask_of({"size": [4, 5], "counts": counts}, 4, 5), by_hand)
     assert np.array_equal(mask_of([[2, 1, 4, 1, 4, 3, 2, 3]], 4, 5), by_hand)
     assert np.array_equal(mask_of(encoded({"size": [4, 5], "counts": counts}, 4, 5), 4, 5), by_hand)
+
+
+def test_compressed_run_lengths_are_those_that_were_compressed():
+    generator = np.random.default_rng(0)
+    for size in ((4, 5), (40, 60), (300, 200)):
+        for share in (0.01, 0.5, 0.9):
+            mask = np.asfortranarray((generator.random(size) < share).astype(np.uint8))
+            flat = mask.flatten(order="F")
+            edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+            expected = np.diff([0, *edges, flat.size]).tolist()
+            assert counts_of(run_lengths.encode(mask)["counts"].decode()) == expected
 
 
 def test_the_first_images_alone(tmp_path):
@@ -91,13 +103,16 @@ def put(*path, value):
     [
         (remove("annotations"), r"instances_train2017.json has no annotations; it must be a file such as COCO's"),
         (put("annotations", value=[]), r"has no annotations"),
-        (remove("annotations", 0, "bbox"), r"an entry is not as in COCO's format \(KeyError: 'bbox'\)"),
+        (
+            remove("annotations", 0, "bbox"),
+            r"entry 0 of its annotations is not as in COCO's format \(KeyError: 'bbox'\)",
+        ),
         (
             put("annotations", 1, "category_id", value=4),
             r"annotation 6 is of the category 4, which is not among the 2",
         ),
         (put("annotations", 1, "image_id", value=4), r"annotation 6 is of the image 4, which the file does not list"),
-        (put("annotations", 1, "id", value=5), r"annotation 5 is there twice"),
+        (put("annotations", 1, "id", value=5), r"two of the annotations have the id 5; ids must differ"),
         (
             put("annotations", 0, "bbox", value=[1, 2, 3]),
             r"annotation 5 has the box \[1, 2, 3\]; it must be x, y, width",
@@ -118,7 +133,25 @@ def put(*path, value):
             put("annotations", 2, "segmentation", "size", value=[40, 32]),
             r"annotation 8, whose mask is of \[40, 32\] pixels, and not of its image's \[32, 40\]",
         ),
-        (put("images", 1, "id", value=7), r"two images have the id 7"),
+        (
+            put("annotations", 2, "segmentation", "counts", value=[0, 32, 32 * 40]),
+            r"whose mask has run lengths that cover 1,312 pixels, and its image has 1,280",
+        ),
+        (
+            put("annotations", 2, "segmentation", "counts", value="0PP4"),
+            r"annotation 8, whose mask has run lengths that cover 4,096 pixels",
+        ),
+        (
+            put("annotations", 3, "segmentation", value=[[2, 2, 9, float("nan"), 9, 9]]),
+            r"annotation 9, whose mask has corners",
+        ),
+        (
+            put("annotations", 3, "segmentation", value=[[2, 2, 9, "x", 9, 9]]),
+            r"entry 3 of its annotations is not as in COCO's",
+        ),
+        (put("images", 1, "height", value="tall"), r"entry 1 of its images is not as in COCO's format"),
+        (remove("categories", 0, "name"), r"entry 0 of its categories is not as in COCO's format"),
+        (put("images", 1, "id", value=7), r"two of the images have the id 7"),
     ],
 )
 def test_annotations_that_cannot_be_are_named(change, message, tmp_path):
@@ -142,7 +175,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(DetectionDataError, match=r"9.jpg: no such file"):
         read(folder)
     Image.new("RGB", (32, 40)).save(image)
-    with pytest.raises(DetectionDataError, match=r"9.jpg: 32 x 40 pixels, not 40 x 32"):
+    with pytest.raises(DetectionDataError, match=r"9.jpg: \(32, 40\) pixels wide and high, not \(40, 32\)"):
+        read(folder)
+    Image.new("I", (40, 32)).save(image, "PNG")
+    with pytest.raises(DetectionDataError, match=r"9.jpg: more than 8 bits per channel"):
         read(folder)
     (folder / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(DetectionDataError, match="cannot be read as COCO's JSON"):
