@@ -11,6 +11,7 @@ configuration, or when one of them is asked for by name: they are attributes of 
 import contextlib
 import copy
 import difflib
+import functools
 import importlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -671,11 +672,12 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
             "source."
         )
     ours = {f"{name}.weight" for name, _ in (*spectral_layers(model), *preconditioned_layers(model))}
-    if random := sorted(ours & set(info["missing_keys"])):
+    random = sorted(ours & set(info["missing_keys"]))
+    if random and (others := sorted(key for key in info["unexpected_keys"] if key.endswith(".weight"))):
         raise ValueError(
-            f"{path} is a checkpoint of {type(model).__name__} by its config.json, but lacks {len(random)} weight(s) of its "
-            f"projections, such as {random[0]}: they would be random numbers. Restore config.json and the weights from their "
-            "source."
+            f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and the like instead of "
+            f"{len(random)} weight(s) of its projections, such as {random[0]}, which would be random numbers. Restore "
+            "config.json and the weights from their source."
         )
     if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
         raise ValueError(
@@ -839,9 +841,15 @@ def conditioned_config_class(model_type: str) -> Any:
 
 
 def _conditioned_model_class(stock: type[PreTrainedModel], config_class: type[PretrainedConfig]) -> Any:
+    # Others read from the signature which arguments a class takes.
+    @functools.wraps(stock.__init__)
+    def construct(self: Any, *args: Any, **kwargs: Any) -> None:
+        SpectralModelMixin.__init__(self, *args, **kwargs)
+
     namespace = {
         "__module__": __name__,
         "__doc__": f"`{stock.__name__}` with spectrally conditioned attention.",
+        "__init__": construct,
         "config_class": config_class,
         "stock_class": stock,
     }

@@ -1,6 +1,7 @@
 """The conditioned classes and configurations: saving, loading, refusing, adopting a model and giving it back."""
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
+from hf_specattn.conditioning import conditioned_counterpart
 from hf_specattn.layers import SpectralLayer, spectral_layers
 from hf_specattn.modeling import SPECTRAL_FIELDS, SpecBertConfig, SpecBertForMaskedLM, SpecBertModel
 
@@ -883,3 +885,23 @@ def test_masked_lm_checkpoint_fine_tunes_as_a_classifier(stock_checkpoint, tmp_p
     assert all(layer.weight.grad.abs().sum() > 0 for layer in layers_of(model))
     again = AutoModelForMaskedLM.from_pretrained(tmp_path)
     assert_bit_equal(outputs_of(again, BERT.batch()), outputs_of(pretrained, BERT.batch()))
+
+
+@each_head
+def test_a_conditioned_class_takes_what_its_stock_class_takes(tiny, auto_name):
+    """Others (transformers' own tests among them) read from the signature what to pass."""
+    stock = tiny.stock_class(auto_name)
+    conditioned = conditioned_counterpart(stock)
+    assert inspect.signature(conditioned.__init__) == inspect.signature(stock.__init__)
+
+
+def test_weights_of_another_type_are_no_conditioned_checkpoint(tmp_path):
+    model = ARCHITECTURES["bert"].model()
+    condition(model, SpectralConfig())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace("specattn_bert", "specattn_gpt2"))
+    with pytest.raises(
+        ValueError, match=r"is one of SpecGPT2Model by its config.json, but holds embeddings.*random numbers"
+    ):
+        AutoModel.from_pretrained(tmp_path)
