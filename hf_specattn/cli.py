@@ -19,7 +19,9 @@ from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.publishing import plan, publish
 from .config import PROJECTIONS, SpectralConfig
 from .diagnostics.command import report
+from .files import require_writable
 from .preconditioner import PreconditionerConfig
+from .terminal import expand_home, tolerate_output
 from .version import __version__
 
 TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: where an error was raised is shown
@@ -35,6 +37,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # `--base_model` and `--lambda_`, too, as the scripts spell them.
+    context_settings={"token_normalize_func": lambda name: name.rstrip("_").replace("_", "-")},
 )
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or the name of a model on the Hub.")]
@@ -173,6 +177,8 @@ def push(
     commit_message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
 ) -> None:
     """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
+    if card_dir is not None:
+        require_writable(card_dir, "--card-dir")
     publication = plan(src, repo_id, new_card)
     _report(publication.describe())
     if card_dir is not None:
@@ -283,6 +289,8 @@ def explain(error: Exception) -> str:
 def main() -> None:
     """Run the command: whatever it raises is one message and exit status 1."""
     logging.set_verbosity_error()  # the reports say what there is to say
+    tolerate_output()
+    sys.argv[1:] = expand_home(sys.argv[1:])
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:

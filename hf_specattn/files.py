@@ -179,8 +179,8 @@ def require_writable(folder: str | Path, flag: str, needed: int = 0) -> None:
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise CannotWriteError(
-            f"{flag} {folder} cannot be written: {error.strerror or error} ({existing}). Name a folder that can, or make this "
-            "one writable."
+            f"{flag} {folder} cannot be written: {error.strerror or error} ({existing}). Name a folder that can, or make "
+            "this one writable."
         ) from error
     if free < needed:
         raise CannotWriteError(

@@ -8,6 +8,7 @@ import typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..balance import probe_batch
+from ..files import require_writable
 
 # What a text model is looked at on where no data are given.
 DEFAULT_TEXT = (
@@ -39,6 +40,7 @@ def report(
         write_report,  # brings the Trainer's callbacks, for which the other commands should not wait
     )
 
+    require_writable(output_dir, "--output-dir")
     loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
     batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
     page = write_report(loaded, batch, output_dir, title=model, queries=queries, jacobian_heads=jacobian_heads)

@@ -131,7 +131,7 @@ def test_balance_says_that_conditioning_moves(specattn, source, tmp_path):
         (("convert", "SRC", "DST", "--lambda", "0"), "finite number > 0"),
         (("convert", "SRC", "DST", "--method", "svd", "--lambda", "1"), "means nothing to method='svd'"),
         (("convert", "SRC", "DST", "--method", "qr"), "method='qr' is unknown"),
-        (("convert", "SRC", "DST", "--targets", "query,output"), "non-empty subset"),
+        (("convert", "SRC", "DST", "--targets", "query,pooler"), "non-empty subset"),
         (("convert", "SRC", "DST", "--granularity", "row"), "granularity='row'"),
         (("convert", "SRC", "DST", "--init", "zero"), "init='zero' is unknown"),
         (("convert", "SRC", "DST", "--dtype", "int8"), "--dtype 'int8' is unknown"),
@@ -407,3 +407,31 @@ def test_corrections_of_a_stock_checkpoint_are_noticed(specattn, conditioned, so
     assert "has the config.json of a stock bert, and 6 correction(s) of a conditioned model" in err
     with pytest.raises(ValueError, match=r"has the config.json of a stock model, and 6 correction\(s\)"):
         AutoModel.from_pretrained(tmp_path / "source", spectral_conditioning=True, spectral_method="svd")
+
+
+def test_both_spellings_of_flags_and_the_home_folder(specattn, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    status, told, _ = specattn("convert", source, "~/a", "--lambda_", "2", "--base_model", "owner/name")
+    assert status == 0, told
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["lambda_"] == 2
+    status, told, wrong = specattn("convert", source, tmp_path / "b", "--granularit", "head")
+    assert status == 2
+    assert "--granularity" in told + wrong
+
+
+def test_folders_are_written_to_first(specattn, source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("hf_specattn.diagnostics.command.AutoModel", None)
+    status, _, wrong = specattn("report", source, "--output-dir", tmp_path / "file")
+    assert (status, "is a file, not a folder" in wrong) == (1, True)
+    status, _, wrong = specattn("push", source, "owner/name", "--dry-run", "--card_dir", tmp_path / "file")
+    assert (status, "--card-dir" in wrong and "is a file, not a folder" in wrong) == (1, True)
+    status, _, wrong = specattn("convert", source, tmp_path / "file" / "a")
+    assert (status, "The folder of DST," in wrong) == (1, True)
+
+
+def test_an_output_that_is_not_utf8_ends_no_command(source, tmp_path):
+    command = [sys.executable, "-c", "from hf_specattn.cli import main; main()", "convert", str(source)]
+    environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "ü–λ")], capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr
