@@ -124,15 +124,19 @@ def jacobian_figure(rows: Sequence[Any]) -> Any:
 
 
 def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
-    """The paper's layout over training: smallest singular value, kappa of W and W + C, kappa of the Jacobian.
+    """The papers' layouts over training: smallest singular value, kappa of W and W + C, of the Jacobian, of heads' outputs.
 
     Lines are means over the runs of a group (seeds), bands their standard deviations. Query, key and value are averaged.
 
     Args:
         groups: label -> the records of each run, as `spectral_monitor.json` has them.
     """
-    figure = new_figure(13, 4.4)
-    left, middle, right = figure.subplots(1, 3)
+    # The monitor of older runs did not look at the outputs.
+    panels = (
+        4 if any("kappa_head_output" in record for runs in groups.values() for run in runs for record in run) else 3
+    )
+    figure = new_figure(1 + 4 * panels, 4.4)
+    left, middle, right, *last = figure.subplots(1, panels)
     for index, (label, runs) in enumerate(groups.items()):
         color = COLORS[index % len(COLORS)]
         curves = [_curves(records) for records in runs]
@@ -142,10 +146,16 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
                 _draw_band(axes, [(s, v[effective]) for s, v in curves], f"{label}: W + C", color, "-")
         _draw_band(right, [(s, v["kappa_jacobian"]) for s, v in curves], f"{label}: Jacobian", color, "-")
         _draw_band(right, [(s, v["indicator"]) for s, v in curves], f"{label}: indicator (10)", color, "--")
+        for axes in last:
+            _draw_band(axes, [(s, v["kappa_head_output"]) for s, v in curves], f"{label}: A", color, ":")
+            scaled = [(s, v["kappa_head_output_preconditioned"]) for s, v in curves]
+            _draw_band(axes, scaled, f"{label}: preconditioned", color, "-")
     left.set(ylabel="log10 of smallest singular value", title="Smallest singular value")
     middle.set(ylabel="log10 kappa", title="Condition number of W and W + C")
     right.set(ylabel="log10 kappa", title="Condition number of the Jacobian")
-    for axes in (left, middle, right):
+    for axes in last:
+        axes.set(ylabel="log10 kappa", title="Condition number of a head's output A")
+    for axes in (left, middle, right, *last):
         axes.set(xlabel="optimizer step")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -160,7 +170,7 @@ def _curves(records: Sequence[Record]) -> tuple[list[int], dict[str, list[float]
         base, ending, _ = name.partition("_effective")
         keys = [f"{base}_{projection}{ending}" for projection in PROJECTION_ORDER[:3]]
         curves[name] = [float(np.mean([values.get(key, np.nan) for key in keys])) for values in summaries]
-    for name in ("kappa_jacobian", "indicator"):
+    for name in ("kappa_jacobian", "indicator", "kappa_head_output", "kappa_head_output_preconditioned"):
         curves[name] = [values.get(name, np.nan) for values in summaries]
     return [record["step"] for record in records], curves
 

@@ -54,6 +54,20 @@ class CapturedAttention:
             return torch.ones_like(self.weights[:, :1], dtype=torch.bool)
         return self.mask > torch.finfo(self.mask.dtype).min / 2
 
+    def head_outputs(self, sequence: int) -> Tensor:
+        """`(heads, N, d)`: each head's attention weights times its values on one sequence, in float64, padding left out.
+
+        Of a preconditioned model, before the preconditioner.
+        """
+        values = self.attention.head_weights()["value"]
+        bias = self.attention.head_biases().get("value")
+        products = to_dtype(self.x_key[sequence], torch.float64) @ to_dtype(values, torch.float64).mT
+        if bias is not None:
+            products = products + to_dtype(bias, torch.float64)[:, None]
+        products = products.repeat_interleave(self.heads // len(products), dim=0)
+        weights = to_dtype(self.weights[sequence], torch.float64).to(products.device)
+        return (weights @ products)[:, self.real[sequence].to(products.device)]
+
     def head(self, head: int, sequence: int = 0, queries: int | None = None) -> AttentionHead:
         """One head on one sequence of the batch, padding left out, for its Jacobian.
 

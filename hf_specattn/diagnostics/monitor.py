@@ -17,6 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..files import write_json
+from ..preconditioner import PreconditionedLayer, precondition_heads
+from ..preconditioning import head_condition
 from .advice import advise
 from .attentions import Architecture, find_attentions
 from .capture import CapturedAttention, capture
@@ -145,6 +147,7 @@ class SpectralMonitor(TrainerCallback):
             record |= _path_record(value_path(model, self.architecture))
             captured = capture(model, self._inputs, self.architecture, self.layers)
             record |= _saturation_record([Saturation.of(item) for item in captured])
+            record |= _outputs_record(captured)
             if self.jacobian_heads:
                 record |= self._jacobian_record(captured)
             if self._gradients is not None and self._gradients[0] == step:
@@ -298,6 +301,28 @@ def _saturation_record(rows: list[Saturation]) -> dict[str, Any]:
         "uniform_entropy": [[row.uniform_entropy] for row in rows],
         "saturated_share": [[_finite(share) for share in row.saturated_share.tolist()] for row in rows],
     }
+
+
+def _outputs_record(captured: list[CapturedAttention]) -> dict[str, Any]:
+    """kappa of what each head gives, geometric mean over the sequences; beside it, of what its preconditioner makes of it."""
+    record: dict[str, Any] = {"kappa_head_output": []}
+    for item in captured:
+        # As many sequences as there are, each of its own length.
+        outputs = [item.head_outputs(sequence).movedim(0, 1)[None] for sequence in range(len(item.x))]
+        record["kappa_head_output"].append(_mean_kappa(outputs))
+        layer = item.attention.output() if item.attention.output_name is not None else None
+        if isinstance(layer, PreconditionedLayer):
+            settings = (layer.heads, layer.preconditioner, layer.stock_norm)
+            scaled = [
+                precondition_heads(each.flatten(2), *settings).unflatten(-1, (layer.heads, -1)) for each in outputs
+            ]
+            record.setdefault("kappa_head_output_preconditioned", []).append(_mean_kappa(scaled))
+    return record
+
+
+def _mean_kappa(outputs: list[torch.Tensor]) -> list[float | None]:
+    logs = torch.stack([head_condition(each)[0].log() for each in outputs])
+    return [_finite(value) for value in logs.mean(0).exp().tolist()]
 
 
 def _finite(value: float) -> float | None:

@@ -3,12 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from models import ARCHITECTURES, assert_bit_equal
 from transformers import BertForMaskedLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_specattn import SpectralConfig, condition
+from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
 from hf_specattn.diagnostics import (
     SpectralMonitor,
     capture,
@@ -208,3 +209,39 @@ def test_without_data_to_look_at():
     state = type("State", (), {"is_world_process_zero": True, "global_step": 0})()
     with pytest.raises(ValueError, match="without drawing from its stream; pass"):
         SpectralMonitor().on_train_begin(None, state, None, model=bert(), train_dataloader=loader)
+
+
+@pytest.mark.parametrize("axis", ["row", None])
+def test_the_condition_number_of_what_the_heads_give(axis):
+    """By NumPy from what enters the output projection, text by text, without padding."""
+    torch.manual_seed(0)
+    model = TINY.model()
+    if axis is not None:
+        precondition(model, PreconditionerConfig(axis, scale="rms"))
+    batch = TINY.batch()
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch["attention_mask"][1, 7:] = 0
+    monitor = SpectralMonitor(batch=batch, jacobian_heads=0, layers=[0, 1])
+    monitor.first_values(model)
+    record, entering = monitor.records[0], {}
+    for layer, block in enumerate(model.encoder.layer):
+        block.attention.output.dense.register_forward_pre_hook(
+            lambda module, args, layer=layer: entering.__setitem__(layer, args[0].numpy())
+        )
+    with torch.no_grad():
+        model.eval()(**batch)
+    heads = TINY.heads_of("query")
+    for layer in (0, 1):
+        logs, scaled = [], []
+        for text, length in ((0, None), (1, 7)):
+            for head in np.split(entering[layer][text, :length], heads, axis=-1):
+                logs.append(np.log(np.linalg.cond(head)))
+                rows = head / np.linalg.norm(head, axis=-1, keepdims=True)
+                scaled.append(np.log(np.linalg.cond(rows)))
+        by_text = np.array(logs).reshape(2, heads)
+        assert record["kappa_head_output"][layer] == pytest.approx(np.exp(by_text.mean(0)), rel=1e-6)
+        if axis is not None:
+            by_text = np.array(scaled).reshape(2, heads)
+            found = record["kappa_head_output_preconditioned"][layer]
+            assert found == pytest.approx(np.exp(by_text.mean(0)), rel=1e-6)
+    assert ("kappa_head_output_preconditioned" in record) == (axis is not None)
