@@ -85,7 +85,7 @@ def test_what_is_saved_is_what_was_measured(train, script, capsys, flags, kind):
     final = metrics["final"]
     assert [record["step"] for record in metrics["history"]] == [1, 2, 3, 4]
     assert [record["step"] for record in metrics["validation"]] == [2, 4]
-    assert (metrics["facts"]["classes"], metrics["facts"]["train_images"]) == (3, 10)
+    assert (metrics["facts"]["object_classes"], metrics["facts"]["train_images"]) == (3, 10)
     assert [each.metric_value for each in read_evaluations(folder)] == [
         final[name] for name in ("validation_box_ap", "validation_mask_ap", "validation_loss")
     ]
@@ -159,7 +159,7 @@ def test_training_goes_on_from_a_trained_detector(train, tmp_path):
 def test_files_in_coco_s_layout(train, tmp_path):
     folder = train(data=["--coco_dir", str(write_coco(tmp_path / "coco")), "--augmentation", "flip"])
     facts = metrics_of(folder)["facts"]
-    assert (facts["classes"], facts["train_images"], facts["validation_images"]) == (2, 3, 3)
+    assert (facts["object_classes"], facts["train_images"], facts["validation_images"]) == (2, 3, 3)
     assert load_detector(folder).config.id2label == {0: "car", 1: "toothbrush"}
     assert {each["category_id"] for each in json.loads((folder / "detections.json").read_text())} <= {3, 90}
 
@@ -211,6 +211,7 @@ def test_two_processes_see_each_image_once(train, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_eight_images_of_coco_are_learned(train, shared_data):
     folder = shared_data / "coco-permissive"
     if not folder.is_dir():

@@ -125,8 +125,6 @@ def evaluate_detector(
     results: list[Result] = []
     losses: list[tuple[int, float]] = []
     for numbers, (images, targets), counts in validation_batches(split, batch_size, rank, processes):
-        images = [image.to(device) for image in images]
-        targets = [{name: value.to(device) for name, value in target.items()} for target in targets]
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(numbers[0])
             output: DetectorOutput = model(images, targets)

@@ -159,9 +159,7 @@ class DetectionTask(Task):
         return iter(load_batches(examples, keys, arguments.dataloader_num_workers, pin_memory=on_gpu))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        device = self.accelerator.device
-        images = [image.to(device, non_blocking=True) for image in batch[0]]
-        targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in batch[1]]
+        images, targets = batch
         return model(images, targets).loss
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator | None) -> dict[str, float | None]:

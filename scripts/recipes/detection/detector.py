@@ -292,6 +292,10 @@ class Detector(PreTrainedModel):
             targets: of each image: `boxes` (objects, 4), `labels` (objects,) from 1 on, `masks` (objects, height, width).
         """
         parts = self.mask_rcnn
+        device = self.device
+        images = [image.to(device, non_blocking=True) for image in images]
+        if targets is not None:
+            targets = [{name: value.to(device, non_blocking=True) for name, value in each.items()} for each in targets]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         if self.training:
             batch = ImageList(
@@ -299,11 +303,11 @@ class Detector(PreTrainedModel):
             )
         else:
             batch, targets = parts.transform(images, targets)
-        full_precision = torch.autocast(batch.tensors.device.type, enabled=False)
+        full_precision = torch.autocast(device.type, enabled=False)
         with nullcontext() if self.training else full_precision:
             features = parts.backbone(batch.tensors)
         # In bf16 a box at 1,000 pixels would move by 4 to 8.
-        with torch.autocast(batch.tensors.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             levels = OrderedDict((name, level.to(self.dtype)) for name, level in features.items())
             losses = None if targets is None else self._losses(batch, levels, targets)
             detections = None if self.training else self._detections(batch, levels, sizes)

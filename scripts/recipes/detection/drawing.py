@@ -30,7 +30,7 @@ def draw_detections(model: Detector, split: DetectionSplit, count: int, folder: 
     images = range(min(count, len(split)))
     for number in images:
         pixels, _ = split.load(number)
-        (found,) = model([as_input(pixels).to(model.device)]).detections or []
+        (found,) = model([as_input(pixels)]).detections or []
         picture = draw(pixels, {name: value.cpu() for name, value in found.items()}, split.class_names)
         write_bytes(folder / f"{number:04d}.png", bytes(encode_png(picture).numpy()))
     model.train(training)
