@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -114,6 +112,10 @@ def table_rows(file: Path, columns: Mapping[str, tuple[str, ...]]) -> Iterator[t
     Raises:
         LraDataError: for a file without them, or that cannot be read.
     """
+    # Here, because no other form needs them.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.ParquetFile(file)
         present, names = table.schema_arrow.names, []
