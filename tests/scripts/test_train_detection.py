@@ -218,19 +218,9 @@ def test_eight_images_of_coco_are_learned(train, shared_data):
         pytest.skip("there is no coco-permissive in ../shared/data")
     data = ["--coco_dir", str(folder), "--validation_split", "train2017"]
     data += ["--max_train_samples", "8", "--max_validation_samples", "8", "--per_device_eval_batch_size", "1"]
-    sizes = [
-        "--min_size",
-        "192",
-        "--max_size",
-        "192",
-        "--augmentation",
-        "none",
-        "--max_steps",
-        "300",
-        "--eval_steps",
-        "0",
-    ]
-    steps = ["--per_device_train_batch_size", "2", "--warmup_steps", "30", "--save_steps", "0"]
+    sizes = ["--min_size", "192", "--max_size", "192", "--augmentation", "none"]
+    steps = ["--max_steps", "450", "--per_device_train_batch_size", "2", "--warmup_steps", "30"]
+    steps += ["--logging_steps", "50", "--eval_steps", "0", "--save_steps", "0"]
     final = metrics_of(train(*sizes, *steps, data=data, model=[]))["final"]
     assert final["validation_box_ap"] > 0.7
     assert final["validation_mask_ap"] > 0.4
