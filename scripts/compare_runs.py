@@ -39,7 +39,7 @@ from recipes.compare.comparison import (
     read_runs,
     shared_time_budget,
 )
-from recipes.compare.curves import picture
+from recipes.compare.curves import HUGE, picture
 from recipes.run.command_line import ScriptParser
 from recipes.run.run_metrics import perplexity
 
@@ -104,12 +104,17 @@ def row(group: RunGroup, reference: RunGroup, metric: Metric) -> list[str]:
     return [
         group.label,
         str(len(group.runs)),
-        f"{mean:.{metric.digits}f}",
-        NOTHING if deviation is None else f"{deviation:.{metric.digits}f}",
+        shown(mean, metric.digits),
+        NOTHING if deviation is None else shown(deviation, metric.digits),
         *([describe_perplexity(mean)] if group.runs[0].unit == "tokens" else []),
         NOTHING if speed is None else f"{speed:,.0f}",
         *describe_difference(difference, group is reference, metric.digits),
     ]
+
+
+def shown(value: float, digits: int, sign: str = "") -> str:
+    """A number with so many decimals; a huge one, of a run that diverged, by its leading digits."""
+    return f"{value:{sign}.{digits}f}" if abs(value) < HUGE else f"{value:{sign}.4g}"
 
 
 def describe_perplexity(loss: float) -> str:
@@ -120,11 +125,14 @@ def describe_perplexity(loss: float) -> str:
 def describe_difference(difference: PairedDifference | None, is_reference: bool, digits: int) -> tuple[str, str]:
     if difference is None:
         return (NOTHING, NOTHING) if is_reference else ("no common seed", NOTHING)
-    mean = f"{difference.mean:+.{digits}f} ({len(difference.seeds)})"
+    mean = f"{shown(difference.mean, digits, '+')} ({len(difference.seeds)})"
     if difference.interval is None:
         return mean, NOTHING
     low, high = difference.interval
-    return mean, f"{low:+.{digits}f} to {high:+.{digits}f}{', contains 0' if difference.contains_zero else ''}"
+    return (
+        mean,
+        f"{shown(low, digits, '+')} to {shown(high, digits, '+')}{', contains 0' if difference.contains_zero else ''}",
+    )
 
 
 def notes(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric, arguments: CompareArguments) -> list[str]:

@@ -298,3 +298,21 @@ def test_a_missing_package_is_named(compare_runs, runs, tmp_path, monkeypatch, m
         SystemExit, match=rf"^error: The {needs}, which is not installed: pip install 'hf_specattn\[train\]'"
     ):
         compare_runs.main([*runs, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("huge", [1e30, 1e200, 1.5e308])
+def test_runs_that_diverged_beyond_all_measure(compare_runs, tmp_path, capsys, huge):
+    folders = [write_run(tmp_path / f"a{seed}", seed, 3.0 + seed / 10) for seed in (0, 1)]
+    folders += [
+        write_run(tmp_path / f"b{seed}", seed, value, learning_rate=0.1) for seed, value in enumerate((huge, huge / 3))
+    ]
+    compare_runs.main([*folders, "--output_dir", str(tmp_path / "out")])
+    row = rows_of(capsys.readouterr().out)["stock, learning_rate 0.1"]
+    # Of x and x / 3: the mean is 2 x / 3, the deviation x / 3 * sqrt(2).
+    assert row[1:4] == [f"{huge / 3 * 2:.4g}", f"{huge / 3 * 2**0.5:.4g}", "beyond floats"]
+    assert row[5] == f"{huge / 3 * 2:+.4g} (2)"
+    assert "contains 0" in row[6]
+    text = (tmp_path / "out" / "comparison.svg").read_text()
+    assert text.count("log10 of") == 3
+    assert "nan" not in text
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 10_000

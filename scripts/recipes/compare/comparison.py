@@ -100,6 +100,8 @@ METRICS = {
     },
 }
 
+LARGEST_SQUARED = 1e100  # what is larger is divided before it is squared
+
 
 class ComparisonError(ValueError):
     """The runs given cannot be compared; the message names the folder or value and the way out."""
@@ -190,11 +192,12 @@ class RunGroup:
 
     def mean(self, metric: Metric) -> float:
         """The mean of `values`."""
-        return fmean(self.values(metric).values())
+        return mean_of(self.values(metric).values())
 
     def deviation(self, metric: Metric) -> float | None:
         """The standard deviation of `values` (divisor n - 1); None for one run."""
-        return stdev(self.values(metric).values()) if len(self.runs) > 1 else None
+        values, scale = scaled(self.values(metric).values())
+        return stdev(values) * scale if len(self.runs) > 1 else None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -457,10 +460,12 @@ def paired_difference(
     seeds = tuple(sorted(values.keys() & reference.keys()))
     if not seeds:
         return None
-    ours, others = [values[seed] for seed in seeds], [reference[seed] for seed in seeds]
+    both, scale = scaled([*(values[seed] for seed in seeds), *(reference[seed] for seed in seeds)])
+    ours, others = both[: len(seeds)], both[len(seeds) :]
     differences = [mine - theirs for mine, theirs in zip(ours, others)]
+    mean = fmean(differences) * scale
     if len(set(differences)) == 1:
-        return PairedDifference(fmean(differences), seeds, None)
+        return PairedDifference(mean, seeds, None)
     try:
         # Imported here: training and its metrics must run where scipy is missing.
         from scipy import stats
@@ -469,7 +474,21 @@ def paired_difference(
             "The intervals need scipy, which is not installed: pip install 'hf_specattn[train]'."
         ) from error
     low, high = stats.ttest_rel(ours, others).confidence_interval(confidence)
-    return PairedDifference(fmean(differences), seeds, (float(low), float(high)))
+    return PairedDifference(mean, seeds, (float(low) * scale, float(high) * scale))
+
+
+def scaled(values: Iterable[float]) -> tuple[list[float], float]:
+    """Return values whose sums and squares stay within floats, and what they were divided by: 1, but for huge ones."""
+    found = list(values)
+    largest = max(map(abs, found))
+    scale = largest if largest > LARGEST_SQUARED else 1.0
+    return [value / scale for value in found], scale
+
+
+def mean_of(values: Iterable[float]) -> float:
+    """Return the mean, also of values whose sum is beyond floats."""
+    found, scale = scaled(values)
+    return fmean(found) * scale
 
 
 def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
@@ -486,7 +505,7 @@ def mean_curve(curves: Sequence[Sequence[Point]]) -> list[Point]:
     begin, end = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     positions = sorted({position for curve in curves for position, _ in curve if begin <= position <= end})
     values = [np.interp(positions, *columns(curve)) for curve in curves]
-    return [(position, fmean(column)) for position, column in zip(positions, zip(*values))]
+    return [(position, mean_of(column)) for position, column in zip(positions, zip(*values))]
 
 
 def columns(points: Iterable[Point]) -> tuple[list[float], list[float]]:
