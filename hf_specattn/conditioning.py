@@ -335,6 +335,10 @@ def _check_values(projections: list[Projection], config: SpectralConfig) -> None
         check_lambda(item.name, weight, config)
 
 
+# What a few steps of training make of weights that start at zero, or near it.
+SOON = 1e-3
+
+
 def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
     """Refuse a lambda beyond the weight's dtype, or beside which the sum `W + lambda I` keeps no digit of W.
 
@@ -345,9 +349,8 @@ def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
     if not lambdas:
         return
     greatest = weight.detach().abs().max().item() if weight.numel() else 0.0
-    limit = torch.finfo(weight.dtype).max
-    if greatest > 0:  # of zeros nothing is lost
-        limit = min(limit, 2 * greatest / torch.finfo(at_least_float32(weight.new_empty(0)).dtype).eps)
+    precision = torch.finfo(at_least_float32(weight.new_empty(0)).dtype).eps
+    limit = min(torch.finfo(weight.dtype).max, 2 * max(greatest, SOON) / precision)
     if max(lambdas) >= limit:
         raise ValueError(
             f"lambda_={max(lambdas):g} is too large for {name}, whose {weight.dtype} entries are at most {greatest:.3g}: "

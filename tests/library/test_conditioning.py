@@ -359,6 +359,8 @@ def test_a_lambda_beside_which_nothing_of_w_is_left_is_refused(dtype, init):
         with pytest.raises(ValueError, match=r"lambda_=.* is too large for encoder.layer.0.attention.self.query"):
             condition(model, SpectralConfig(lambda_=lambda_), init)
         assert is_as_it_was(model, before)
+    with torch.no_grad():
+        model.encoder.layer[0].attention.self.query.weight.mul_(1e-10)  # a start near zero is no weight that is lost
     condition(model, SpectralConfig(lambda_=0.1 * min(limit, 1e4)), "additive")
     with pytest.raises(ValueError, match=r"10\*\*400|must|not allowed"):
         SpectralConfig(lambda_=10**400)
