@@ -534,6 +534,11 @@ class SpectralModelMixin:
                 f"Saving with corrections that are {steps} optimizer steps old although spectral_refresh_every={every}: call "
                 "hf_specattn.refresh(model) in the training loop, or add SpectralCallback() to the Trainer."
             )
+        if kwargs.get("push_to_hub") and not IS_REMOTE_CODE:
+            logger.warning(
+                "save_pretrained(push_to_hub=True) publishes no code: whoever loads this model needs hf_specattn. "
+                "model.push_to_hub(...) or `specattn push` bring the code."
+            )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
