@@ -96,6 +96,7 @@ def test_the_best_weights_are_saved_and_measured_on_every_test_example(
     best = max(entry["validation_accuracy"] for entry in validation)
     assert final["validation_accuracy"] == best
     steps = [entry["step"] for entry in validation[:-1] if entry["validation_accuracy"] == best]
+    assert final["best_step"] == (steps[0] if steps else 6)
     if steps:
         kept = load_file(folder / f"checkpoint-{steps[0]:06d}" / "model.safetensors")
         assert all(torch.equal(value, kept[name]) for name, value in load_file(folder / "model.safetensors").items())

@@ -275,9 +275,11 @@ class LraTask(Task):
         return True
 
     def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
-        """Accuracy and loss on the validation and the test part."""
+        """Accuracy and loss on the validation and the test part; of a run also the step that its weights are of."""
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).to(device)
         values = self._evaluate("validation", model, None)
+        if self.best is not None:
+            values["best_step"] = self.best.step
         if self.data.test.fingerprint == self.data.validation.fingerprint:  # Text as published
-            return values | {name.replace("validation", "test"): value for name, value in values.items()}
+            return values | {f"test_{kind}": values[f"validation_{kind}"] for kind in ("accuracy", "loss")}
         return values | self._evaluate("test", model, None)
