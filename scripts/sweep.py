@@ -134,7 +134,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, SweepArguments, list[str]
     if "--" in argv:
         argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
     # What is no flag of the sweep is one of its runs, whose script says so otherwise.
-    arguments, positional, unknown = parser.parse_args_into_dataclasses(args=argv, keep_unknown=True)
+    arguments, positional, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     return positional.sweep, arguments, [*unknown, *behind]
 
 

@@ -286,15 +286,16 @@ def check_models(variants: Iterable[ModelVariant], tasks: Iterable[GlueTask], pr
     device = torch.device("cpu")
     for variant in variants:
         for task in by_outputs.values():
-            texts = [("a", "b"), ("a " * protocol.max_seq_length, "b " * protocol.max_seq_length)]
-            texts = [text[: len(task.hub_text_columns)] for text in texts]
+            both = [("a", "b"), ("a " * protocol.max_seq_length, "b " * protocol.max_seq_length)]
+            texts = [text[: len(task.hub_text_columns)] for text in both]
             examples = Examples(texts, None, ["0", "1"], "two texts")
             tokens = tokenize(examples, variant.tokenizer, protocol.max_seq_length, empty_second=protocol.empty_second)
             generator = torch.get_rng_state()
             with quiet():
                 model = load_model(variant, task, protocol)
             torch.set_rng_state(generator)
-            base: Any = model.get_base_model() if variant.lora is not None else model
+            loaded: Any = model
+            base = loaded.get_base_model() if variant.lora is not None else loaded
             collate = Collator(variant.tokenizer, accepted_inputs(base), device)
             for rows in ([0], [0, 1]):
                 logits = check_forward(model, collate(tokens, rows), variant.path).logits

@@ -60,27 +60,30 @@ class ScriptParser(HfArgumentParser):
         return super().parse_known_args(self.spelled_out(sys.argv[1:] if args is None else args), namespace)
 
     def parse_args_into_dataclasses(
-        self, args: Any = None, *, keep_unknown: bool = False, **settings: Any
+        self,
+        args: Any = None,
+        return_remaining_strings: Any = False,
+        look_for_args_file: Any = False,
+        args_filename: Any = None,
+        args_file_flag: Any = None,
     ) -> tuple[Any, ...]:
-        """As the parent's; what is wrong ends the program with status 2.
-
-        Args:
-            keep_unknown: Whether words that are no flags come last, as a list, in place of an error.
-        """
+        """As the parent's; what is wrong ends the program with status 2."""
         tolerate_output()
-        settings = {"look_for_args_file": False, **settings, "return_remaining_strings": True}
         try:
-            *parsed, rest = super().parse_args_into_dataclasses(args, **settings)
-            if rest and not keep_unknown:
+            *parsed, rest = super().parse_args_into_dataclasses(
+                args, True, look_for_args_file, args_filename, args_file_flag
+            )
+            if rest and not return_remaining_strings:
                 raise ValueError(self.describe_unknown(rest))
         except ValueError as error:
             self.exit(2, f"{self.prog}: error: {error}\n")
-        return (*parsed, rest) if keep_unknown else tuple(parsed)
+        return (*parsed, rest) if return_remaining_strings else tuple(parsed)
 
     def spelled_out(self, words: Sequence[str]) -> list[str]:
         """Return the words of a command line with each flag by its own name, up to a `--`."""
         end = words.index("--") if "--" in words else len(words)
-        given, found = expand_home(words[:end]), []
+        given = expand_home(words[:end])
+        found: list[str] = []
         while given:
             word = given.pop(0)
             name, equals, value = word.partition("=") if word.startswith("--") else (word, "", "")
