@@ -1,5 +1,7 @@
 """GLUE's metrics, as scikit-learn and SciPy compute them, and the scores of a task by them.
 
+scikit-learn brings pandas along, and no flag is wrong sooner for it: both are imported where they are needed.
+
 `glue_metric` offers the same scores through the API of the `evaluate` library.
 """
 
@@ -8,8 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
-from sklearn import metrics
 
 from .tasks import HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueTask
 
@@ -20,18 +20,24 @@ class UndefinedScoreError(ValueError):
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The share of predictions that equal their label."""
+    from sklearn import metrics
+
     predicted, expected = _classes(predictions, labels)
     return float(metrics.accuracy_score(expected, predicted))
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The harmonic mean of precision and recall of class 1; 0 where neither predictions nor labels have a 1."""
+    from sklearn import metrics
+
     predicted, expected = _two_classes(predictions, labels)
     return float(metrics.f1_score(expected, predicted, zero_division=0.0))
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Pearson's correlation of two binary variables (Matthews, 1975); 0 where one of them is constant."""
+    from sklearn import metrics
+
     predicted, expected = _two_classes(predictions, labels)
     constant = (expected == expected[0]).all()  # scikit-learn warns of a single label
     return 0.0 if constant else float(metrics.matthews_corrcoef(expected, predicted))
@@ -43,6 +49,8 @@ def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         UndefinedScoreError: if all predictions or all labels are equal, or there is one example only.
     """
+    from scipy import stats
+
     return float(stats.pearsonr(*_scores(predictions, labels)).statistic)
 
 
@@ -52,6 +60,8 @@ def spearmanr(predictions: ArrayLike, labels: ArrayLike) -> float:
     Raises:
         UndefinedScoreError: as in `pearson`.
     """
+    from scipy import stats
+
     return float(stats.spearmanr(*_scores(predictions, labels)).statistic)
 
 
