@@ -125,11 +125,8 @@ def encoded(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: str = "decode") -> DetectionSplit:
-    """Read and check a file of annotations with a folder of images.
-
-    Args:
-        check_images: "decode" reads every image; "header" only its beginning, with the size; "none" none.
+def read_coco(annotation_file: str | Path, image_dir: str | Path) -> DetectionSplit:
+    """Read and check a file of annotations; its images lie in a folder, and are not looked at.
 
     Raises:
         DetectionDataError: for what cannot be used, naming it.
@@ -147,10 +144,7 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path, check_images: 
             )
     content = {part: content[part] for part in ("images", "annotations", "categories")}
     degenerate = _check_annotations(content, file)
-    split = DetectionSplit(content, lambda image: _open(folder / image["file_name"]), str(file), tuple(degenerate))
-    if check_images != "none":
-        _check_images(split, folder, check_images)
-    return split
+    return DetectionSplit(content, lambda image: _open(folder / image["file_name"]), str(file), tuple(degenerate))
 
 
 def _open(path: Path) -> Image.Image:
@@ -259,8 +253,16 @@ def _check_inside(name: str, xs: Sequence[float], ys: Sequence[float], height: i
         )
 
 
-def _check_images(split: DetectionSplit, folder: Path, how: str) -> None:
-    """Refuse images that are missing, cannot be read, or have another size than the annotations say."""
+def check_images(split: DetectionSplit, image_dir: str | Path, how: str) -> None:
+    """Refuse images that are missing, cannot be read, or have another size than the annotations say.
+
+    Args:
+        how: "decode" reads every image; "header" only its beginning, with the size.
+
+    Raises:
+        DetectionDataError: naming the first of them.
+    """
+    folder = Path(image_dir)
 
     def problem(image: Mapping[str, Any]) -> str | None:
         path = folder / image["file_name"]

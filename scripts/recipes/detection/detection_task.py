@@ -21,7 +21,7 @@ from ..run.saving import save_pretrained
 from ..run.schedules import Budget, cosine_factor
 from ..run.spectral_arguments import SpectralArguments
 from .coco_evaluation import DETECTIONS_FILE, MEASURES, evaluate_detector
-from .coco_files import DetectionDataError, DetectionSplit, read_coco
+from .coco_files import DetectionDataError, DetectionSplit, check_images, read_coco
 from .detection_arguments import DetectionArguments
 from .detection_batches import Batch, TrainingExamples, as_input, training_transform
 from .detector_building import load_trained, milestone_factor, parameter_groups
@@ -206,14 +206,17 @@ def load_splits(
         train, validation = shapes("train"), shapes("validation")
     else:
         folder = Path(arguments.coco_dir)
-
-        def read(split: str, check_images: str) -> DetectionSplit:
-            return read_coco(folder / "annotations" / f"instances_{split}.json", folder / split, check_images)
-
         names = (arguments.train_split, arguments.validation_split)
-        if accelerator is not None:  # every process reads the annotations, and one the images
-            run_on_main_process(accelerator, lambda: [read(name, arguments.check_images) for name in names] and None)
-        train, validation = (read(name, "none") for name in names)
+        train, validation = (
+            read_coco(folder / "annotations" / f"instances_{name}.json", folder / name) for name in names
+        )
+
+        def look() -> None:
+            for split, name in zip((train, validation), names):
+                check_images(split, folder / name, arguments.check_images)
+
+        if accelerator is not None:
+            run_on_main_process(accelerator, look)
     if (train.category_ids, train.class_names) != (validation.category_ids, validation.class_names):
         raise DetectionDataError(
             f"{train.origin} has the classes {', '.join(train.class_names[:5])}, ..., and {validation.origin} has "

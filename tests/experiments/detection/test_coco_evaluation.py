@@ -48,7 +48,7 @@ def test_the_ground_truth_of_coco_scores_one(shared_data):
     folder = shared_data / "coco-permissive"
     if not folder.is_dir():
         pytest.skip("there is no coco-permissive in ../shared/data")
-    split = read_coco(folder / "annotations" / "instances_val2017.json", folder / "val2017", "header")
+    split = read_coco(folder / "annotations" / "instances_val2017.json", folder / "val2017")
     assert evaluate_results(split, true_results(split)) == pytest.approx(dict.fromkeys(MEASURES, 1.0))
 
 

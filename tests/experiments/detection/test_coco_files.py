@@ -9,12 +9,14 @@ from detection_files import annotation, coco_content, write_coco
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from recipes.detection.coco_files import DetectionDataError, counts_of, encoded, mask_of, read_coco
+from recipes.detection.coco_files import DetectionDataError, check_images, counts_of, encoded, mask_of, read_coco
 from recipes.detection.shapes import COUNTS, SIZE, shapes
 
 
 def read(folder, split="train2017"):
-    return read_coco(folder / "annotations" / f"instances_{split}.json", folder / split)
+    found = read_coco(folder / "annotations" / f"instances_{split}.json", folder / split)
+    check_images(found, folder / split, "decode")
+    return found
 
 
 def changed(tmp_path, change):
