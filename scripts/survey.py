@@ -33,10 +33,10 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from hf_specattn.figures import markdown_table
-from hf_specattn.files import write_bytes
+from hf_specattn.files import require_writable, write_bytes
+from recipes.run.command_line import ScriptParser
 from recipes.survey.checks import Result, survey
 from recipes.survey.rows import Row, chosen_rows
 
@@ -177,11 +177,17 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def main() -> int:
-    (arguments,) = HfArgumentParser(SurveyArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    (arguments,) = ScriptParser(
+        SurveyArguments, description=str(__doc__).splitlines()[0]
+    ).parse_args_into_dataclasses()
     rows = chosen_rows(arguments.only)
     output = Path(arguments.output_file)
-    if arguments.only is None and not output.parent.is_dir():
-        raise ValueError(f"--output_file={output}: there is no folder {output.parent}; make it, or name another file.")
+    if arguments.only is None:
+        if not output.parent.is_dir():
+            raise ValueError(
+                f"--output_file={output}: there is no folder {output.parent}; make it, or name another file."
+            )
+        require_writable(output.parent, "The folder of --output_file,")
     results = survey_all(rows, arguments)
     text = report(results)
     if arguments.only is None:

@@ -334,5 +334,7 @@ def _refuse_contradictions(
 def _check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:
     """Refuse a checkpoint that does not exist, is conditioned otherwise, or is too short, by its config alone."""
     path = str(arguments.model_name_or_path)
-    config = load_config(path, **spectral.to_loading_kwargs())
+    settings = spectral.to_loading_kwargs()
+    settings.pop("spectral_init", None)  # of the model, and not of its configuration
+    config = load_config(path, **settings)
     check_tokens(path, config, arguments.max_seq_length)
