@@ -39,6 +39,9 @@ HUB_PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "README.md", "*
 HUB_PICKLES = ["*.bin"]
 HUB_IGNORED = ["*/*.safetensors", "*/*.bin", "onnx/*", "openvino/*"]
 
+# What the Auto classes read of a config.json before its model does, which loads it by its class here.
+LOADING_FIELDS: dict[str, tuple[type, ...]] = {"auto_map": (dict,), "dtype": (str, dict), "torch_dtype": (str, dict)}
+
 # By the names of the safetensors format.
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # Floating-point formats that only a quantized model is stored in.
@@ -287,6 +290,12 @@ def _read_config(folder: Path, path_or_id: str) -> dict[str, Any]:
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{file} names no model_type: it is no configuration of transformers.")
+    for name, kinds in LOADING_FIELDS.items():
+        if not isinstance(config.get(name), (*kinds, type(None))):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise SourceError(
+                f"{file} is damaged: {name} is {config[name]!r}, not a {expected}. Restore it from its source."
+            )
     return config
 
 
