@@ -45,6 +45,7 @@ class Tester:
 
     batch_size, is_training, hidden_size, num_hidden_layers, num_attention_heads = 3, True, 32, 2, 4
     intermediate_size, vocab_size, num_labels, num_choices, num_masks = 48, 48, 2, 2, 2
+    type_sequence_label_size, mask_ratio, num_channels, patch_size = 2, 0.5, 3, 4
 
     def __init__(self, parent: Any, model_type: str, variant: str):
         self.parent, self.model_type, self.settings = parent, model_type, VARIANTS[variant]
