@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_specattn.files import cannot_be_written, checksum, write_json
+from hf_specattn.files import CannotWriteError, cannot_be_written, checksum, require_writable, write_json
 
 from ..run.messages import one_line
 from .cleaning import NO_CLEANING, Cleaning
@@ -493,6 +493,10 @@ def _load_or_make(folder: Path, make: Callable[[Path], None], load: Callable[[Pa
         return load(folder)
     except (FileNotFoundError, DamagedCacheError):
         pass  # another process may be making it: look again behind the lock
+    try:
+        require_writable(folder.parent, "The folder of prepared data (--cache_dir, or below HF_HOME),")
+    except CannotWriteError as error:
+        raise CorpusError(str(error)) from error
     with _write_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, content):
