@@ -131,10 +131,13 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         run_on_main_process(accelerator, lambda: remove_leftovers(self.directory))
 
-    def require_space(self) -> None:
-        """Refuse, before training, a disk that has no space for as many checkpoints as are kept at once.
+    def require_space(self, with_checkpoints: bool = True) -> None:
+        """Refuse, before training, a disk that has no space for the model and as many checkpoints as are kept at once.
 
         Those of an earlier run in the folder count as room. AdamW's two moments count, which come with the first step.
+
+        Args:
+            with_checkpoints: Whether any is written; else the model alone is reckoned with.
 
         Raises:
             DiskFullError: naming both figures.
@@ -145,13 +148,15 @@ class Checkpoints:
         moments = 2 * sum(4 * each.numel() for each in parts.model.parameters() if each.requires_grad)
         existing = len(list_checkpoints(self.directory))
         # One more than are kept: the new one is written before the oldest is removed; and the model in the end.
-        needed = max(self.keep_last + 1 - existing, 1) * (weights + moments + SMALL_FILES_BYTES) + weights
+        count = max(self.keep_last + 1 - existing, 1) if with_checkpoints else 0
+        needed = count * (weights + moments + SMALL_FILES_BYTES) + weights
+        purpose = f"{self.keep_last} checkpoints and the model" if with_checkpoints else "the model"
 
         def refuse() -> None:
             try:
                 require_writable(self.directory, "--output_dir", needed)
             except CannotWriteError as error:
-                raise DiskFullError(f"{error} That is for {self.keep_last} checkpoints and the model.") from error
+                raise DiskFullError(f"{error} That is for {purpose}.") from error
 
         run_on_main_process(self.accelerator, refuse)
 

@@ -60,8 +60,8 @@ def run(
     if not finished:
         accelerator.init_trackers(task.name, config=tracker_config(metrics.arguments))
     training = prepare(task, model, arguments, spectral, accelerator)
-    if not finished and arguments.save_steps > 0:
-        training.checkpoints.require_space()
+    if not finished:
+        training.checkpoints.require_space(with_checkpoints=arguments.save_steps > 0)
     # Last before the loop: it restores the random number generators.
     resumed = start_or_resume(arguments, accelerator, training.checkpoints)
     if finished:

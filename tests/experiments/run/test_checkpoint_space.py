@@ -34,6 +34,10 @@ def test_space_is_that_of_the_checkpoints_that_are_kept(checkpoints, tmp_path, m
     with pytest.raises(DiskFullError, match=r"will need about .* That is for 2 checkpoints and the model"):
         checkpoints.require_space()
     assert not (tmp_path / "run").exists()
+    checkpoints.require_space(with_checkpoints=False)
+    with_free(monkeypatch, weights - 1)
+    with pytest.raises(DiskFullError, match=r"That is for the model\.$"):
+        checkpoints.require_space(with_checkpoints=False)
 
     # What a run has written already needs no place again, and the estimate holds for what was written.
     monkeypatch.undo()
