@@ -228,6 +228,13 @@ def test_what_a_run_with_both_sources_records(train):
         train(*BOTH[:3], "--resume_from_checkpoint", "--lambda_", str(config.lambda_), name="run")
 
 
+def test_attention_that_cannot_be_looked_at_ends_a_monitored_run_with_a_message(train):
+    settings = '{"img_size": 32, "embed_dim": 32, "depth": 1, "cls_attn_layers": 1, "num_heads": 2}'
+    xcit = ["--timm_model", "xcit_nano_12_p8_224", "--timm_model_args", settings]
+    with pytest.raises(SystemExit, match=r"error: --spectral_monitor_every: .*Leave the flag out for this model"):
+        train("--spectral_monitor_every", "2", model=xcit)
+
+
 def test_a_conditioned_model_of_timm_with_stochastic_depth_goes_on_too(train, timm_in_the_table):
     flags = [*IDENTITY, *CHANCE]
     whole = train(*flags, model=TIMM, name="whole")

@@ -28,7 +28,8 @@ def picture(groups: Sequence[RunGroup], metric: Metric) -> dict[str, bytes]:
     unit = groups[0].runs[0].unit
     x = f"training {unit}" if over_tokens else "optimizer step"
     log = {key: "log10 of " if huge else "" for key, huge in drawn.items()}
-    training.set(xlabel=x, ylabel=f"{log['train_loss']}training loss ({METRICS[unit]['loss'].unit})", title="Training")
+    losses = "sum of losses" if metric.name.endswith(" AP") else METRICS[unit]["loss"].unit  # a detector's
+    training.set(xlabel=x, ylabel=f"{log['train_loss']}training loss ({losses})", title="Training")
     measured = f"{metric.name} ({metric.unit})"
     validation.set(xlabel=x, ylabel=f"{log[metric.key]}validation {measured}", title="Validation")
     of_runs = "runs, mean" if drawn[metric.key] else "runs, mean, deviation"

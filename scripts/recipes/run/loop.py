@@ -25,6 +25,7 @@ from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
 
 from .checkpointing import Checkpoints, Progress
+from .conditioned_model import ConditioningError
 from .interruption import stop_on_signals
 from .run_metrics import RunMetrics, require_finite_gradient, require_finite_loss
 from .schedules import Budget, BudgetSchedule, ramped_micro_steps
@@ -216,7 +217,7 @@ def train(
     step, position = begun.step, begun.record.get("position", begun.step * amounts.batch)
     started, seconds = time.perf_counter() - begun.seconds, begun.seconds
     refresh_every = refresh_interval(training.model)
-    if training.monitor is not None and (values := training.monitor.first_values(training.model, step)):
+    if training.monitor is not None and (values := first_look(training.monitor, training.model, step)):
         accelerator.log(values, step=step)
     progress = tqdm(total=budget.steps, initial=step, desc="Training", unit="step", disable=not with_bar)
     training.wrapped.train()
@@ -274,6 +275,18 @@ def train(
     if training.monitor is not None:
         training.monitor.end()
     return Progress(step, seconds, {"position": position})
+
+
+def first_look(monitor: "SpectralMonitor", model: PreTrainedModel, step: int) -> dict[str, float]:
+    """Measure before the first step.
+
+    Raises:
+        ConditioningError: for a model whose attention cannot be looked at.
+    """
+    try:
+        return monitor.first_values(model, step)
+    except ValueError as error:
+        raise ConditioningError(f"--spectral_monitor_every: {error} Leave the flag out for this model.") from error
 
 
 def train_step(
