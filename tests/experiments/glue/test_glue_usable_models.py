@@ -113,7 +113,9 @@ def test_damaged_and_foreign_weights(saved, tokenizer):
         assert "\n" not in str(caught.value)
     other = saved(GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)), "other")
     weights.write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(ModelError, match=r"lacks \d+ weights of a BertForSequenceClassification \(.*which would be random"):
+    with pytest.raises(
+        ModelError, match=r"lacks \d+ weights of a BertForSequenceClassification \(.*which would be random"
+    ):
         check(folder)
 
 
