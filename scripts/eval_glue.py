@@ -39,6 +39,7 @@ from recipes.glue.glue_files import GlueDataError
 from recipes.glue.glue_models import ModelVariant, check_models, plan_variants, save_base, weight_bytes
 from recipes.glue.glue_report import NAME, markdown, picture
 from recipes.glue.glue_results import FAILED, RESULTS_FILE, Results, ResultsError, RunRecord, find_conflicts
+from recipes.glue.glue_scores import require_packages
 from recipes.glue.summary import Summary
 from recipes.glue.task_data import TaskData, prepare_data
 from recipes.glue.tasks import TASKS
@@ -201,6 +202,7 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
         logger.warning(
             f"--seeds {arguments.seeds[0]} is one run per model and task, with that seed; five are --seeds 0 1 2 3 4."
         )
+    require_packages()
     variants = plan_variants(arguments, spectral)
     by_label = {variant.label: variant for variant in variants}
     # What all processes need, one makes; what is wrong shows before the first run.
@@ -234,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator = build_accelerator(arguments)
         with logging_redirect_tqdm():
             failed = evaluate(arguments, spectral, accelerator)
-    except (GlueDataError, ModelError, ResultsError, CannotWriteError, OSError) as error:
+    except (GlueDataError, ModelError, ResultsError, CannotWriteError, ImportError, OSError) as error:
         # One line for what a user can change; a traceback for anything else.
         if isinstance(error, OSError) and not cannot_be_written(error):
             raise

@@ -6,6 +6,7 @@ scikit-learn brings pandas along, and no flag is wrong sooner for it: both are i
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,18 @@ from .tasks import HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueTask
 
 class UndefinedScoreError(ValueError):
     """The metric has no value for these predictions and labels; the message says why."""
+
+
+def require_packages() -> None:
+    """Refuse, before any work, an installation without what computes the scores.
+
+    Raises:
+        ImportError: naming what is missing.
+    """
+    if missing := [name for name in ("sklearn", "scipy") if find_spec(name) is None]:
+        raise ImportError(
+            f"GLUE's scores need {' and '.join(missing)}, which is not installed: pip install 'hf_specattn[train]'."
+        )
 
 
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
