@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from ..run.projection_init import describe_initialization
+from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .classifier_weights import read_classifier
 from .detection_arguments import RECIPES, DetectionArguments
@@ -33,9 +33,7 @@ def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, ac
     torch.set_rng_state(state)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
     steps = arguments.steps_of(images, batch)
-    initialization = describe_initialization(arguments.initialization())
-    changed_by_flags = (spectral.describe(), initialization, arguments.describe_preconditioner())
-    changes = [change for change in changed_by_flags if change is not None]
+    changes = model_changes(arguments, spectral)
     begun = arguments.model_name_or_path or arguments.classifier or "random weights"
     rate = "along a cosine to 0"
     if arguments.milestones is not None:

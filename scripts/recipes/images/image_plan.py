@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ..run.memory import estimate_training_memory
-from ..run.projection_init import describe_initialization
+from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .augmentation import Augmentation
 from .image_arguments import ImageArguments
@@ -67,19 +67,6 @@ def describe_plan(
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines
-
-
-def model_changes(arguments: ImageArguments, spectral: SpectralArguments) -> list[str]:
-    """Return in words what a run changes of its model before training; empty where nothing."""
-    conditioning = spectral.describe()
-    changes = [
-        None if conditioning is None else f"spectral conditioning: {conditioning}",
-        arguments.describe_preconditioner(),
-        describe_initialization(arguments.initialization()),
-        "no layer norms" if arguments.no_layer_norm else None,
-        "no residual connection of attention" if arguments.no_attention_residual else None,
-    ]
-    return [change for change in changes if change is not None]
 
 
 def planned_amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int, int, int, int]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..run.memory import estimate_training_memory
-from ..run.projection_init import describe_initialization
+from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .lra_arguments import PRESETS, LraArguments
 from .lra_data import PARTS
@@ -60,18 +60,6 @@ def describe_plan(
         lines.append(f"Deviations from the published settings: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines
-
-
-def model_changes(arguments: LraArguments, spectral: SpectralArguments) -> list[str]:
-    """What a run changes of its model before training, in words."""
-    conditioning = spectral.describe()
-    changes = [
-        None if conditioning is None else f"spectral conditioning: {conditioning}",
-        arguments.describe_preconditioner(),
-        describe_initialization(arguments.initialization()),
-        "no layer norms" if arguments.no_layer_norm else None,
-    ]
-    return [change for change in changes if change is not None]
 
 
 def deviations(arguments: LraArguments, batch: int, mixed_precision: str) -> list[str]:

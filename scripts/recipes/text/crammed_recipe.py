@@ -18,13 +18,12 @@ PUBLISHED_BATCH_SIZE = (
 NOT_DEVIATING = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "streaming", "torch_compile"})
 
 
-def deviations(settings: Mapping[str, Any], global_batch_size: int, conditioning: str | None) -> list[str]:
+def deviations(settings: Mapping[str, Any], global_batch_size: int) -> list[str]:
     """Return one line for each setting in which a run is not the published recipe.
 
     Args:
         settings: The run's, by the names of the flags.
         global_batch_size: Sequences per optimizer step at the end of the ramp, over all processes.
-        conditioning: The spectral conditioning in words, None for a stock model.
     """
     lines = [
         f"{name}: {settings[name]} (published: {value})"
@@ -40,6 +39,4 @@ def deviations(settings: Mapping[str, Any], global_batch_size: int, conditioning
         lines.append(f"model: continued from {settings['model_name_or_path']} (published: from random weights)")
     if settings["tokenizer_name"] is not None:
         lines.append(f"tokenizer: {settings['tokenizer_name']} (published: trained on the corpus)")
-    if conditioning is not None:
-        lines.append(f"spectral conditioning: {conditioning} (published: none)")
     return lines

@@ -13,7 +13,7 @@ from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from hf_specattn.layers import spectral_layers
 
 from ..run.memory import MemoryEstimate, estimate_training_memory
-from ..run.projection_init import describe_initialization
+from ..run.model_changes import model_changes
 from ..run.schedules import ramped_micro_steps
 from ..run.spectral_arguments import SpectralArguments
 from .crammed_recipe import PRESETS, deviations
@@ -63,13 +63,8 @@ def describe_plan(
         _memory_line(arguments, spectral, model, mixed_precision, autocast),
     ]
     if PRESETS.get(arguments.preset or "demo"):
-        changed = deviations(vars(arguments), micro_batch * arguments.gradient_accumulation_steps, spectral.describe())
-        if (start := describe_initialization(arguments.initialization())) is not None:
-            changed.append(f"{start} (published: as drawn)")
-        if (preconditioner := arguments.describe_preconditioner()) is not None:
-            changed.append(f"{preconditioner} (published: none)")
-        if arguments.no_attention_residual:
-            changed.append("no residual connection of attention (published: with it)")
+        changed = deviations(vars(arguments), micro_batch * arguments.gradient_accumulation_steps)
+        changed += model_changes(arguments, spectral)
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
     return lines
@@ -90,12 +85,12 @@ def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model
     origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
     vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
     unchanged = "as it stands, none added" if arguments.model_name_or_path else "none"
-    start = describe_initialization(arguments.initialization())
-    preconditioner = arguments.describe_preconditioner()
+    changes = model_changes(arguments, spectral)
+    if not spectral.spectral_conditioning:
+        changes.append(f"spectral conditioning: {unchanged}")
     return (
         f"Model: {model.config.model_type}, {origin}, {model.num_parameters():,} parameters, vocabulary of {vocabulary}; "
-        f"{'' if start is None else f'{start}; '}spectral conditioning: {spectral.describe() or unchanged}"
-        f"{'' if preconditioner is None else f'; {preconditioner}'}."
+        f"{'; '.join(changes)}."
     )
 
 
