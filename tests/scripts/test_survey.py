@@ -178,7 +178,7 @@ def test_counts_and_share_of_the_encoders():
     assert "| masked LM | 1 | 2 | 0 | 0 | 3 |" in text
     assert "Of the 3 encoders" in text
     assert "2 are exact: 67 %" in text
-    assert r"| `b` | refused | yes | because a \| b |" in text
+    assert r"| `b` | refused |  | yes | because a \| b |" in text
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -186,8 +186,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert survey.main() == 0
     printed = capsys.readouterr().out
-    assert "| `bert` | exact | yes |" in printed
-    assert "| `resnet18` | refused | none ran |" in printed
+    assert "| `bert` | exact | exact | yes |" in printed
+    assert "| `resnet18` | refused |  | none ran |" in printed
     assert not list(tmp_path.iterdir())
 
 

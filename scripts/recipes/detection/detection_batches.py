@@ -38,7 +38,7 @@ class RandomCrop(v2.Transform):
         return {"top": top, "left": left, "height": window[0], "width": window[1]}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        return self._call_kernel(F.crop, inpt, **params)
+        return F.crop(inpt, **params)
 
 
 def _draw(least: int, most: int) -> int:
