@@ -22,7 +22,6 @@ import logging
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -43,7 +42,7 @@ from recipes.glue.glue_scores import require_packages
 from recipes.glue.summary import Summary
 from recipes.glue.task_data import TaskData, prepare_data
 from recipes.glue.tasks import TASKS
-from recipes.run.distributed import run_on_main_process
+from recipes.run.distributed import PREPARATION_TIMEOUT, run_on_main_process
 from recipes.run.interruption import stop_on_signals
 from recipes.run.runs import show_progress
 from recipes.run.spectral_arguments import SpectralArguments
@@ -60,7 +59,7 @@ def build_accelerator(arguments: GlueArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         # The others wait while one prepares the data, and in the end for whoever has the longest run.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT)],
     )
     if accelerator.distributed_type not in PLAIN:
         raise ModelError(

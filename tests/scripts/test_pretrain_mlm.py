@@ -2,6 +2,7 @@ import json
 import os
 import pathlib
 import random
+import socket
 import subprocess
 import sys
 import time
@@ -647,6 +648,56 @@ def test_two_processes_equal_one_with_the_same_global_batch(pretrain, corpus, tm
     expected = weights_of(one)
     for name, weight in weights_of(two).items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+STOPS = """
+import os, signal, sys
+sys.path.insert(0, {scripts!r})
+import pretrain_mlm
+from recipes.run import loop
+step_of = loop.train_step
+
+def stop_in_between(*arguments):
+    if arguments[-2] == 2 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return step_of(*arguments)
+
+loop.train_step = stop_in_between
+pretrain_mlm.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.distributed, "set_timeout"), reason="this torch cannot change a timeout")
+def test_a_process_that_hangs_ends_the_others(corpus, tmp_path):
+    script = tmp_path / "stops.py"
+    script.write_text(STOPS.format(scripts=str(SCRIPT.parent)))
+    flags = ["--train_file", corpus, *MODEL, *LENGTH, *STEPS, "--ddp_timeout", "3", "--output_dir", "two"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), *flags],
+            cwd=tmp_path,
+            env={**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, errors = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode not in (0, None)
+    assert "3000" in errors or "imed out" in errors, errors[-2000:]
+    assert processes[1].returncode == -9  # it hung until now
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ REPORTING = frozenset(
         "report_to",
         "spectral_monitor_every",
         "disable_tqdm",
+        "ddp_timeout",
         "save_steps",
         "save_total_limit",
         "resume_from_checkpoint",

@@ -1,15 +1,21 @@
 """Work that one process does for all."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .messages import one_line
 
 Result = TypeVar("Result")
+
+# While one process prepares something, such as a corpus, the others wait.
+PREPARATION_TIMEOUT = timedelta(days=2)
 
 
 def run_on_main_process(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
@@ -38,3 +44,20 @@ def _as_sent(error: Exception) -> Exception:
     except Exception:  # of whatever kind its class raises when it is made anew
         return RuntimeError(one_line(error))
     return error
+
+
+@contextmanager
+def answers_within(accelerator: Accelerator, seconds: int) -> Iterator[None]:
+    """While within, what processes do together fails where one of them does not answer for so long: it hangs, or is gone.
+
+    torch before 2.12 has no public way to say so; there the timeout stays that of the preparation.
+    """
+    set_timeout = getattr(torch.distributed, "set_timeout", None)
+    if accelerator.num_processes == 1 or set_timeout is None:
+        yield
+        return
+    set_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        set_timeout(PREPARATION_TIMEOUT)

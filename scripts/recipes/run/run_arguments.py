@@ -30,6 +30,7 @@ AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "logging_steps",
     "save_total_limit",
+    "ddp_timeout",
 )
 
 
@@ -83,6 +84,13 @@ class RunArguments(OptimizationArguments, PreconditionerArguments, Initializatio
         default=0,
         metadata={
             "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
+        },
+    )
+    ddp_timeout: int = field(
+        default=1800,
+        metadata={
+            "help": "Seconds without an answer of another process after which training fails. (Preparation has no such "
+            "limit: one process may work while the others wait.)"
         },
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})

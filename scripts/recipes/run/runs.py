@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from hf_specattn.files import CannotWriteError, cannot_be_written
 
 from .checkpointing import CheckpointError, Checkpoints, Progress, list_checkpoints
 from .conditioned_model import ConditioningError
-from .distributed import run_on_main_process
+from .distributed import PREPARATION_TIMEOUT, answers_within, run_on_main_process
 from .loop import Task, Training, report_evaluation, train
 from .messages import one_line
 from .output_folder import sole_use
@@ -67,7 +66,9 @@ def run(
     if finished:
         logger.info(f"The run in {arguments.output_dir} is finished; there is nothing to continue.")
     else:
-        done = train(task, training, arguments, accelerator, metrics, resumed, show_progress(arguments, accelerator))
+        with answers_within(accelerator, arguments.ddp_timeout):
+            with_bar = show_progress(arguments, accelerator)
+            done = train(task, training, arguments, accelerator, metrics, resumed, with_bar)
         if task.amounts.budget.share(done.step, done.seconds) < 1:
             report_stop(task, arguments, done)
         else:
@@ -117,8 +118,7 @@ def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accele
             log_with=report_to,
             project_dir=arguments.output_dir,
             dynamo_backend="inductor" if arguments.torch_compile else None,
-            # One process may prepare something while the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT)],
         )
         if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU; on a CPU take bf16 or no.")
