@@ -50,7 +50,7 @@ def _as_sent(error: Exception) -> Exception:
 def answers_within(accelerator: Accelerator, seconds: int) -> Iterator[None]:
     """While within, what processes do together fails where one of them does not answer for so long: it hangs, or is gone.
 
-    torch before 2.12 has no public way to say so; there the timeout stays that of the preparation.
+    Older releases of torch have no public way to say so; there the timeout stays that of the preparation.
     """
     set_timeout = getattr(torch.distributed, "set_timeout", None)
     if accelerator.num_processes == 1 or set_timeout is None:
