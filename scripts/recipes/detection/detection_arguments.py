@@ -1,14 +1,14 @@
 """The command line of `train_detection.py`: flags, presets, and everything that is refused before work starts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
-from ..run.preset_files import read_yaml
+from ..run.preset_files import on_one_gpu, read_yaml
 from ..run.projection_init import check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.spectral_arguments import SpectralArguments, check_bounds
@@ -18,15 +18,10 @@ _FILE = read_yaml(Path(__file__).with_name("detection_presets.yaml"))
 RECIPES: dict[str, dict[str, Any]] = _FILE["published"]
 
 
-def _on_one_gpu(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    one_gpu = _FILE["one_gpu"]
-    values = {name: value for name, value in recipe.items() if name != "global_batch_size"}
-    cuts = recipe["global_batch_size"] // one_gpu["per_device_train_batch_size"]
-    return values | one_gpu | {"gradient_accumulation_steps": cuts}
-
-
 # The defaults of the flags, and each recipe.
-PRESETS: dict[str, dict[str, Any]] = {"shapes": {}} | {name: _on_one_gpu(recipe) for name, recipe in RECIPES.items()}
+PRESETS: dict[str, dict[str, Any]] = {"shapes": {}} | {
+    name: on_one_gpu(recipe, _FILE["one_gpu"]) for name, recipe in RECIPES.items()
+}
 REPLACED = {
     "model_name_or_path": ("classifier", "body", "body_args", "out_indices"),
     "classifier": ("body", "body_args"),

@@ -4,21 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..run.preset_files import read_yaml
+from ..run.preset_files import on_one_gpu, read_yaml
 
 _FILE = read_yaml(Path(__file__).with_name("image_presets.yaml"))
 RECIPES: dict[str, dict[str, Any]] = _FILE["published"]
 
 
-def _on_one_gpu(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    one_gpu = _FILE["one_gpu"]
-    values = {name: value for name, value in recipe.items() if name != "global_batch_size"}
-    cuts = recipe["global_batch_size"] // one_gpu["per_device_train_batch_size"]
-    return values | one_gpu | {"gradient_accumulation_steps": cuts}
-
-
 # The defaults of the flags, and each recipe.
-PRESETS: dict[str, dict[str, Any]] = {"digits": {}} | {name: _on_one_gpu(recipe) for name, recipe in RECIPES.items()}
+PRESETS: dict[str, dict[str, Any]] = {"digits": {}} | {
+    name: on_one_gpu(recipe, _FILE["one_gpu"]) for name, recipe in RECIPES.items()
+}
 
 
 def deviations(preset: str, settings: Mapping[str, Any], global_batch_size: int, changes: list[str]) -> list[str]:

@@ -82,10 +82,10 @@ def build_adamw(
     anchored = _holding(model, settings.get("decay_toward_start_on", ()))
     factor = arguments.projection_learning_rate_factor
     faster = _holding(model, PROJECTIONS) if factor != 1 else {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []
     sort = parameter_groups if groups_of is None else groups_of
     for group in sort(model, weight_decay, {*not_decayed, *exempt, *anchored}):
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
         usual = [parameter for parameter in group["params"] if names[id(parameter)] not in faster]
         scaled = [parameter for parameter in group["params"] if names[id(parameter)] in faster]
         groups += [{**group, "params": usual}] if usual else []

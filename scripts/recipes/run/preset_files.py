@@ -24,6 +24,18 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content
 
 
+def on_one_gpu(recipe: Mapping[str, Any], one_gpu: Mapping[str, Any]) -> dict[str, Any]:
+    """A published recipe as a preset: its batch, that of all processes together, is cut for one GPU.
+
+    Args:
+        recipe: Values by the names of flags, and `global_batch_size`.
+        one_gpu: What runs on one GPU besides, with the batch that fits there.
+    """
+    values = {name: value for name, value in recipe.items() if name != "global_batch_size"}
+    cuts = recipe["global_batch_size"] // one_gpu["per_device_train_batch_size"]
+    return {**values, **one_gpu, "gradient_accumulation_steps": cuts}
+
+
 def find_preset(name: str, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     """The values of `--preset`: one of the script's by name, or those of a user's own file.
 
