@@ -20,6 +20,7 @@ import pathlib
 import random
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -39,6 +40,13 @@ def fixed_seeds():
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  the global generator is what transformers seeds and draws from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment():
+    """What libraries leave in the environment stays in its test: PEFT's BOFT leaves CXX=gcc, with which torch.compile fails."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)
