@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers.utils import logging
 
+from ..run.hub_loading import datasets_library
 from ..run.messages import one_line
 from ..run.randomness import Purpose, random_words
 from .tasks import DEFAULT_DATASET, HIGHEST_SIMILARITY, LOWEST_SIMILARITY, GlueSplit, GlueTask
@@ -282,7 +283,10 @@ def _label_array(task: GlueTask, labels: Sequence[float]) -> NDArray[Any]:
 def read_hub(task: GlueTask, split: GlueSplit, dataset_name: str = DEFAULT_DATASET) -> Examples:
     """Read a split through the `datasets` library, from the Hub, its cache, or a folder; see `read_examples`."""
     origin = f"{dataset_name}, {task.name}, {split.name}"
-    dataset = _load_dataset(dataset_name, task, split, origin)
+    with datasets_library(
+        origin, GlueDataError, "--dataset_name", "give the official files with --data_dir"
+    ) as datasets:
+        dataset = datasets.load_dataset(dataset_name, task.name, split=split.name)
     needed = [*task.hub_text_columns, *(() if split.kind == "test" else ("label",))]
     if missing := [column for column in needed if column not in dataset.column_names]:
         raise GlueDataError(
@@ -296,23 +300,6 @@ def read_hub(task: GlueTask, split: GlueSplit, dataset_name: str = DEFAULT_DATAS
     indices = dataset["idx"][:] if "idx" in dataset.column_names else range(len(dataset))
     labels = None if split.kind == "test" else _hub_labels(task, dataset, origin)
     return Examples(list(zip(*columns)), labels, [str(index) for index in indices], origin)
-
-
-def _load_dataset(dataset_name: str, task: GlueTask, split: GlueSplit, origin: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise GlueDataError(
-            "Reading GLUE from the Hub needs the `datasets` library, which is not installed: pip install "
-            "'hf_specattn[train]', or give the official files with --data_dir."
-        ) from error
-    try:
-        return datasets.load_dataset(dataset_name, task.name, split=split.name)
-    except Exception as error:  # of whatever kind a reader of files raises
-        raise GlueDataError(
-            f"{origin} cannot be loaded: {one_line(error)}. Check --dataset_name and the network, or give the official files "
-            "with --data_dir."
-        ) from error
 
 
 def _hub_labels(task: GlueTask, dataset: Any, origin: str) -> NDArray[Any]:

@@ -25,7 +25,7 @@ from transformers.utils import logging
 
 from hf_specattn import compat_extras
 
-from ..run.dataset_folders import warn_of_unread_files
+from ..run.hub_loading import datasets_library, warn_of_unread_files
 from ..run.messages import one_line
 from ..run.randomness import Purpose, random_words
 from .decoding import REMARKS, decode, remarks
@@ -422,25 +422,15 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         ImageDataError: if `datasets` is missing, or the dataset, a split, or a column is, or has another type.
     """
     name = settings.dataset_name
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImageDataError(
-            "--dataset_name needs the `datasets` package. Install it (pip install 'hf_specattn[train]'), or give folders of "
-            "images with --train_dir and --validation_dir."
-        ) from error
-    try:
+    what = f"The dataset {name!r} (configuration {settings.dataset_config_name!r})"
+    instead = "give folders of images with --train_dir and --validation_dir"
+    with datasets_library(what, ImageDataError, "--dataset_name, --dataset_config_name", instead) as datasets:
         builder = datasets.load_dataset_builder(
             str(name), settings.dataset_config_name, revision=settings.dataset_revision
         )
         warn_of_unread_files(str(name), builder)
         builder.download_and_prepare()
         loaded = builder.as_dataset()
-    except Exception as error:  # of whatever kind a reader of files raises
-        raise ImageDataError(
-            f"The dataset {name!r} (configuration {settings.dataset_config_name!r}) cannot be loaded: {one_line(error)}. "
-            "Check --dataset_name, --dataset_config_name, the network and your access to it."
-        ) from error
     splits: list[ImageSplit] = []
     classes: tuple[str, ...] | None = None
     for flag, split in (("train_split", settings.train_split), ("validation_split", settings.validation_split)):

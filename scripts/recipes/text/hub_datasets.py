@@ -1,17 +1,12 @@
-"""Documents from a dataset of the Hub, or from a folder in the same layout, through the `datasets` library.
-
-`datasets` is imported on the first use only: files are read without it (see `text_files`).
-"""
+"""Documents from a dataset of the Hub, or from a folder in the same layout, through the `datasets` library."""
 
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..run.dataset_folders import warn_of_unread_files
-from ..run.messages import one_line
+from ..run.hub_loading import datasets_library, warn_of_unread_files
 from .documents import CorpusError, Document, parts_of
 from .streams import PART_CHARACTERS, CorpusStream, estimated_characters, file_digest, limit_documents
 
@@ -48,15 +43,18 @@ def hub_stream(
         CorpusError: if `datasets` is missing, or the dataset, configuration or split does not exist; while the
             documents are read, for a missing column, one that is not text, or data that cannot be read.
     """
-    builder = _builder(dataset_name, config_name, revision)
-    warn_of_unread_files(dataset_name, builder)
+    what = f"The dataset {dataset_name!r} (configuration {config_name!r})"
+    errors = (what, CorpusError, "--dataset_name, --dataset_config_name", "give files with --train_file")
+    with datasets_library(*errors) as datasets:
+        builder = datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
+        warn_of_unread_files(dataset_name, builder)
     files = _split_files(builder, dataset_name, split)
     local = all(Path(file).is_file() for file in files)
     name = Path(dataset_name).name if Path(dataset_name).is_dir() else dataset_name
 
     def documents() -> Iterator[Document]:
-        with _reading_errors(dataset_name):
-            rows = _rows(builder, split, streaming, show_progress)
+        with datasets_library(*errors) as datasets:
+            rows = _rows(datasets, builder, split, streaming, show_progress)
             for index, text in enumerate(_texts(rows, dataset_name, text_column)):
                 for part in parts_of(text, PART_CHARACTERS) if text is not None and text.strip() else ():
                     yield Document(f"{name}:{split}:{index}", part)
@@ -74,28 +72,6 @@ def hub_stream(
         f"{dataset_name} ({builder.config.name}, {split})",
         sum(map(estimated_characters, files)) if local and max_documents is None else None,
     )
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError(
-            "--dataset_name needs the `datasets` package. Install it (`pip install 'hf_specattn[train]'`), or give files "
-            "with --train_file."
-        ) from error
-    return datasets
-
-
-def _builder(dataset_name: str, config_name: str | None, revision: str | None) -> Any:
-    datasets = _datasets()
-    try:
-        return datasets.load_dataset_builder(dataset_name, config_name, revision=revision)
-    except Exception as error:  # of whatever kind a reader of files raises
-        raise CorpusError(
-            f"The dataset {dataset_name!r} (configuration {config_name!r}) cannot be loaded: {one_line(error)}. Check "
-            "--dataset_name, --dataset_config_name and the network, or give files with --train_file."
-        ) from error
 
 
 def _split_files(builder: Any, dataset_name: str, split: str) -> list[str]:
@@ -116,10 +92,9 @@ def _identity(files: list[str], local: bool) -> Any:
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
-def _rows(builder: Any, split: str, streaming: bool, show_progress: bool) -> Any:
+def _rows(datasets: Any, builder: Any, split: str, streaming: bool, show_progress: bool) -> Any:
     if streaming:
         return builder.as_streaming_dataset(split=split)
-    datasets = _datasets()
     silence = not show_progress and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()
@@ -144,19 +119,6 @@ def _texts(rows: Any, dataset_name: str, text_column: str) -> Iterator[str | Non
             if text is not None and not isinstance(text, str):
                 raise _not_text(dataset_name, text_column, f"{type(text).__name__} {text!r:.60}")
             yield text
-
-
-@contextmanager
-def _reading_errors(dataset_name: str) -> Iterator[None]:
-    try:
-        yield
-    except CorpusError:
-        raise
-    except Exception as error:  # of whatever kind a reader of files raises
-        raise CorpusError(
-            f"The dataset {dataset_name!r} cannot be read: {one_line(error)}. Check the network, the disk of the cache of "
-            "`datasets`, or the files."
-        ) from error
 
 
 def _require_column(dataset_name: str, text_column: str, present: list[str]) -> None:

@@ -327,6 +327,28 @@ def test_without_the_datasets_library(monkeypatch, tmp_path):
     assert len(read("cola", "train", tmp_path)) == 6
 
 
+def test_why_the_official_files_are_not_read_by_datasets(tmp_path, monkeypatch):
+    """It fills a short row up, and takes the first column of rows that are too long for their names: ours names both."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = ["sentence1", "sentence2", "label"]
+    files = {"short": ["null\tN/A\tentailment", "a\t1"], "long": ["0\ta\tb\t1"]}
+    found = {}
+    for name, rows in files.items():
+        path = tmp_path / "RTE" / f"{name}.tsv"
+        glue_files.write(path, ["\t".join(columns), *rows])
+        features = datasets.Features({column: datasets.Value("string") for column in columns})
+        settings = {"delimiter": "\t", "quoting": 3, "keep_default_na": False, "lineterminator": "\n"}
+        read_rows = datasets.load_dataset("csv", data_files=str(path), split="train", features=features, **settings)
+        found[name] = [tuple(row.values()) for row in read_rows]
+    assert found["short"] == [("null", "N/A", "entailment"), ("a", "1", "")]
+    assert found["long"] == [("a", "b", "1")]  # without a word: of a row with a tab too many, all columns are shifted
+    for name in files:
+        (tmp_path / "RTE" / f"{name}.tsv").rename(tmp_path / "RTE" / "train.tsv")
+        with pytest.raises(GlueDataError, match=r"line \d: \d columns where RTE has 3"):
+            read("rte", "train", tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------ parts, fingerprints
 
 

@@ -94,13 +94,13 @@ def test_an_unknown_configuration_or_dataset(folder):
 def test_damaged_data_is_one_of_our_errors(tmp_path, streaming):
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "train.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(CorpusError, match="cannot be read"):
+    with pytest.raises(CorpusError, match="cannot be loaded"):
         read(hub_stream(str(tmp_path / "corpus"), streaming=streaming))
 
 
 def test_without_the_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
-        CorpusError, match=r"--dataset_name needs the `datasets` package.*pip install 'hf_specattn\[train\]'"
+        CorpusError, match=r"--dataset_name.* needs the `datasets` library.*pip install 'hf_specattn\[train\]'"
     ):
         hub_stream("owner/name")

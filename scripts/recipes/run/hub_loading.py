@@ -1,10 +1,14 @@
-"""Folders in the layout of the `datasets` library, which reads files of one kind and passes over the others in silence."""
+"""Data sets of the Hub, and folders in their layout, through the `datasets` library, which is imported on the first use."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
+
+from .messages import one_line
 
 logger = logging.get_logger(__name__)
 
@@ -12,8 +16,35 @@ logger = logging.get_logger(__name__)
 NO_DATA = ("readme", "license", "licence", "dataset_infos", "dataset_info", "metadata")
 
 
+@contextmanager
+def datasets_library(what: str, error_class: type[ValueError], flag: str, instead: str) -> Iterator[Any]:
+    """Give the `datasets` library, and turn whatever it raises into one line.
+
+    Args:
+        what: The data set, in words.
+        error_class: What is raised.
+        flag: What asked for the data set.
+        instead: What there is without the library.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise error_class(
+            f"{flag} needs the `datasets` library, which is not installed: pip install 'hf_specattn[train]', or {instead}."
+        ) from error
+    try:
+        yield datasets
+    except error_class:
+        raise
+    except Exception as error:  # of whatever kind a reader of files raises
+        raise error_class(
+            f"{what} cannot be loaded: {one_line(error)}. Check {flag}, the files or the network and your access to them, or "
+            f"{instead}."
+        ) from error
+
+
 def warn_of_unread_files(name: str, builder: Any) -> None:
-    """Say which files of a local folder `datasets` leaves out; of a data set of the Hub nothing.
+    """Say which files of a local folder `datasets` leaves out, reading those of one kind; of a data set of the Hub nothing.
 
     Args:
         name: What the data set was called by.
