@@ -256,9 +256,8 @@ class TrainingStep:
 
     def __init__(self, model: str, variant: str, dtype: str, mode: str, arguments: BenchArguments) -> None:
         self.name = model
-        self.model = build_model(model, arguments)
-        self.batch = build_batch(self.model, arguments)
-        self.device, self.autocast = self.batch["labels"].device, AUTOCAST[dtype]
+        self.model, self.batch = self.build(model, arguments)
+        self.device, self.autocast = torch.device(arguments.device), AUTOCAST[dtype]
         self.model.to(self.device)
         self.after_step = None
         if variant in VARIANTS:
@@ -267,6 +266,11 @@ class TrainingStep:
         self.forward: Callable[..., Any] = torch.compile(self.model) if mode == "compile" else self.model
         # A rate so small that the model stays what it is over any number of rounds.
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-7, fused=self.device.type == "cuda")
+
+    def build(self, model: str, arguments: BenchArguments) -> tuple[Any, dict[str, Any]]:
+        """A stock model on the CPU, and its batch on the device."""
+        built = build_model(model, arguments)
+        return built, build_batch(built, arguments)
 
     def loss(self, compiled: bool = True) -> Tensor:
         """The forward pass; without `compiled` in eager mode whatever the mode is."""
@@ -347,7 +351,7 @@ def peak_memory(step: TrainingStep, base: int) -> int:
     held = [*step.model.buffers()]
     for parameter in step.model.parameters():
         state = (item for item in step.optimizer.state[parameter].values() if isinstance(item, Tensor))
-        held += [parameter, parameter.grad, *state]
+        held += [parameter, *state] if parameter.grad is None else [parameter, parameter.grad, *state]
     with saved_for_backward() as saved:
         step.loss()
     return total_bytes(storages_of(held) | saved)

@@ -87,6 +87,10 @@ class Case:
 class StepTimings:
     """Measures groups of variants; keeps the stock steps of the last case, because compiling them takes long."""
 
+    step_of: type[TrainingStep] = TrainingStep
+    batch_sizes: Mapping[str, int] = BATCHES
+    rounds = ROUNDS
+
     def __init__(self, options: Options) -> None:
         # Every variant compiles the same functions again; beyond the limit they would run in eager mode.
         torch._dynamo.config.recompile_limit = 64
@@ -94,7 +98,7 @@ class StepTimings:
         self.case: Case | None = None
         self.steps: dict[str, TrainingStep] = {}
         self.counted: dict[str, dict[str, Any]] = {}
-        self.batches = {model: 2 if options.tiny else batch for model, batch in BATCHES.items()}
+        self.batches = {model: 2 if options.tiny else batch for model, batch in self.batch_sizes.items()}
 
     def arguments(self, model: str) -> BenchArguments:
         """In the terms of `bench_step.py`."""
@@ -132,7 +136,7 @@ class StepTimings:
         built = {name: self._built(case, name) for name in variants}
         steps = self.steps | {name: step for name, (step, _) in built.items()}
         counted = self.counted | {name: numbers for name, (_, numbers) in built.items()}
-        rounds = 2 if self.options.tiny else FEW_ROUNDS.get(group, ROUNDS)
+        rounds = 2 if self.options.tiny else FEW_ROUNDS.get(group, self.rounds)
         if group not in FEW_ROUNDS and not self.options.tiny:
             time_rounds(steps, 2, seed=0)
         seconds = time_rounds(steps, rounds, seed=1)
@@ -141,7 +145,7 @@ class StepTimings:
     def _built(self, case: Case, name: str) -> tuple[TrainingStep, dict[str, Any]]:
         """A step, and what one of it takes beside time."""
         base = torch.cuda.memory_allocated() if self.options.device == "cuda" else 0
-        step = TrainingStep(case.model, name, DTYPE, case.mode, self.arguments(case.model))
+        step = self.step_of(case.model, name, DTYPE, case.mode, self.arguments(case.model))
         numbers: dict[str, Any] = {"memory_bytes": peak_memory(step, base)}
         if self.options.device == "cuda" and name not in UNCOUNTED:
             try:
@@ -259,9 +263,8 @@ def total(events: Mapping[str, int], categories: Sequence[str]) -> int:
 # --- the parts -------------------------------------------------------------------------------------------------------
 
 
-def listed(options: Options, cases: Sequence[tuple[Case, str]]) -> list[Part]:
+def listed(timings: StepTimings, cases: Sequence[tuple[Case, str]]) -> list[Part]:
     """A part for each case and group, which share their timings."""
-    timings = StepTimings(options)
 
     def part(case: Case, group: str) -> Part:
         return Part(f"{case.name}: {group}", lambda: timings.run(case, group))
@@ -274,10 +277,10 @@ def parts(options: Options) -> list[Part]:
     eager, compiled = (tuple(Case(model, mode) for model in ("bert", "vit")) for mode in ("eager", "compile"))
     if options.tiny:  # generating code takes a CPU long, and one variant runs all that is ours
         cases = [*((eager[0], group) for group in GROUPS), (compiled[0], "identity"), (eager[1], "identity")]
-        return listed(options, cases)
+        return listed(StepTimings(options), cases)
     quick = [group for group in GROUPS if group not in FEW_ROUNDS]
     cases = [(case, group) for case in (eager[0], compiled[0], eager[1], compiled[1]) for group in quick]
-    return listed(options, [*cases, *((case, group) for group in FEW_ROUNDS for case in eager)])
+    return listed(StepTimings(options), [*cases, *((case, group) for group in FEW_ROUNDS for case in eager)])
 
 
 def families(options: Options) -> list[Part]:
@@ -288,9 +291,9 @@ def families(options: Options) -> list[Part]:
         why = f"timm is not installed ({error})"
         return [Part("families", lambda: Outcome("The paper's other models", COLUMNS, [], None, notes=[why]))]
     if options.tiny:
-        return listed(options, [(Case("deit", "eager"), "identity"), (Case("xcit", "eager"), "svd, products")])
+        return listed(StepTimings(options), [(Case("deit", "eager"), "identity"), (Case("xcit", "eager"), "svd, products")])
     cases = [(Case(model, mode), group) for mode in ("eager", "compile") for model in TIMM for group in GROUPS]
-    return listed(options, [each for each in cases if each[1] not in FEW_ROUNDS and _exists(*each)])
+    return listed(StepTimings(options), [each for each in cases if each[1] not in FEW_ROUNDS and _exists(*each)])
 
 
 def _exists(case: Case, group: str) -> bool:
