@@ -4,11 +4,11 @@ Every query, key and value projection uses the effective weight `W + C`. Importi
 `from_pretrained(..., spectral_conditioning=True)`. Names are imported when they are first used, so that the import is light.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import auto, peft
 from .balance import balance  # at once: on its first import, the module of this name would take its place
+from .lazy_names import lazy_names
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -28,32 +28,26 @@ if TYPE_CHECKING:
     from .preconditioner import PreconditionerConfig
     from .preconditioning import PreconditionReport, format_preconditioning, precondition
 
-# Public name -> the module that has it.
-_HOMES = {
-    "AttentionSpec": "conditioning",
-    "BalanceReport": "balance",
-    "BalanceReports": "balance",
-    "CrammedBertConfig": "crammed_bert",
-    "CrammedBertForMaskedLM": "crammed_bert",
-    "CrammedBertForSequenceClassification": "crammed_bert",
-    "CrammedBertForTokenClassification": "crammed_bert",
-    "CrammedBertModel": "crammed_bert",
-    "OutputChangedError": "balance",
-    "ProjectionReport": "conditioning",
-    "PreconditionReport": "preconditioning",
-    "PreconditionerConfig": "preconditioner",
-    "SpectralCallback": "callback",
-    "SpectralConfig": "config",
-    "condition": "conditioning",
-    "fold": "conditioning",
-    "format_balance": "balance",
-    "format_preconditioning": "preconditioning",
-    "format_reports": "conditioning",
-    "initialize": "initialization",
-    "precondition": "preconditioning",
-    "refresh": "conditioning",
-    "register_architecture": "auto",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "auto": ["register_architecture"],
+        "balance": ["BalanceReport", "BalanceReports", "OutputChangedError", "format_balance"],
+        "callback": ["SpectralCallback"],
+        "conditioning": ["AttentionSpec", "ProjectionReport", "condition", "fold", "format_reports", "refresh"],
+        "config": ["SpectralConfig"],
+        "crammed_bert": [
+            "CrammedBertConfig",
+            "CrammedBertForMaskedLM",
+            "CrammedBertForSequenceClassification",
+            "CrammedBertForTokenClassification",
+            "CrammedBertModel",
+        ],
+        "initialization": ["initialize"],
+        "preconditioner": ["PreconditionerConfig"],
+        "preconditioning": ["PreconditionReport", "format_preconditioning", "precondition"],
+    },
+)
 
 auto.register()
 peft.register()
@@ -85,15 +79,3 @@ __all__ = [
     "refresh",
     "register_architecture",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})

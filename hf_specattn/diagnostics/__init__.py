@@ -1,8 +1,8 @@
 """Seeing whether attention is well conditioned, saturated or fine."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..lazy_names import lazy_names
 from .advice import Advice, advise
 from .capture import CapturedAttention, capture
 from .head_products import HeadProducts, head_products, value_path
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from .attention_report import Diagnosis, JacobianRow, diagnose, write_report, write_training_report
     from .monitor import SpectralMonitor
 
-# Public name -> its module, imported when the name is first used: the monitor brings the Trainer's callbacks, and PEFT.
-_HOMES = {
-    "Diagnosis": "attention_report",
-    "JacobianRow": "attention_report",
-    "SpectralMonitor": "monitor",
-    "diagnose": "attention_report",
-    "write_report": "attention_report",
-    "write_training_report": "attention_report",
-}
+# Later: the monitor brings the Trainer's callbacks, and PEFT.
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "attention_report": ["Diagnosis", "JacobianRow", "diagnose", "write_report", "write_training_report"],
+        "monitor": ["SpectralMonitor"],
+    },
+)
 
 __all__ = [
     "Advice",
@@ -57,15 +56,3 @@ __all__ = [
     "write_report",
     "write_training_report",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
