@@ -26,13 +26,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_step import describe_machine
-from gpu_parts import Options
+from gpu_parts import Options, cifar10_files
 from transformers import HfArgumentParser
 
 import hf_specattn
@@ -57,6 +57,7 @@ class Item:
         module: the file with its parts.
         limit_s: seconds after which it is stopped.
         function: of the module, from `Options` to the parts.
+        reads_images: whether other images are another measurement.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Item:
     module: Path
     limit_s: float
     function: str = "parts"
+    reads_images: bool = False
 
 
 # In order of worth.
@@ -74,6 +76,8 @@ ITEMS = (
     Item("families", "The same for the paper's other models", BENCHMARKS / "gpu_steps.py", 180, "families"),
     Item("pretrain", "How fast does the script pretrain?", BENCHMARKS / "gpu_experiments.py", 300, "pretrain"),
     Item("listops", "ListOps, stock and conditioned", BENCHMARKS / "gpu_experiments.py", 500, "listops"),
+    Item("detection", "What does a step of the paper's detectors cost?", BENCHMARKS / "gpu_detection.py", 200),
+    Item("experiments", "Attention without its residual", BENCHMARKS / "gpu_residual_free.py", 560, reads_images=True),
 )
 
 
@@ -92,8 +96,20 @@ class GpuArguments:
     )
     device: str = field(default="cuda", metadata={"choices": ["cpu", "cuda"]})
     tiny: bool = field(default=False, metadata={"help": "Tiny models: to test that everything runs."})
+    cifar10: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with CIFAR-10 as Parquet, train*.parquet and test*.parquet with columns image and label, for the "
+            "experiments; as JPEG it takes 18 MB. None: scikit-learn's digits."
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.cifar10 is not None:
+            try:
+                cifar10_files(self.cifar10)
+            except ValueError as error:
+                raise ValueError(f"--cifar10 {error}") from error
         if not self.minutes > 0:
             raise ValueError(f"--minutes {self.minutes} must be above 0.")
         if self.device == "cpu" and not self.tiny:
@@ -128,13 +144,12 @@ def _imported(path: Path) -> Iterator[Path]:
         elif isinstance(node, ast.ImportFrom):
             package = list(path.relative_to(REPOSITORY).parts[: -node.level]) if node.level else []
             module = package + (node.module.split(".") if node.module else [])
-            if module == ["hf_specattn"]:
-                homes = [hf_specattn._HOMES.get(alias.name, alias.name) for alias in node.names]
-            else:
+            if module != ["hf_specattn"]:
                 yield from _file_of(module)
-                homes = [alias.name for alias in node.names]
-            for home in homes:
-                yield from _file_of([*module, home])
+            for alias in node.names:
+                public = getattr(hf_specattn, alias.name, None) if module == ["hf_specattn"] else None
+                home = getattr(public, "__module__", None)
+                yield from _file_of([*module, alias.name] if home is None else home.split("."))
 
 
 def _file_of(module: Sequence[str]) -> Iterator[Path]:
@@ -142,9 +157,11 @@ def _file_of(module: Sequence[str]) -> Iterator[Path]:
     yield from (file for file in files if file.is_file())
 
 
-def sources_hash(item: Item) -> str:
-    """A hash of the names and contents of the files that an item measures, and of its function."""
+def sources_hash(item: Item, cifar10: str | None = None) -> str:
+    """A hash of the names and contents of the files that an item measures, of its function, and of the images it reads."""
     digest = hashlib.sha256(item.function.encode())
+    if item.reads_images and cifar10 is not None:
+        digest.update(repr([(file.name, file.stat().st_size) for file in cifar10_files(cifar10)]).encode())
     for path in sorted(source_files(item.module)):
         digest.update(b"\0" + path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -176,32 +193,32 @@ def driver_version() -> str:
 # --- running ---------------------------------------------------------------------------------------------------------
 
 
-def run_child(item: Item, options: Options, done: Sequence[str], log: Any, limit_s: float) -> Iterator[dict[str, Any]]:
+def run_child(item: Item, options: Options, log: Any, limit_s: float) -> Iterator[dict[str, Any]]:
     """Run an item in a process of its own; yields what it reports, and at last how it ended, under "ended".
 
     Args:
-        done: names of the parts to leave out.
+        options: with what was measured before; these parts are left out.
         log: an open file for everything the process prints.
         limit_s: seconds after which the process and its children are killed.
     """
     command = [sys.executable, str(BENCHMARKS / "gpu_parts.py"), str(item.module), item.function]
-    command += [json.dumps(asdict(options)), json.dumps(list(done))]
     # Nothing is loaded from the Hub: without a network, asking it takes its time.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     ends = time.monotonic() + limit_s
     # A group of its own, to be killed with all its children; no session of its own, or it might outlive this command.
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, process_group=0
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+    process = subprocess.Popen(command, **pipes, text=True, env=environment, process_group=0)
     lines: queue.Queue[str] = queue.Queue()
 
-    def read() -> None:
+    def talk() -> None:
+        with contextlib.suppress(BrokenPipeError), process.stdin as stream:  # a process that died before it listened
+            json.dump(asdict(options), stream)
         for line in process.stdout or ():
             if line.endswith("\n"):  # whole: the process was not killed while it wrote
                 lines.put(line)
         lines.put("")
 
-    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=talk, daemon=True).start()
     try:
         while line := lines.get(timeout=max(0.0, ends - time.monotonic())):
             yield json.loads(line)
@@ -227,7 +244,7 @@ class Results:
     def __init__(self, arguments: GpuArguments, items: Sequence[Item], started: float) -> None:
         self.started = started
         self.machine = describe(arguments.device)
-        self.options = Options(arguments.device, arguments.tiny)
+        self.options = Options(arguments.device, arguments.tiny, arguments.cifar10)
         self.folder = Path(arguments.results)
         self.folder.mkdir(parents=True, exist_ok=True)
         source = next((path for path in (self.folder, Path(arguments.earlier)) if (path / "gpu.json").is_file()), None)
@@ -245,7 +262,8 @@ class Results:
         return self.machine.get("gpu") or self.machine["cpu"]
 
     def _find_or_add(self, item: Item) -> dict[str, Any]:
-        key = {"item": item.name, "card": self.card, "tiny": self.options.tiny, "sources": sources_hash(item)}
+        sources = sources_hash(item, self.options.cifar10)
+        key = {"item": item.name, "card": self.card, "tiny": self.options.tiny, "sources": sources}
         for entry in self.entries:
             if all(entry[name] == value for name, value in key.items()):
                 entry["current"] = True
@@ -286,9 +304,9 @@ def measure(item: Item, results: Results, limit_s: float, whose: str) -> None:
     """Run what is left of one item, and enter it part by part."""
     entry = results.current[item.name]
     entry |= {"state": "running", "why": None, "machine": results.machine}
-    done = [name for name, part in entry["parts"].items() if part["state"] == "done"]
+    done = {name: part["numbers"] for name, part in entry["parts"].items() if part["state"] == "done"}
     began = ""
-    for record in run_child(item, results.options, done, results.log, limit_s):
+    for record in run_child(item, replace(results.options, measured=done), results.log, limit_s):
         if "planned" in record:
             entry["planned"] = record["planned"]
         elif "begins" in record:

@@ -1,4 +1,4 @@
-"""A training step of the paper's detectors on a GPU, Mask R-CNN on XCiT-S12 and on Swin-B, stock and conditioned, for `gpu.py`.
+"""A training step of the paper's detectors, Mask R-CNN on XCiT-S12 and Swin-B, stock and conditioned, on a GPU, for `gpu.py`.
 
 Bodies, heads and the size of the images are those of `train_detection.py --preset`; weights, images and objects are random.
 Neither COCO nor pycocotools is needed. XCiT attends between channels, which leaves no heads to precondition.
@@ -29,9 +29,7 @@ SETTINGS = ("fpn_channels", "box_head_size", "mask_layers", "anchor_sizes", "min
 TINY_SIDE = 128
 TINY_BODIES: dict[str, dict[str, Any]] = {
     "xcit_s12_p16": {"body": "xcit_nano_12_p16_224", "body_args": '{"embed_dim": 32, "depth": 12, "num_heads": 2}'},
-    "swin_b": {
-        "body_args": '{"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "window_size": 4}'
-    },
+    "swin_b": {"body_args": '{"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "window_size": 4}'},
 }
 TINY_HEADS: dict[str, Any] = {"fpn_channels": 16, "box_head_size": 16, "mask_layers": [16]}
 TINY_HEADS |= {"anchor_sizes": [8, 16, 32, 64, 96], "min_size": TINY_SIDE, "max_size": TINY_SIDE}

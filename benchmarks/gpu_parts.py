@@ -1,8 +1,8 @@
 """One item of `gpu.py`, in a process of its own: its parts run in turn, and each reports as soon as it ends.
 
-`gpu.py` starts this file as `gpu_parts.py MODULE FUNCTION OPTIONS DONE` and reads one JSON object a line from its standard
-output; whatever is printed otherwise goes to standard error, which is the log. The function takes [`Options`] and returns
-the [`Part`]s.
+`gpu.py` starts this file as `gpu_parts.py MODULE FUNCTION`, gives it the [`Options`] as JSON on its standard input, and reads
+one JSON object a line from its standard output; whatever is printed otherwise goes to standard error, which is the log. The
+function takes the options and returns the [`Part`]s.
 """
 
 import contextlib
@@ -30,10 +30,14 @@ class Options:
     Args:
         device: "cuda" or "cpu".
         tiny: models and matrices so small that a CPU runs everything, to test that it runs.
+        cifar10: a folder that [`cifar10_files`] takes, for the items that read images; None where there is none.
+        measured: the numbers of each part that is done, for those that follow from others.
     """
 
     device: str
     tiny: bool
+    cifar10: str | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -63,6 +67,18 @@ class Part:
 
     name: str
     run: Callable[[], Outcome]
+
+
+def cifar10_files(folder: str | Path) -> list[Path]:
+    """The Parquet files of CIFAR-10, `train*` first: rows of an encoded image (`image` or `img`) and its `label`.
+
+    Raises:
+        ValueError: where one of the two kinds is missing.
+    """
+    found = [sorted(Path(folder).glob(f"{part}*.parquet")) for part in ("train", "test")]
+    if not all(found):
+        raise ValueError(f"{folder} has no train*.parquet or no test*.parquet of CIFAR-10.")
+    return [file for files in found for file in files]
 
 
 def as_json(value: Any) -> Any:
@@ -121,7 +137,9 @@ def load_module(path: str | Path) -> Any:
 
 
 def main(argv: Sequence[str]) -> int:
-    module, function, options, done = argv
+    module, function = argv
+    options = Options(**json.load(sys.stdin))
+    finished = set(options.measured)
     with os.fdopen(os.dup(1), "w", buffering=1) as stream:
         os.dup2(2, 1)
 
@@ -129,17 +147,19 @@ def main(argv: Sequence[str]) -> int:
             stream.write(json.dumps(record, allow_nan=False) + "\n")
 
         try:
-            parts = getattr(load_module(module), function)(Options(**json.loads(options)))
+            parts = getattr(load_module(module), function)(options)
         except Exception as error:
             traceback.print_exc()
             report({"failed": one_line(error)})
             return 1
         report({"planned": [part.name for part in parts]})
-        finished = set(json.loads(done))
         for part in parts:
             if part.name not in finished:
                 report({"begins": part.name})
-                report(record_of(part))
+                record = record_of(part)
+                if record["state"] == "done":
+                    options.measured[part.name] = record["numbers"]
+                report(record)
     return 0
 
 

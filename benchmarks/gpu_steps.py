@@ -291,7 +291,9 @@ def families(options: Options) -> list[Part]:
         why = f"timm is not installed ({error})"
         return [Part("families", lambda: Outcome("The paper's other models", COLUMNS, [], None, notes=[why]))]
     if options.tiny:
-        return listed(StepTimings(options), [(Case("deit", "eager"), "identity"), (Case("xcit", "eager"), "svd, products")])
+        return listed(
+            StepTimings(options), [(Case("deit", "eager"), "identity"), (Case("xcit", "eager"), "svd, products")]
+        )
     cases = [(Case(model, mode), group) for mode in ("eager", "compile") for model in TIMM for group in GROUPS]
     return listed(StepTimings(options), [each for each in cases if each[1] not in FEW_ROUNDS and _exists(*each)])
 
