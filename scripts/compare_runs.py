@@ -88,7 +88,7 @@ def table(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric) -> st
     header = [
         "group",
         "runs",
-        f"validation {metric.name} ({metric.unit}), mean",
+        f"{metric.final_name.removeprefix('final ')} ({metric.unit}), mean",
         "standard deviation",
         *(["perplexity (exp of the mean)"] if unit == "tokens" else []),
         f"training {unit}/s, median",
@@ -196,14 +196,19 @@ def span(numbers: Iterable[int]) -> str:
     return f"{least:,}" if least == greatest else f"{least:,} to {greatest:,}"
 
 
-def draw_conditioning(groups: Sequence[RunGroup], output: Path) -> None:
-    """Write `training.png` and `.svg`, what `SpectralMonitor` measured, where every run was trained with it."""
+def draw_conditioning(groups: Sequence[RunGroup], metric: Metric, output: Path) -> None:
+    """Where every run was trained with `SpectralMonitor`, draw what it measured, and the final values against kappa."""
     runs = [run for group in groups for run in group.runs]
     lacking = [str(run.directory) for run in runs if not is_monitored(run)]
     if not lacking:
         records = {group.label: [read_records(run.directory) for run in group.runs] for group in groups}
-        picture = write_training_report(records, output)
-        print(f"Conditioning of attention over training: {picture.with_suffix('')}.png, .svg")
+        finals = {group.label: [group.values(metric)[run.seed] for run in group.runs] for group in groups}
+        measure = f"final validation {metric.name} ({metric.unit})"
+        picture = write_training_report(records, output, finals, measure)
+        print(
+            f"Conditioning of attention over training: {picture.with_suffix('')}.png, .svg\n"
+            f"Final {metric.name} against it: {picture.with_name('outcome')}.png, .svg"
+        )
     elif len(lacking) < len(runs):
         print(
             f"Conditioning of attention over training is not drawn: no {MONITOR_FILE} (--spectral_monitor_every) in "
@@ -266,7 +271,7 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
     print(text, end="")
     if output is not None:
         print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
-        draw_conditioning(groups, output)
+        draw_conditioning(groups, metric, output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -81,6 +81,11 @@ class Metric:
     higher_is_better: bool = False
     final_key: str | None = None
 
+    @property
+    def final_name(self) -> str:
+        """The saved model's result, in words."""
+        return f"final {'validation' if self.final_key is None else 'test'} {self.name}"
+
 
 # What a run reads -> the metrics that it records, by the names of `--metric`; the first is the usual one.
 METRICS = {

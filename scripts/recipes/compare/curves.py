@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from hf_specattn.figures import COLORS, MARKERS, draw_log10, log10_of, new_figure, render
+from hf_specattn.figures import COLORS, MARKERS, capped, draw_log10, label_powers, log10_of, new_figure, render
 
 from .comparison import METRICS, Metric, RunGroup, columns, mean_curve
 
@@ -14,32 +14,29 @@ HUGE = 1e6
 def picture(groups: Sequence[RunGroup], metric: Metric) -> dict[str, bytes]:
     """Training loss and the validation's metric over steps, and its final values; file ending -> image.
 
-    Runs under a time budget come to different steps in the same time, so theirs are drawn over training tokens.
+    Runs under a time budget come to different steps in the same time, so theirs are drawn over training tokens. Of one or
+    two validations no curve is drawn: their last is among the final values.
     """
-    figure = new_figure(14, 4.6)
-    training, validation, final = figure.subplots(1, 3, width_ratios=(3, 3, 2))
-    drawn = {key: _is_huge(groups, key) for key in ("train_loss", metric.key)}  # on an axis of logarithms
     over_tokens = any(run.time_budget is not None for group in groups for run in group.runs)
-    for index, group in enumerate(groups):
-        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-        _draw_curves(training, group, "train_loss", 1.0, over_tokens, drawn["train_loss"], color, None)
-        _draw_curves(validation, group, metric.key, metric.factor, over_tokens, drawn[metric.key], color, marker)
-        _draw_final(final, index, group, metric, drawn[metric.key], color, marker)
     unit = groups[0].runs[0].unit
-    x = f"training {unit}" if over_tokens else "optimizer step"
-    log = {key: "log10 of " if huge else "" for key, huge in drawn.items()}
     losses = "sum of losses" if metric.name.endswith(" AP") else METRICS[unit]["loss"].unit  # a detector's
-    training.set(xlabel=x, ylabel=f"{log['train_loss']}training loss ({losses})", title="Training")
-    measured = f"{metric.name} ({metric.unit})"
-    validation.set(xlabel=x, ylabel=f"{log[metric.key]}validation {measured}", title="Validation")
-    of_runs = "runs, mean" if drawn[metric.key] else "runs, mean, deviation"
-    final.set(ylabel=f"{log[metric.key]}final validation {measured}", title=f"Final: {of_runs}")
-    final.set_xticks(range(len(groups)), [group.label.replace(", ", "\n") for group in groups], fontsize=7)
-    final.set_xlabel("group")
-    final.margins(x=0.2)
-    for axes in (training, validation, final):
+    curves = [("train_loss", 1.0, f"training loss ({losses})", "Training")]
+    if any(len(run.curve(metric.key)) > 2 for group in groups for run in group.runs):
+        curves.append((metric.key, metric.factor, f"validation {metric.name} ({metric.unit})", "Validation"))
+    figure = new_figure(4.6 * len(curves) + 5, max(4.6, 1.5 + 0.45 * len(groups)))
+    *panels, final = figure.subplots(1, len(curves) + 1)
+    for axes, (key, factor, label, title) in zip(panels, curves):
+        huge = _is_huge(groups, key)  # on an axis of logarithms
+        for index, group in enumerate(groups):
+            style = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)] if key == metric.key else None
+            _draw_curves(axes, group, key, factor, over_tokens, huge, *style)
+        axes.set(xlabel=f"training {unit}" if over_tokens else "optimizer step", ylabel=label, title=title)
+        if huge:
+            label_powers(axes, "y")
+    _draw_finals(final, groups, metric)
+    for axes in (*panels, final):
         axes.grid(alpha=0.3)
-    validation.legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     return render(figure, "comparison")
 
 
@@ -78,14 +75,21 @@ def _plot(axes: Any, logarithmic: bool, points: Sequence[tuple[float, float]], *
         axes.plot(x, values, **style)
 
 
-def _draw_final(
-    axes: Any, position: int, group: RunGroup, metric: Metric, logarithmic: bool, color: str, marker: str
-) -> None:
-    """Each run's value as an open marker, and beside them the mean with one standard deviation either way."""
-    values = list(group.values(metric).values())
-    style = {"color": color, "marker": marker, "linestyle": "none"}
-    _plot(axes, logarithmic, [(position - 0.12, value) for value in values], fillstyle="none", **style)
-    if logarithmic:  # a deviation goes below zero there
-        _plot(axes, logarithmic, [(position + 0.12, group.mean(metric))], **style)
-        return
-    axes.errorbar(position + 0.12, group.mean(metric), yerr=group.deviation(metric), capsize=4, **style)
+def _draw_finals(axes: Any, groups: Sequence[RunGroup], metric: Metric) -> None:
+    """A row for each group: its runs as open markers, and where there are several their mean with its deviation."""
+    huge = _is_huge(groups, metric.key)
+    several = any(len(group.runs) > 1 for group in groups)
+    for row, group in enumerate(groups):
+        values = list(group.values(metric).values())
+        style = {"color": COLORS[row % len(COLORS)], "marker": MARKERS[row % len(MARKERS)], "linestyle": "none"}
+        axes.plot(capped(log10_of(values))[0] if huge else values, [row] * len(values), fillstyle="none", **style)
+        if len(values) > 1:
+            mean = capped(log10_of(group.mean(metric)))[0] if huge else group.mean(metric)
+            deviation = None if huge else group.deviation(metric)  # which goes below zero there
+            axes.errorbar(mean, row + 0.2, xerr=deviation, capsize=4, **style)
+    measured = f"final validation {metric.name} ({metric.unit})"
+    axes.set(xlabel=measured, title="Final: runs, mean, deviation" if several else "Final")
+    axes.set_yticks(range(len(groups)), [group.label.replace(", ", ",\n") for group in groups], fontsize=8)
+    axes.set_ylim(len(groups) - 0.5, -0.5)
+    if huge:
+        label_powers(axes, "x")

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
 
-from ..comparison import PairedDifference
+from ..comparison import PairedDifference, Run
 from .design import Setting, Variant
 from .sweep_results import ArmResult, Results
 
@@ -28,6 +28,8 @@ def report(results: Results, runs_dir: Path, command: str) -> str:
     """
     sweep = results.sweep
     parts = [f"# {sweep.title}", f"    {command}", _introduction(results), short_table(results)]
+    if guesses := baseline_table(results):
+        parts += ["Without a model, on the same data:", guesses]
     if sweep.published is not None:
         caption, (header, *rows) = sweep.published
         parts += [f"{caption}:", markdown_table(header, rows)]
@@ -40,6 +42,24 @@ def report(results: Results, runs_dir: Path, command: str) -> str:
 def short_table(results: Results) -> str:
     """The results in the layout of the paper's table."""
     return LAYOUTS[results.sweep.layout](results)
+
+
+def baseline_table(results: Results) -> str:
+    """What guessing comes to for each setting, as its runs recorded it; empty where they did not."""
+    found = {}
+    for setting in results.sweep.settings:
+        runs = [run for variant in results.sweep.variants for run in results.arm(setting, variant).runs.values()]
+        if runs and "baselines" in runs[0].record.facts:
+            found[setting.label] = runs[0].record.facts["baselines"]
+    if not found:
+        return ""
+    rows = []
+    for name in dict.fromkeys(name for guesses in found.values() for name in guesses):
+        values = (guesses.get(name) for guesses in found.values())
+        rows.append(
+            [name.replace("_", " "), *(NOTHING if value is None else f"{100 * value:.2f}" for value in values)]
+        )
+    return markdown_table(["test accuracy (%)", *found], rows)
 
 
 def _settings_as_columns(results: Results) -> str:
@@ -199,18 +219,23 @@ def _passes(arm: ArmResult, results: Results, target: float) -> str:
 
 
 def _introduction(results: Results) -> str:
-    run = next(run for arm in results.arms.values() for run in arm.runs.values())
-    facts, arguments = run.record.facts, run.record.arguments
-    named = (facts.get("images"), facts.get("data"), arguments.get("train_file"), arguments.get("dataset_name"))
-    what = next((each for each in named if each), "the script's data")
-    items = "sequences" if run.unit == "tokens" else run.unit
+    runs = [run for arm in results.arms.values() for run in arm.runs.values()]
+    facts = runs[0].record.facts
     device = facts.get("device_name") or facts.get("device", "an unknown device")
     seeds = len(results.sweep.seeds)
     shown = "the mean and the standard deviation (divisor n - 1)" if seeds > 1 else "the value"
     return (
-        f"Trained on {what} ({facts[f'train_{items}']:,} training {items}), {run.steps:,} steps, {seeds} "
-        f"seed{'s' * (seeds > 1)}, device: {device}. Cells show {shown} of the final validation {results.metric.name}."
+        f"Trained on {'; '.join(dict.fromkeys(map(_training_of, runs)))}, {seeds} seed{'s' * (seeds > 1)}, device: {device}. "
+        f"Cells show {shown} of the {results.metric.final_name}."
     )
+
+
+def _training_of(run: Run) -> str:
+    facts, arguments = run.record.facts, run.record.arguments
+    named = (facts.get("images"), facts.get("data"), arguments.get("train_file"), arguments.get("dataset_name"))
+    what = next((each for each in named if each), "the script's data")
+    items = "sequences" if run.unit == "tokens" else run.unit
+    return f"{what} ({facts[f'train_{items}']:,} training {items}), {run.steps:,} steps"
 
 
 def _tuning_text(results: Results) -> str:
@@ -249,7 +274,11 @@ def _notes(results: Results, runs_dir: Path) -> list[str]:
         named = "; ".join(f"{label}: {found[0]}" for label, found in best.items() if found is not None)
         notes.append(f"Best controls, by their means: {named}.")
     if any(arm.at_chance() for arm in arms):
-        notes.append("At chance: the runs whose final accuracy is below twice that of guessing.")
+        notes.append(
+            "At chance: the runs whose test accuracy is less than three standard errors above the most frequent class's."
+            if baseline_table(results)
+            else "At chance: the runs whose final accuracy is below twice that of guessing."
+        )
     if failed := [run for arm in arms for run in arm.failed]:
         folders = "; ".join(os.path.relpath(run.directory(runs_dir), runs_dir) for run in failed)
         notes.append(f"Runs that did not come to their end, and are in no mean: {folders}.")
@@ -312,7 +341,7 @@ def _over_lambda(results: Results) -> Any:
                 axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlabel("lambda")
-    axes.set_ylabel(f"final validation {metric.name} ({metric.unit}), mean and deviation")
+    axes.set_ylabel(f"{metric.final_name} ({metric.unit}), mean and deviation")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -368,7 +397,7 @@ def _rows(results: Results) -> Any:
         for index, reference in enumerate(references):
             if reference.runs:
                 panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")
-        panel.set(title=setting.label, xlabel=f"final validation {metric.name} ({metric.unit}), mean and deviation")
+        panel.set(title=setting.label, xlabel=f"{metric.final_name} ({metric.unit}), mean and deviation")
         panel.set_yticks(range(len(rows)), rows, fontsize=8)
         panel.grid(alpha=0.3)
     for panel in list(grid.flat)[len(sweep.settings) :]:

@@ -1,5 +1,6 @@
 """What the runs of a sweep came to: arms with their values, what the tuning chose, and how fast a result was reached."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,12 +40,12 @@ class ArmResult:
         return paired_difference(self.values(metric), other.values(metric))
 
     def at_chance(self) -> int:
-        """How many classifiers came to less than twice the accuracy of guessing."""
-        return sum(
-            run.record.final["validation_accuracy"] < 2 / run.record.facts["classes"]
-            for run in self.runs.values()
-            if "classes" in run.record.facts
-        )
+        """How many classifiers came to less than twice the accuracy of guessing.
+
+        Where guessing was measured on the test part, two classes may be all there are: to less than three standard errors
+        above the most frequent one.
+        """
+        return sum(_is_at_chance(run) for run in self.runs.values() if "classes" in run.record.facts)
 
     def seconds(self) -> float | None:
         """Median seconds of training; None without a run."""
@@ -62,6 +63,14 @@ class ArmResult:
         """
         reached = [passes for run in self.runs.values() if (passes := _passes_until(run, metric, target)) is not None]
         return (median(reached) if reached else None), len(reached)
+
+
+def _is_at_chance(run: Run) -> bool:
+    facts, final = run.record.facts, run.record.final
+    if "baselines" not in facts:
+        return final["validation_accuracy"] < 2 / facts["classes"]
+    guess = facts["baselines"]["majority"]
+    return final["test_accuracy"] < guess + 3 * math.sqrt(guess * (1 - guess) / facts["test_examples"])
 
 
 def _passes_until(run: Run, metric: Metric, target: float) -> float | None:

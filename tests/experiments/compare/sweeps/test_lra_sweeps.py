@@ -1,16 +1,19 @@
 """The sweeps on Long Range Arena: every command parses, data of each task, costs, and tuning by the validation part."""
 
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
 from scripts_loading import REPOSITORY, load_script
 
-from recipes.compare.comparison import Metric, Run
+from recipes.compare.comparison import METRICS, Metric, Run
 from recipes.compare.sweeps.design import SweepError
 from recipes.compare.sweeps.execution import planned_runs
 from recipes.compare.sweeps.lra_sweeps import LRA_SWEEPS, TASKS, lra_operations, with_data
-from recipes.compare.sweeps.sweep_presets import SCALES
+from recipes.compare.sweeps.sweep_presets import SCALES, STOCK
+from recipes.compare.sweeps.sweep_report import report
+from recipes.compare.sweeps.sweep_results import ArmResult, Results
 from recipes.lra.lra_arguments import PRESETS, parse_arguments
 from recipes.run.run_metrics import RunMetrics
 
@@ -93,6 +96,54 @@ def test_made_data_need_no_folder_and_may_have_one():
     assert [setting.flags[-1] for setting in with_data(sweep, ["text=/t"]).settings] == ["small", "/t"]
 
 
+def test_the_scale_is_tuned_on_no_test_part_also_at_the_published_protocol(tmp_path):
+    sweep = with_data(LRA_SWEEPS["lra_controls"]("paper", SCRIPTS), DATA)
+    (tuning,) = sweep.tunings
+    for setting in sweep.settings:
+        (tried, *_), *_ = sweep.tuning_runs(setting, tuning, {}).values()
+        measured = sweep.runs(setting, sweep.reference, {})[0]
+        protocols = [parse_arguments(run.arguments(tmp_path), "a run")[0].protocol for run in (tried, measured)]
+        assert protocols == ["clean", "lra"]
+
+
+def arm_of(tmp_path, label, accuracies, facts):
+    arguments = {"seed": 0}
+    runs = {}
+    for seed, accuracy in enumerate(accuracies):
+        final = {"step": 4, "validation_accuracy": 0.9, "test_accuracy": accuracy, "validation_loss": 1.0}
+        validation = [{"step": 2, "validation_accuracy": 0.9}]
+        record = RunMetrics(arguments=arguments, facts=facts, validation=validation, final=final)
+        runs[seed] = Run(tmp_path / label, seed, "stock", {}, record)
+    return ArmResult(runs)
+
+
+def test_the_report_sets_guessing_beside_the_scores_and_names_the_data_of_each_task(tmp_path):
+    sweep = replace(with_data(LRA_SWEEPS["table3"]("small", SCRIPTS), DATA), variants=(STOCK,), published=None)
+    sweep = replace(sweep, settings=sweep.settings[:2])
+    common = {"examples_per_step": 8, "device": "cpu", "validation_fingerprint": "f"}
+    guesses = {"majority": 0.155, "root_operator": 0.345}
+    listops = common | {"classes": 10, "train_examples": 20000, "test_examples": 2000, "data": "ListOps (made)"}
+    text = common | {"classes": 2, "train_examples": 22500, "test_examples": 400, "data": "Text (IMDb)"}
+    arms = {
+        ("ListOps", "stock"): arm_of(tmp_path, "l", (0.16, 0.36), listops | {"baselines": guesses}),
+        # A standard error is 2.5 points: 57 is less than three above 50, 58 is more.
+        ("Text", "stock"): arm_of(tmp_path, "t", (0.57, 0.58), text | {"baselines": {"majority": 0.5}}),
+    }
+    text = report(Results(sweep, METRICS["examples"]["accuracy"], {}, {}, arms), tmp_path, "sweep.py table3")
+    data = "ListOps (made) (20,000 training examples), 4 steps; Text (IMDb) (22,500 training examples), 4 steps"
+    assert f"Trained on {data}, 2 seeds, device: cpu." in text
+    assert "Cells show the mean and the standard deviation (divisor n - 1) of the final test accuracy." in text
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    assert ["stock", "26.00 ± 14.14", "57.50 ± 0.71"] in rows
+    assert ["majority", "15.50", "50.00"] in rows
+    assert ["root operator", "34.50", "–"] in rows
+    header = rows[[row[0] for row in rows].index("model")]
+    assert [
+        row[header.index("at chance")] for row in rows if row[:2] in (["ListOps", "stock"], ["Text", "stock"])
+    ] == list("11")
+    assert "less than three standard errors above the most frequent class's" in text
+
+
 def test_results_are_of_the_test_part_and_curves_of_the_validation_part(tmp_path):
     final = {"step": 4, "validation_accuracy": 0.9, "test_accuracy": 0.4, "validation_loss": 1.0}
     record = RunMetrics(
@@ -100,6 +151,7 @@ def test_results_are_of_the_test_part_and_curves_of_the_validation_part(tmp_path
     )
     run = Run(tmp_path, 0, "stock", {}, record)
     metric = Metric("validation_accuracy", "accuracy", "%", 100.0, final_key="test_accuracy")
+    assert metric.final_name == "final test accuracy"
     assert run.unit == "examples"
     assert run.value(metric) == 40
     assert run.curve(metric.key) == [(2, 0.9)]
