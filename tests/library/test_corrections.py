@@ -64,6 +64,25 @@ def test_svd_brings_kappa_to_two_at_most(shape, kappa):
     assert np.linalg.cond(corrected) <= 2 * (1 + 1e-9)
 
 
+def test_a_dynamic_correction_speeds_rotations_up_and_never_damps():
+    """For square W = U S V^T and A = U^T dW V, with symmetric and antisymmetric parts A_s and A_a:
+    d(W + C) = U [A_s + A_a (1 + 2 s_1 / (s_i + s_j)) + A_11 I] V^T.
+    """
+    generator = torch.Generator().manual_seed(5)
+    weight, change = torch.randn(2, 9, 9, dtype=torch.float64, generator=generator)
+    left, sigma, right = torch.linalg.svd(weight)
+    inner = left.T @ change @ right.T
+    symmetric, antisymmetric = (inner + inner.T) / 2, (inner - inner.T) / 2
+    speed = 1 + 2 * sigma[0] / (sigma[:, None] + sigma)
+    expected = left @ (symmetric + antisymmetric * speed + inner[0, 0] * torch.eye(9)) @ right
+    assert speed.min() >= 2
+
+    step = 1e-6
+    ends = [weight + sign * step * change for sign in (1, -1)]
+    effective = [end + svd_correction(end) for end in ends]
+    torch.testing.assert_close((effective[0] - effective[1]) / (2 * step), expected, rtol=1e-7, atol=1e-8)
+
+
 def test_svd_of_a_rank_deficient_matrix():
     weight = with_singular_values(10, 7, [3.0, 1.0, 0.0, 0.0])
     corrected = (weight + svd_correction(weight)).numpy()
