@@ -10,6 +10,7 @@ from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, ren
 
 from ..comparison import PairedDifference, Run
 from .design import Setting, Variant
+from .sweep_monitor import EXPLANATION, monitor_table, seen_by_seed
 from .sweep_results import ArmResult, Results
 
 NOTHING = "–"
@@ -36,6 +37,8 @@ def report(results: Results, runs_dir: Path, command: str) -> str:
     if sweep.tunings:
         parts += ["## Tuned first", _tuning_text(results), tuning_table(results)]
     parts += ["## Every arm", arm_table(results), *_notes(results, runs_dir)]
+    if (table := monitor_table(results)) is not None:
+        parts += ["## What the monitor saw", EXPLANATION, table]
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -296,6 +299,7 @@ def as_json(results: Results) -> dict[str, Any]:
     for setting in results.sweep.settings:
         for variant in results.sweep.variants:
             arm = results.arm(setting, variant)
+            monitored = seen_by_seed(arm)
             arms.append(
                 {
                     "setting": setting.label,
@@ -304,6 +308,7 @@ def as_json(results: Results) -> dict[str, Any]:
                     "seconds": {str(seed): run.record.final["seconds"] for seed, run in arm.runs.items()},
                     "failed_seeds": [run.seed for run in arm.failed],
                     "at_chance": arm.at_chance(),
+                    **({"monitor": {str(seed): record for seed, record in monitored.items()}} if monitored else {}),
                 }
             )
     tried = {

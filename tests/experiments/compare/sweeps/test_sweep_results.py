@@ -1,6 +1,7 @@
 """Cells, choices and the report, by hand from small records."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -214,6 +215,35 @@ def test_every_number_as_json(results):
     assert arm["seconds"] == {"0": 15.0, "1": 16.0, "2": 17.0}
     assert content["chosen"]["A"] == {"scale": 2.0}
     assert len(content["arms"]) == 8
+
+
+def test_what_the_monitor_saw_at_both_ends(results, tmp_path):
+    assert "What the monitor saw" not in report(results, tmp_path, "the command")
+    assert all("monitor" not in arm for arm in as_json(results)["arms"])
+
+    runs = results.arms["A", "stock"].runs
+    for seed, run in runs.items():
+        # By layer and head; null is infinite.
+        first = {
+            "step": 0,
+            "kappa_output_value_effective": [[1.0 + seed, 9.0], [5.0, None]],
+            "path_effective_rank": 2.0,
+        }
+        last = {
+            "step": 20,
+            "kappa_output_value_effective": [[4.0, None], [None, None]],
+            "path_effective_rank": 3.0 + seed,
+        }
+        content = {"every": 10, "records": [first, {**first, "step": 10}, last]}
+        (run.directory / "spectral_monitor.json").write_text(json.dumps(content), encoding="utf-8")
+
+    _, rows = table_of(report(results, tmp_path, "the command").split("## What the monitor saw")[1], "model")
+    assert rows == [["A", "stock", "7 → inf", "– → –", "2 → 4", "– → –", "– → –"]]
+    stock = next(arm for arm in as_json(results)["arms"] if (arm["setting"], arm["variant"]) == ("A", "stock"))
+    assert stock["monitor"]["2"] == {
+        "first": {"kappa_output_value_effective": 7.0, "path_effective_rank": 2.0},
+        "last": {"kappa_output_value_effective": None, "path_effective_rank": 5.0},
+    }
 
 
 def test_the_plan_has_the_tuning_first():
