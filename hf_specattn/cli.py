@@ -5,7 +5,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -13,28 +13,30 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from transformers.utils import logging
 
 from .balance import OutputChangedError
-from .checkpoints.conversion import Options, balance_checkpoint, fold_checkpoint
+from .checkpoints.conversion import Options, Result, balance_checkpoint, fold_checkpoint
 from .checkpoints.conversion import convert as convert_checkpoint
 from .checkpoints.inspection import inspect_checkpoint
 from .checkpoints.publishing import plan, publish
+from .checkpoints.records import read_record
 from .config import PROJECTIONS, SpectralConfig
-from .diagnostics.command import report
+from .diagnostics.command import Json, report
 from .files import require_writable
+from .machine_output import as_json, environment
 from .preconditioner import PreconditionerConfig
 from .terminal import expand_home, tolerate_output
-from .version import __version__
 
 TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: where an error was raised is shown
 # Of the types that this package raises, with a message for users.
 OWN_ERRORS = (ValueError, OSError, ImportError, OutputChangedError)
 HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
+# typer brings click along, under a private name in some releases.
+UsageError: Any = typer.BadParameter.__base__
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 app = typer.Typer(
     name="specattn",
     help="Spectral conditioning of attention: make, look at and publish checkpoints.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     # `--base_model` and `--lambda_`, too, as the scripts spell them.
@@ -44,7 +46,10 @@ app = typer.Typer(
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or the name of a model on the Hub.")]
 Dst = Annotated[str, typer.Argument(metavar="DST", help="The folder to write; it is there whole or not at all.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the written weights: auto (that of SRC), {', '.join(DTYPES)}.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "float64", "float16", "bfloat16"],
+    typer.Option(help="Of the written weights; auto is that of SRC."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST that is not empty, as a whole.")]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Load weights that are only there as a pickle, with weights_only.")
@@ -59,56 +64,64 @@ def convert(
     src: Src,
     dst: Dst,
     method: Annotated[
-        str | None,
+        Literal["identity", "svd"] | None,
         typer.Option(
-            help="identity (C = lambda * I) or svd (C from the SVD of W). Left out: identity, or with --preconditioner no "
-            "corrections."
+            help="C = lambda * I, or C from the SVD of W. Default: identity, or with --preconditioner no correction."
         ),
     ] = None,
     lambda_: Annotated[
         str | None,
         typer.Option(
-            "--lambda", help="identity: a number > 0 (10 if left out), or one per target: query=1,key=1,value=10."
+            "--lambda",
+            metavar="NUMBER",
+            help="For identity: a number > 0 (default: 10), or one per target, such as query=1,key=1,value=10.",
         ),
     ] = None,
     init: Annotated[
-        str | None,
+        Literal["additive", "preserve"] | None,
         typer.Option(
-            help="additive (the default: W stays, the function changes) or preserve (W becomes W - C, the function stays)."
+            help="additive (default): W stays, so the function changes. preserve: W becomes W - C, so the function stays."
         ),
     ] = None,
     targets: Annotated[
-        str | None, typer.Option(help="The projections to condition, with commas. Left out: query,key,value.")
-    ] = None,
-    granularity: Annotated[
-        str | None, typer.Option(help="One C per projection (the default), or per head.", metavar="projection|head")
-    ] = None,
-    preconditioner: Annotated[
         str | None,
         typer.Option(
-            help="Divide each head's output by its norms, by row or by column (docs/preconditioning.md). Alone, or with "
-            "--method."
+            metavar=",".join((*PROJECTIONS, "output")),
+            help="The projections to condition, separated by commas. Default: query,key,value.",
+        ),
+    ] = None,
+    granularity: Annotated[
+        Literal["projection", "head"] | None, typer.Option(help="One C per projection (default), or one per head.")
+    ] = None,
+    preconditioner: Annotated[
+        Literal["row", "column"] | None,
+        typer.Option(
+            help="Divide each head's output by its norms (docs/preconditioning.md), alone or together with --method."
         ),
     ] = None,
     preconditioner_gradient: Annotated[
-        str | None, typer.Option(help="detached (the default) or through: whether the norm is differentiated.")
+        Literal["detached", "through"] | None,
+        typer.Option(help="Whether gradients flow through the norm. Default: detached."),
     ] = None,
     preconditioner_scale: Annotated[
-        str | None,
-        typer.Option(help="What the norm becomes: unit (the default), rms, or match (as it is on a probe)."),
+        Literal["unit", "rms", "match"] | None,
+        typer.Option(help="What the norm becomes; match is what it is on a probe. Default: unit."),
     ] = None,
-    preconditioner_eps: Annotated[float | None, typer.Option(help="Smaller norms count as this one (1e-6).")] = None,
+    preconditioner_eps: Annotated[
+        float | None, typer.Option(help="Smallest norm to divide by. Default: 1e-6.")
+    ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     base_model: BaseModel = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
+    json: Json = False,
 ) -> None:
     """Make a conditioned checkpoint of a stock one: each query, key and value projection computes with W + C.
 
     With --preconditioner, a preconditioned one.
     """
-    options = Options(revision, _dtype(dtype), overwrite, allow_pickle, base_model)
+    options = Options(revision, DTYPES.get(dtype), overwrite, allow_pickle, base_model)
     settings = {"lambda": lambda_, "targets": targets, "granularity": granularity, "init": init}
     config = None
     if preconditioner is None or method is not None:
@@ -124,7 +137,7 @@ def convert(
     chosen = {name: value for name, value in fields.items() if value is not None}
     preconditioner_config = None if preconditioner is None else PreconditionerConfig(preconditioner, **chosen)  # type: ignore[arg-type]
     result = convert_checkpoint(src, dst, config, init or "additive", options, preconditioner_config)
-    _report(result.describe())
+    _tell(result, json)
 
 
 @app.command()
@@ -135,10 +148,11 @@ def fold(
     dtype: Dtype = "auto",
     base_model: BaseModel = None,
     overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Make a plain checkpoint of a conditioned one: W + C in the weights of the stock architecture."""
-    options = Options(revision, _dtype(dtype), overwrite, base_model=base_model)
-    _report(fold_checkpoint(src, dst, options).describe())
+    options = Options(revision, DTYPES.get(dtype), overwrite, base_model=base_model)
+    _tell(fold_checkpoint(src, dst, options), json)
 
 
 @app.command()
@@ -150,16 +164,20 @@ def balance(
     base_model: BaseModel = None,
     overwrite: Overwrite = False,
     allow_pickle: AllowPickle = False,
+    json: Json = False,
 ) -> None:
     """Make each head of a stock checkpoint better conditioned along its gauge, with its outputs kept."""
-    options = Options(revision, _dtype(dtype), overwrite, allow_pickle, base_model)
-    _report(balance_checkpoint(src, dst, options).describe())
+    options = Options(revision, DTYPES.get(dtype), overwrite, allow_pickle, base_model)
+    _tell(balance_checkpoint(src, dst, options), json)
 
 
 @app.command()
-def inspect(src: Src, revision: Revision = None, allow_pickle: AllowPickle = False) -> None:
-    """Say what a checkpoint is, and the condition numbers of its projections."""
-    _report(inspect_checkpoint(src, revision, allow_pickle).describe())
+def inspect(
+    src: Src, revision: Revision = None, allow_pickle: AllowPickle = False, json: Json = False
+) -> None:
+    """Show what a checkpoint is, and the condition numbers of its projections."""
+    found = inspect_checkpoint(src, revision, allow_pickle)
+    _report(as_json(found.as_dict()) if json else found.describe())
 
 
 @app.command()
@@ -174,26 +192,33 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to; created where it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    commit_message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    json: Json = False,
 ) -> None:
     """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
     if card_dir is not None:
         require_writable(card_dir, "--card-dir")
     publication = plan(src, repo_id, new_card)
-    _report(publication.describe())
+    tell = _nothing if json else _report
+    tell(publication.describe())
     if card_dir is not None:
-        _report(f"Written into {card_dir}: {', '.join(publication.write_card(card_dir))}")
+        tell(f"Written into {card_dir}: {', '.join(publication.write_card(card_dir))}")
+    url = None
     if dry_run:
-        _report("Dry run: nothing was uploaded.")
-        return
-    commit = publish(
-        publication,
-        private=private or None,
-        revision=revision,
-        create_pr=create_pr,
-        commit_message=commit_message,
-    )
-    _report(f"Published: {commit.pr_url or commit.commit_url}")
+        tell("Dry run: nothing was uploaded.")
+    else:
+        commit = publish(
+            publication,
+            private=private or None,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+        )
+        url = commit.pr_url or commit.commit_url
+        tell(f"Published: {url}")
+    if json:
+        listed = {"files": list(publication.files), "left_out": publication.left_out}
+        _report(as_json({"repo_id": publication.repo_id, **listed, "url": url}))
 
 
 app.command()(report)
@@ -211,15 +236,38 @@ def report_training() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def options(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the versions of this package and of what it runs on, and exit.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Spectral conditioning of attention: make, look at and publish checkpoints."""
     if version:
-        _report(__version__)
+        found = environment()
+        lines = (f"{name} {'is not installed' if value is None else value}" for name, value in found.items())
+        _report(as_json(found) if json else "\n".join(lines))
         raise typer.Exit
+    if json:
+        raise typer.BadParameter("--json goes after the name of a command, or with --version.")
+    if context.invoked_subcommand is None:
+        _report(context.get_help())
+        raise typer.Exit(2)
 
 
 def _report(text: str) -> None:
     typer.echo(text)
+
+
+def _nothing(text: str) -> None:
+    """In place of `_report` where JSON is printed in the end."""
+
+
+def _tell(result: Result, json: bool) -> None:
+    """What a conversion did: as text, or the record that lies in the new folder, with its path and files."""
+    where = {"folder": result.folder, "files": result.files}
+    _report(as_json({"record": read_record(result.folder), **where}) if json else result.describe())
 
 
 def _given(options: Mapping[str, Any]) -> str | None:
@@ -253,12 +301,6 @@ def _number(text: str) -> float:
         ) from None
 
 
-def _dtype(name: str) -> torch.dtype | None:
-    if name != "auto" and name not in DTYPES:
-        raise ValueError(f"--dtype {name!r} is unknown; choose one of auto, {', '.join(DTYPES)}.")
-    return DTYPES.get(name)
-
-
 def explain(error: Exception) -> str:
     """What a user is told of an error, whatever raised it: in our own messages the way out is said already."""
     kind = type(error)
@@ -287,14 +329,20 @@ def explain(error: Exception) -> str:
 
 
 def main() -> None:
-    """Run the command: whatever it raises is one message and exit status 1."""
+    """Run the command. Like the scripts it ends with status 2 where the command line is wrong, else with 1 and a message."""
     logging.set_verbosity_error()  # the reports say what there is to say
     tolerate_output()
     sys.argv[1:] = expand_home(sys.argv[1:])
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        app()
+        raise SystemExit(app(prog_name="specattn", standalone_mode=False) or 0)
+    except UsageError as error:
+        usage, program = (error.ctx.get_usage(), error.ctx.command_path) if error.ctx else ("", "specattn")
+        typer.echo(f"{usage}\n{program}: error: {error.format_message()}".strip(), err=True)
+        raise SystemExit(2) from None
+    except typer.Abort:  # Ctrl-C
+        raise SystemExit(130) from None
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

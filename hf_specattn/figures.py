@@ -32,7 +32,7 @@ def log10_of(values: Any) -> Any:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure of so many inches that needs no display.
+    """Return an empty matplotlib figure, its size in inches, that needs no display.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -70,6 +70,28 @@ def draw_log10(axes: Any, x: Any, log10: Any, **style: Any) -> None:
         mark = {"linestyle": "none", "marker": "X", "markersize": 8, "color": style.get("color"), "label": "_beyond"}
         axes.plot(np.asarray(x)[beyond], limited[beyond], **mark)
         axes.annotate(f"x: beyond 1e{low:.0f} or 1e{high:.0f}", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
+
+
+def label_powers(axes: Any, *axis_names: str) -> None:
+    """Label axes on which decimal logarithms are drawn ("x", "y") with the numbers themselves: 2, 50, 1e+06.
+
+    Call it when everything is drawn: the ticks are those of the limits as they are then.
+    """
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    for name in axis_names:
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high - low < 1:  # less than a decade: round numbers
+            ticks = np.array([tick for tick in MaxNLocator(5).tick_values(10.0**low, 10.0**high) if tick > 0])
+        elif high - low < 3:
+            ticks = np.array([digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)])
+        else:
+            ticks = np.power(10.0, MaxNLocator(7, integer=True).tick_values(low, high))
+        places = np.log10(ticks)
+        seen = (places >= low - 1e-9) & (places <= high + 1e-9)
+        getattr(axes, f"set_{name}ticks")(places[seen], [f"{tick:.6g}" for tick in ticks[seen]])
+        getattr(axes, f"set_{name}lim")(low, high)
 
 
 def render(figure: Any, name: str) -> dict[str, bytes]:

@@ -2,15 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..architectures import ARCHITECTURES
 from ..checksums import verify
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
-from ..modeling import MODEL_TYPE_PREFIX
+from ..modeling import FIELDS, MODEL_TYPE_PREFIX
 from ..preconditioning import SOURCE, PreconditionReport, format_preconditioning, preconditioning_reports
 from .probe import make_batch
-from .records import KappaRow, read_record, spectra_rows
+from .records import KappaRow, heads_rows, read_record, spectra_rows
 from .remote_code import auto_map, needs_remote_code, source_files
 from .source_checkpoint import find_source, load_model
 from .tables import format_rows
@@ -25,12 +26,19 @@ class Inspection:
         rows: condition numbers of W, and of W + C, per projection.
         is_conditioned: whether W + C is another matrix than W.
         heads: what its preconditioner does to each attention on a random probe; empty where it has none.
+        settings: of the correction and the preconditioner, by the names of config.json; empty for a stock model.
     """
 
     facts: dict[str, str]
     rows: list[KappaRow]
     is_conditioned: bool
     heads: list[PreconditionReport] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `describe` says, for `--json`; condition numbers that are infinite are None."""
+        facts = {"facts": self.facts, "is_conditioned": self.is_conditioned, "settings": self.settings}
+        return {**facts, "projections": self.rows, "heads": heads_rows(self.heads)}
 
     def describe(self) -> str:
         """The facts and the tables."""
@@ -84,7 +92,8 @@ def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: b
     if unexpected := sorted(info["unexpected_keys"]):
         facts["not in the model"] = ", ".join(unexpected)
     heads = preconditioning_reports(model, make_batch(model)) if found.is_preconditioned else []
-    return Inspection(facts, spectra_rows(spectra(model)), found.is_conditioned, heads)
+    settings = {name: found.config[name] for name in FIELDS if name in found.config}
+    return Inspection(facts, spectra_rows(spectra(model)), found.is_conditioned, heads, settings)
 
 
 def _loads_without(folder: Path, config: dict[str, object]) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figures import COLORS, MARKERS, capped, draw_log10, log10_of, new_figure
+from ..figures import COLORS, MARKERS, capped, draw_log10, label_powers, log10_of, new_figure
 from .monitor import summary_of
 from .saturation import Saturation
 from .spectra import ProjectionSpectra
@@ -40,10 +40,11 @@ def spectra_figure(rows: Sequence[ProjectionSpectra]) -> Any:
             if is_conditioned(chosen):
                 effective = log10_of([getattr(row.effective, attribute) for row in chosen])
                 draw_log10(axes, layers, effective, label=f"{name}: W + C", **style)
-        axes.set(xlabel="attention layer", ylabel=f"log10 of {label}")
+        axes.set(xlabel="attention layer", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+        label_powers(axes, "y")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center")
     figure.suptitle("Spectra of the whole projections")
     return figure
 
@@ -63,7 +64,8 @@ def distributions_figure(rows: Sequence[ProjectionSpectra]) -> Any:
         conditioned = is_conditioned([row for row in rows if row.projection == name])
         axes.set(xlabel="rank of the singular value", title=f"{name}: {'W + C' if conditioned else 'W'}")
         axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("log10 of singular value")
+    all_axes[0].set_ylabel("singular value")
+    label_powers(all_axes[0], "y")
     _layer_scale(figure, all_axes, layers)
     return figure
 
@@ -116,9 +118,10 @@ def jacobian_figure(rows: Sequence[Any]) -> Any:
         draw_log10(axes, [row.layer for row in lower], log10_of([row.kappa for row in lower]), linestyle="none", marker="^",
                    color="black", markersize=8, fillstyle="none",
                    label="at least: beyond what the Gram matrix resolves")  # fmt: skip
-    axes.set(xlabel="attention layer", ylabel="log10 of the condition number")
+    axes.set(xlabel="attention layer", ylabel="condition number")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
+    label_powers(axes, "y")
     axes.legend(fontsize=8)
     return figure
 
@@ -150,15 +153,43 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
             _draw_band(axes, [(s, v["kappa_head_output"]) for s, v in curves], f"{label}: A", color, ":")
             scaled = [(s, v["kappa_head_output_preconditioned"]) for s, v in curves]
             _draw_band(axes, scaled, f"{label}: preconditioned", color, "-")
-    left.set(ylabel="log10 of smallest singular value", title="Smallest singular value")
-    middle.set(ylabel="log10 kappa", title="Condition number of W and W + C")
-    right.set(ylabel="log10 kappa", title="Condition number of the Jacobian")
+    left.set(ylabel="smallest singular value", title="Smallest singular value")
+    middle.set(ylabel="kappa", title="Condition number of W and W + C")
+    right.set(ylabel="kappa", title="Condition number of the Jacobian")
     for axes in last:
-        axes.set(ylabel="log10 kappa", title="Condition number of a head's output A")
+        axes.set(ylabel="kappa", title="Condition number of a head's output A")
     for axes in (left, middle, right, *last):
         axes.set(xlabel="optimizer step")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        label_powers(axes, "y")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # off the data
+    return figure
+
+
+def outcome_figure(
+    groups: Mapping[str, Sequence[Sequence[Record]]], outcomes: Mapping[str, Sequence[float]], measure: str
+) -> Any:
+    """What training came to, against kappa(W + C) and the Jacobian's kappa at its end: one marker per run.
+
+    Args:
+        groups: as in [`training_figure`].
+        outcomes: label -> the final value of each run, in the order of `groups`.
+        measure: what the values are, for the axis.
+    """
+    figure = new_figure(9, 4.4)
+    panels = figure.subplots(1, 2, sharey=True)
+    kappas = (("kappa_effective", "kappa of W + C"), ("kappa_jacobian", "kappa of the Jacobian"))
+    for axes, (name, label) in zip(panels, kappas):
+        for index, (group, runs) in enumerate(groups.items()):
+            ends = log10_of([_curves(records)[1][name][-1] for records in runs])
+            style = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
+            places, _ = capped(ends)
+            axes.plot(places, outcomes[group], linestyle="none", label=group, **style)
+        axes.set(xlabel=f"{label}, end of training", title=f"Against the {label}")
+        axes.grid(alpha=0.3)
+        label_powers(axes, "x")
+    panels[0].set_ylabel(measure)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
 

@@ -20,6 +20,7 @@ from .attention_figures import (
     heat_maps_figure,
     is_conditioned,
     jacobian_figure,
+    outcome_figure,
     spectra_figure,
     training_figure,
 )
@@ -79,6 +80,30 @@ class Diagnosis:
     warnings: list[str]
     preconditioning: list[PreconditionReport] = field(default_factory=list)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything on the page, by name, for `--json`; layers and heads count from 0."""
+        return {
+            "verdicts": verdicts(self),
+            "projections": [
+                {
+                    "layer": row.layer,
+                    "name": row.name,
+                    "projection": row.projection,
+                    "shape": row.shape,
+                    "kappa_raw": row.raw.kappa,
+                    "kappa": row.effective.kappa,
+                    "sigma_min": row.effective.sigma_min,
+                    "sigma_max": row.effective.sigma_max,
+                    "head_kappa": row.effective.head_kappa,
+                }
+                for row in self.spectra
+            ],
+            "products": self.products,
+            "saturation": self.saturation,
+            "jacobians": self.jacobians,
+            "preconditioning": self.preconditioning,
+        }
+
 
 def diagnose(
     model: nn.Module,
@@ -134,8 +159,6 @@ def write_report(
 ) -> Path:
     """Look at the model on `data`, and write `report.html` and its figures (PNG and SVG) into `folder`.
 
-    The page needs nothing beside itself: no scripts, and the pictures are in it.
-
     Args:
         title: of the page; None: the model's class.
         data, architecture, queries, jacobian_heads: as in [`diagnose`].
@@ -148,6 +171,14 @@ def write_report(
         ImportError: if matplotlib is missing.
     """
     diagnosis = diagnose(model, data, architecture=architecture, queries=queries, jacobian_heads=jacobian_heads)
+    return write_diagnosis(diagnosis, folder, title or type(model).__name__)
+
+
+def write_diagnosis(diagnosis: Diagnosis, folder: str | Path, title: str) -> Path:
+    """Write a diagnosis as `report.html`, with its figures (PNG and SVG) beside it; returns the page.
+
+    The page needs nothing beside itself: it has no scripts, and the pictures are in it.
+    """
     figures = {
         "spectra": spectra_figure(diagnosis.spectra),
         "heat_maps": heat_maps_figure(diagnosis.spectra, diagnosis.saturation),
@@ -159,20 +190,28 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     images = {name: write_figure(figure, folder, name) for name, figure in figures.items()}
     page = folder / PAGE
-    text = page_of(diagnosis, images, title or type(model).__name__)
-    write_bytes(page, text.encode())
+    write_bytes(page, page_of(diagnosis, images, title).encode())
     return page
 
 
-def write_training_report(groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], folder: str | Path) -> Path:
+def write_training_report(
+    groups: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    folder: str | Path,
+    outcomes: Mapping[str, Sequence[float]] | None = None,
+    measure: str = "final validation loss",
+) -> Path:
     """Write the figure of training runs, `training.png` and `.svg`, into `folder`; returns the PNG.
 
     Args:
         groups: as in [`training_figure`].
+        outcomes: label -> the final value of each run; with it `outcome.png` and `.svg` show them against kappa.
+        measure: what those values are.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_figure(training_figure(groups), folder, "training")
+    if outcomes is not None:
+        write_figure(outcome_figure(groups, outcomes, measure), folder, "outcome")
     return folder / "training.png"
 
 
@@ -260,12 +299,20 @@ TEMPLATE = """<!DOCTYPE html>
 <head>
 <meta charset="utf-8">
 <title>Conditioning of attention: {{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { max-width: 100%; }
-table { border-collapse: collapse; font-size: 13px; }
-th, td { border: 1px solid #ccc; padding: 2px 8px; text-align: right; }
+:root { color-scheme: light dark; --text: #222; --page: #fff; --line: #ccc; --quiet: #f3f3f3; }
+@media (prefers-color-scheme: dark) { :root { --text: #ddd; --page: #181a1b; --line: #444; --quiet: #242729; } }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: var(--text);
+  background: var(--page); overflow-wrap: anywhere; }
+.wide { overflow-x: auto; margin: 0.5rem 0; }
+img { display: block; width: 100%; min-width: 42rem; background: #fff; border-radius: 4px; }
+img.narrow { max-width: 44rem; }
+table { border-collapse: collapse; font-size: 13px; overflow-wrap: normal; }
+th, td { border: 1px solid var(--line); padding: 2px 8px; text-align: right; white-space: nowrap; }
+th { background: var(--quiet); white-space: normal; vertical-align: bottom; min-width: 4em; }
 th:first-child, td:first-child { text-align: left; }
+summary { cursor: pointer; padding: 2px 0; }
 </style>
 </head>
 <body>
@@ -277,79 +324,94 @@ th:first-child, td:first-child { text-align: left; }
 {% endfor %}
 </ul>
 <h2>Spectra</h2>
-<p>Singular values of each projection{{ " before (W) and with the correction (W + C)" if conditioned }}. The condition number
+<p>Layers and heads are counted from 0. Singular values of each projection
+{{- " before (W) and with the correction (W + C)" if conditioned }}. The condition number
 kappa is the largest divided by the smallest.</p>
-<img alt="Spectra over the layers" src="data:image/png;base64,{{ images.spectra }}">
+<div class="wide">
+<img alt="Spectra over the layers" src="data:image/png;base64,{{ images.spectra }}"></div>
 <h2>Heads</h2>
 <p>The condition number of each head's block, and how even its attention is: 1 is uniform, 0 a softmax that picks one token
 and passes no gradient to query and key.</p>
-<img alt="Condition numbers and entropy by layer and head" src="data:image/png;base64,{{ images.heat_maps }}">
+<div class="wide">
+<img alt="Condition numbers and entropy by layer and head" src="data:image/png;base64,{{ images.heat_maps }}"></div>
 <h2>What the heads compute with</h2>
 <p>Condition numbers of each head's W_Q^T W_K and W_O W_V, geometric mean and largest of the layer. Weights of the same
-function may have another kappa(W); these products they share, so they are the numbers to compare models by.</p>
-<table id="products">
+function can have another kappa(W), but the same products, so these are the numbers to compare models by.</p>
+{% for layer, rows in diagnosis.products | groupby("layer") %}
+<details><summary>Layer {{ layer }}: largest kappa {{ rows | map(attribute="kappa") | map("max") | max | number }}</summary>
+<div class="wide"><table class="products">
 <tr><th>attention</th><th>product</th>{% if conditioned %}<th>mean, W</th><th>largest, W</th>{% endif %}<th>mean</th>
 <th>largest</th></tr>
-{% for row in diagnosis.products %}
+{% for row in rows %}
 <tr><td>{{ row.name }}</td><td>{{ row.product }}</td>
 {% if conditioned %}<td>{{ geometric_mean(row.kappa_raw) | number }}</td>
 <td>{{ row.kappa_raw | max | number }}</td>{% endif %}
 <td>{{ geometric_mean(row.kappa) | number }}</td><td>{{ row.kappa | max | number }}</td></tr>
 {% endfor %}
-</table>
+</table></div></details>
+{% endfor %}
 <h2>Distributions</h2>
-<img alt="All singular values" src="data:image/png;base64,{{ images.distributions }}">
+<div class="wide">
+<img alt="All singular values" src="data:image/png;base64,{{ images.distributions }}"></div>
 {% if diagnosis.jacobians %}
 <h2>The Jacobian</h2>
 <p>Of each head's output with respect to its W_Q, W_K and W_V, computed exactly, beside the product of the factors of the
 paper's inequality (10). That product is an indicator: read with nonzero singular values, it is no bound.</p>
-<img alt="Condition number of the Jacobian" src="data:image/png;base64,{{ images.jacobian }}">
-<table id="jacobian">
+<div class="wide">
+<img class="narrow" alt="Condition number of the Jacobian" src="data:image/png;base64,{{ images.jacobian }}"></div>
+{% for layer, rows in diagnosis.jacobians | groupby("layer") %}
+<details><summary>Layer {{ layer }}: kappa(J) of {{ rows | length }} head{{ "s" if rows | length > 1 }},
+{{ rows | map(attribute="kappa") | min | number }} to {{ rows | map(attribute="kappa") | max | number }}</summary>
+<div class="wide"><table class="jacobian">
 <tr><th>layer</th><th>head</th><th>kappa(J)</th><th>rank</th><th>rows of J</th><th>indicator</th><th>kappa(X)</th>
 <th>kappa(Lambda)</th><th>kappa(W_Q)</th><th>kappa(W_K)</th><th>kappa(W_V)</th></tr>
-{% for row in diagnosis.jacobians %}
+{% for row in rows %}
 <tr><td>{{ row.layer }}</td><td>{{ row.head }}</td><td>{{ "at least " if row.is_lower_bound }}{{ row.kappa | number }}</td>
 <td>{{ "unknown" if row.rank is none else row.rank }}</td><td>{{ row.shape[0] }}</td>
 <td>{{ row.indicator.product | number }}</td><td>{{ row.indicator.x | number }}</td>
 <td>{{ row.indicator.softmax | number }}</td><td>{{ row.indicator.query | number }}</td>
 <td>{{ row.indicator.key | number }}</td><td>{{ row.indicator.value | number }}</td></tr>
 {% endfor %}
-</table>
+</table></div></details>
+{% endfor %}
 {% endif %}
 {% if diagnosis.preconditioning %}
 <h2>The preconditioner</h2>
 <p>Condition numbers of the output A of the heads on this input, in the layers as they stand: without the preconditioner and
 with it, geometric means over the heads.</p>
-<table id="preconditioner">
+<div class="wide"><table class="preconditioner">
 <tr><th>attention</th><th>kappa(A)</th><th>kappa(C A)</th><th>heads in which it grew</th></tr>
 {% for row in diagnosis.preconditioning %}
 <tr><td>{{ row.attention }}</td><td>{{ row.mean_kappa[0] | number }}</td><td>{{ row.mean_kappa[1] | number }}</td>
 <td>{{ row.kappa_grew | length }} of {{ row.kappa_before | length }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 {% endif %}
 <h2>Saturation</h2>
-<table id="saturation">
+<div class="wide"><table class="saturation">
 <tr><th>layer</th><th>entropy, mean over heads (nats)</th><th>uniform (nats)</th>
 <th>share of rows with a weight above 0.999</th></tr>
 {% for row in diagnosis.saturation %}
 <tr><td>{{ row.layer }}</td><td>{{ row.entropy.mean().item() | number }}</td><td>{{ row.uniform_entropy | number }}</td>
 <td>{{ row.saturated_share.mean().item() | number }}</td></tr>
 {% endfor %}
-</table>
+</table></div>
 <h2>All numbers</h2>
-<table id="spectra">
+{% for layer, rows in diagnosis.spectra | groupby("layer") %}
+<details><summary>Layer {{ layer }}: largest kappa {{ rows | map(attribute="effective.kappa") | max | number }}</summary>
+<div class="wide"><table class="spectra">
 <tr><th>projection</th><th>layer</th><th>shape</th><th>sigma_min(W)</th><th>sigma_max(W)</th><th>kappa(W)</th>
 <th>kappa(W + C)</th><th>effective rank(W)</th><th>effective rank(W + C)</th><th>kappa(W) per head, mean</th>
 <th>kappa(W + C) per head, mean</th></tr>
-{% for row in diagnosis.spectra %}
+{% for row in rows %}
 <tr><td>{{ row.projection }}</td><td>{{ row.layer }}</td><td>{{ row.shape[0] }} x {{ row.shape[1] }}</td>
 <td>{{ row.raw.sigma_min | number }}</td><td>{{ row.raw.sigma_max | number }}</td><td>{{ row.raw.kappa | number }}</td>
 <td>{{ row.effective.kappa | number }}</td><td>{{ row.raw.effective_rank | number }}</td>
 <td>{{ row.effective.effective_rank | number }}</td><td>{{ mean(row.raw.head_kappa) | number }}</td>
 <td>{{ mean(row.effective.head_kappa) | number }}</td></tr>
 {% endfor %}
-</table>
+</table></div></details>
+{% endfor %}
 </body>
 </html>
 """

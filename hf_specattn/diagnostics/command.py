@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..balance import probe_batch
 from ..files import require_writable
+from ..machine_output import as_json
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
 
 # What a text model is looked at on where no data are given.
 DEFAULT_TEXT = (
@@ -19,32 +22,38 @@ DEFAULT_TEXT = (
 
 
 def report(
-    model: Annotated[str, typer.Argument(help="A checkpoint: folder, or model of the Hub; stock or conditioned.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, or the name of a model on the Hub; stock or conditioned.")
+    ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Text file; its first lines are what the model is looked at on. None: two sentences."),
+        typer.Option(help="Text file whose first lines the model reads. Default: two sentences."),
     ] = None,
     output_dir: Annotated[Path, typer.Option(help="Folder for report.html and its figures.")] = Path("report"),
-    sequences: Annotated[int, typer.Option(min=1, help="Lines of the data to take.")] = 4,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of a line to take.")] = 128,
+    sequences: Annotated[int, typer.Option(min=1, help="Number of lines to read.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens to keep of each line.")] = 128,
     queries: Annotated[
-        int, typer.Option(min=1, help="Tokens of the first line at which the Jacobian's output is taken.")
+        int, typer.Option(min=1, help="Tokens of the first line to compute the Jacobian at.")
     ] = 16,
     jacobian_heads: Annotated[
-        int | None, typer.Option(min=0, help="Heads of each layer whose Jacobian is computed. None: all.")
+        int | None, typer.Option(min=0, help="Heads per layer to compute the Jacobian of. Default: all.")
     ] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+    json: Json = False,
 ) -> None:
-    """Show how well conditioned the attention of a model is: one HTML page with figures, as PNG and SVG, too."""
-    from .attention_report import (
-        write_report,  # brings the Trainer's callbacks, for which the other commands should not wait
-    )
+    """Show how well conditioned a model's attention is: one HTML page, and its figures as PNG and SVG."""
+    # It imports the Trainer's callbacks, which the other commands should not wait for.
+    from .attention_report import diagnose, write_diagnosis
 
     require_writable(output_dir, "--output-dir")
     loaded = AutoModel.from_pretrained(model, trust_remote_code=trust_remote_code)
     batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
-    page = write_report(loaded, batch, output_dir, title=model, queries=queries, jacobian_heads=jacobian_heads)
-    typer.echo(f"Wrote {page}, with its figures beside it.")
+    diagnosis = diagnose(loaded, batch, queries=queries, jacobian_heads=jacobian_heads)
+    page = write_diagnosis(diagnosis, output_dir, title=model)
+    told = {"page": page, **diagnosis.as_dict()}
+    typer.echo(as_json(told) if json else f"Wrote {page}, with its figures beside it.")
 
 
 def _batch(

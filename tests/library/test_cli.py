@@ -1,6 +1,7 @@
 """The `specattn` command: what its flags do, what it prints, how it fails."""
 
 import importlib
+import importlib.metadata
 import json
 import math
 import re
@@ -20,8 +21,11 @@ from models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, logging
 
-from hf_specattn import SpectralConfig, cli
+from hf_specattn import SpectralConfig, __version__, cli
 from hf_specattn.checkpoints import conversion, publishing
+from hf_specattn.config import GRANULARITIES, INITS, METHODS
+from hf_specattn.machine_output import as_json
+from hf_specattn.preconditioner import AXES, GRADIENTS, SCALES
 
 BERT = ARCHITECTURES["bert"]
 httpx = getattr(_http, "httpx2", None) or _http.httpx  # what this release of huggingface_hub speaks through
@@ -130,11 +134,7 @@ def test_balance_says_that_conditioning_moves(specattn, source, tmp_path):
         (("convert", "SRC", "DST", "--lambda", "query=1,query=2"), "names a projection twice"),
         (("convert", "SRC", "DST", "--lambda", "0"), "finite number > 0"),
         (("convert", "SRC", "DST", "--method", "svd", "--lambda", "1"), "means nothing to method='svd'"),
-        (("convert", "SRC", "DST", "--method", "qr"), "method='qr' is unknown"),
         (("convert", "SRC", "DST", "--targets", "query,pooler"), "non-empty subset"),
-        (("convert", "SRC", "DST", "--granularity", "row"), "granularity='row'"),
-        (("convert", "SRC", "DST", "--init", "zero"), "init='zero' is unknown"),
-        (("convert", "SRC", "DST", "--dtype", "int8"), "--dtype 'int8' is unknown"),
         (("convert", "SRC", "SRC"), "which would be lost"),
         (("fold", "SRC", "DST"), "not conditioned"),
         (("inspect", "DST"), "neither a folder nor a name"),
@@ -151,13 +151,78 @@ def test_errors_are_messages(arguments, message, specattn, source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_usage_errors_and_help(specattn):
-    assert specattn("convert")[0] == 2
-    assert specattn("convert", "a", "b", "--unknown")[0] == 2
-    code, out, _ = specattn("convert", "--help")
+CHOICES = {
+    "--method": METHODS,
+    "--init": INITS,
+    "--granularity": GRANULARITIES,
+    "--dtype": ("auto", *cli.DTYPES),
+    "--preconditioner": AXES,
+    "--preconditioner-gradient": GRADIENTS,
+    "--preconditioner-scale": SCALES,
+}
+
+
+def test_choices_are_listed_and_others_are_usage_errors(specattn, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    code, listed, _ = specattn("convert", "--help")
     assert code == 0
-    assert all(flag in out for flag in ("--method", "--lambda", "--init", "--targets", "--granularity", "--overwrite"))
-    assert specattn("--version")[1].strip() == cli.__version__
+    assert all(flag in listed for flag in ("--lambda", "--targets", "--overwrite", "--json"))
+    for flag, choices in CHOICES.items():
+        assert f"<{'|'.join(choices)}>" in listed, flag
+        code, out, err = specattn("convert", source, tmp_path / "new", flag, "other")
+        assert (code, out) == (2, "")
+        assert err.splitlines()[-1].startswith(f"specattn convert: error: Invalid value for '{flag}': ")
+        assert all(repr(choice) in err for choice in choices)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_usage_errors_have_the_form_and_status_of_the_scripts(specattn):
+    code, out, err = specattn("convert")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(r"Usage: specattn convert .*\nspecattn convert: error: Missing argument 'SRC'\.\n", err)
+    code, _, err = specattn("convert", "a", "b", "--unknown")
+    assert (code, "specattn convert: error: No such option: --unknown" in err) == (2, True)
+    code, _, err = specattn("--json")
+    assert (code, "--json goes after the name of a command" in err) == (2, True)
+    code, out, _ = specattn()
+    assert (code, "convert" in out) == (2, True)
+
+
+def test_the_version_comes_with_the_environment(specattn):
+    code, out, _ = specattn("--version")
+    lines = dict(line.split(" ", 1) for line in out.splitlines())
+    assert (code, lines["hf_specattn"], lines["torch"]) == (0, __version__, importlib.metadata.version("torch"))
+    found = json.loads(specattn("--version", "--json")[1])
+    assert found["transformers"] == importlib.metadata.version("transformers")
+    assert found["device"].startswith("cuda: " if torch.cuda.is_available() else ("cpu, ", "mps"))
+
+
+def test_json_has_the_numbers_of_the_text(specattn, source, tmp_path):
+    code, out, _ = specattn("convert", source, tmp_path / "new", "--method", "svd", "--json")
+    made = json.loads(out)
+    assert (code, made["folder"]) == (0, str(tmp_path / "new"))
+    assert sorted(made["files"]) == sorted(path.name for path in (tmp_path / "new").iterdir())
+    stored = json.loads((tmp_path / "new" / "specattn.json").read_text())
+    assert made["record"] == {name: value for name, value in stored.items() if name != "format"}
+
+    found = json.loads(specattn("inspect", tmp_path / "new", "--json")[1])
+    assert found["is_conditioned"] is True
+    assert found["settings"]["spectral_method"] == "svd"
+    text = specattn("inspect", tmp_path / "new")[1]
+    for row, reported in zip(found["projections"], made["record"]["rows"], strict=True):
+        assert (row["name"], row["projection"]) == (reported["name"], reported["projection"])
+        assert row["after"] == pytest.approx(reported["after"], rel=1e-4)
+        assert f"{row['after']:.4g}" in text
+
+    code, out, _ = specattn("push", tmp_path / "new", "me/tiny", "--dry-run", "--json")
+    listed = json.loads(out)
+    assert (code, listed["repo_id"], listed["url"]) == (0, "me/tiny", None)
+    assert {"config.json", "model.safetensors", "modeling.py"} <= set(listed["files"])
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_json_has_null_for_what_it_cannot_hold(value):
+    assert json.loads(as_json({"kappa": (value, torch.tensor([value, 1.5]))})) == {"kappa": [None, [None, 1.5]]}
 
 
 def test_a_command_that_moved_says_where_to(specattn, tmp_path):

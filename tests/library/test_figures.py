@@ -4,10 +4,11 @@ import io
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from hf_specattn.figures import markdown_table, new_figure, render
+from hf_specattn.figures import label_powers, markdown_table, new_figure, render
 
 
 def test_a_table():
@@ -50,3 +51,20 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
         ImportError, match=r"needs matplotlib, which is not installed: pip install 'hf_specattn\[train\]'"
     ):
         new_figure(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [
+        ((1.4, 5.5), ["2", "3", "4", "5"]),
+        ((0.15, 30.0), ["0.2", "0.5", "1", "2", "5", "10", "20"]),
+        ((1.0, 1e33), ["1", "100000", "1e+10", "1e+15", "1e+20", "1e+25", "1e+30"]),
+    ],
+)
+def test_axes_of_logarithms_are_labelled_with_the_numbers(values, labels):
+    axes = new_figure(4, 3).subplots()
+    axes.set_ylim(*np.log10(values))
+    label_powers(axes, "y")
+    assert [label.get_text() for label in axes.get_yticklabels()] == labels
+    assert axes.get_yticks() == pytest.approx(np.log10(np.array(labels, dtype=float)))
+    assert axes.get_ylim() == pytest.approx(np.log10(values))

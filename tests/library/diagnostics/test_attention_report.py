@@ -30,6 +30,7 @@ from hf_specattn.diagnostics import (
 from hf_specattn.diagnostics.attention_figures import (
     heat_maps_figure,
     jacobian_figure,
+    outcome_figure,
     spectra_figure,
     training_figure,
 )
@@ -42,7 +43,7 @@ BERT = ARCHITECTURES["bert"]
 
 
 class Page(HTMLParser):
-    """The pictures, and the rows of each table by its id."""
+    """The pictures, and the rows of each kind of table, which may be one table per layer."""
 
     def __init__(self, text):
         super().__init__()
@@ -56,7 +57,7 @@ class Page(HTMLParser):
         if tag == "img":
             self.pictures.append(attributes)
         elif tag == "table":
-            self._rows = self.tables.setdefault(attributes["id"], [])
+            self._rows = self.tables.setdefault(attributes["class"], [])
         elif tag == "tr":
             self._rows.append([])
         elif tag in ("td", "li"):
@@ -129,7 +130,14 @@ def test_every_number_and_picture_of_the_page(conditioned, tmp_path):
     page = write_report(model, batch, tmp_path / "out", title="<tiny>", queries=4, jacobian_heads=2)
     parsed = check_page(page, model, batch, (0, 3), 4)
     assert len(parsed.pictures) == 4
-    assert "&lt;tiny&gt;" in page.read_text()
+    text = page.read_text()
+    assert "&lt;tiny&gt;" in text
+    assert "prefers-color-scheme: dark" in text
+    layers = model.config.num_hidden_layers
+    for table in ("products", "jacobian", "spectra"):  # the long ones are folded, one for each layer
+        start = r"<details><summary>Layer (\d+):[^<]*</summary>\s*"
+        folded = re.findall(rf'{start}<div class="wide"><table class="{table}">', text)
+        assert [int(layer) for layer in folded] == list(range(layers)), table
     assert ("W + C" in parsed.items[0]) is conditioned
     names = {"spectra", "heat_maps", "distributions", "jacobian"}
     assert {path.name for path in page.parent.iterdir()} == {"report.html"} | {
@@ -211,7 +219,10 @@ def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     groups = {"stock": [records(3.0), records(5.0)], "svd": [records(2.0)]}
     axes = training_figure(groups).axes
     assert [panel.get_yscale() for panel in axes] == ["linear"] * 3
-    assert all(panel.get_ylabel().startswith("log10") for panel in axes)
+    for panel in axes:  # logarithms are drawn, and labelled with what they are of
+        labels = [label.get_text() for label in panel.get_yticklabels()]
+        assert [math.log10(float(label)) for label in labels] == pytest.approx(panel.get_yticks().tolist())
+        assert len(labels) >= 2
     lines = {line.get_label(): line for line in axes[2].lines}
     assert lines["stock: Jacobian"].get_xdata().tolist() == [0, 10, 20]
     assert lines["stock: Jacobian"].get_ydata() == pytest.approx(np.log10([4.0, 14.0, 24.0]))
@@ -222,6 +233,17 @@ def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     path = write_training_report(groups, tmp_path)
     Image.open(path).load()
     assert path.with_suffix(".svg").is_file()
+
+
+def test_outcomes_are_drawn_against_kappa_at_the_end(tmp_path):
+    groups = {"stock": [records(3.0), records(5.0)], "svd": [records(2.0)]}
+    left, right = outcome_figure(groups, {"stock": [6.5, 6.25], "svd": [6.0]}, "loss").axes
+    assert drawn(left)["stock"] == ([pytest.approx(math.log10(63)), pytest.approx(math.log10(105))], [6.5, 6.25])
+    assert drawn(right)["svd"] == ([pytest.approx(math.log10(22))], [6.0])
+    write_training_report(groups, tmp_path, {"stock": [6.5, 6.25], "svd": [6.0]})
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{ending}" for name in ("training", "outcome") for ending in ("png", "svg")
+    }
 
 
 def drawn(axes):
