@@ -154,10 +154,10 @@ def picture(results: dict[str, Conditioning], length: int) -> dict[str, bytes]:
     kappas, entropies = figure.subplots(1, 2)
     draw_kappas(kappas, results)
     for run, result in results.items():
-        layers = range(1, len(result.entropy) + 1)
+        layers = range(len(result.entropy))
         entropies.plot(layers, result.entropy, label=run, **STYLES[run])
     entropies.axhline(math.log(length), color="0.5", linestyle=":", label="uniform")
-    entropies.set(xlabel="layer", ylabel="attention entropy (nats)", title="Attention entropy", ylim=(0, None))
+    entropies.set(xlabel="attention layer", ylabel="attention entropy (nats)", title="Attention entropy", ylim=(0, None))
     entropies.set_xticks(list(layers))
     for axes in (kappas, entropies):
         axes.grid(alpha=0.3)

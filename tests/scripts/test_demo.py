@@ -117,7 +117,7 @@ def test_the_whole_in_small(demo, tmp_path, monkeypatch, capsys):
             assert raw == results["stock"]["kappa"]["start"][projection][0]  # the same W
             assert effective <= {"stock": raw, "identity, lambda 1": 3.0, "svd": 2.0 + 1e-5}[run]
             assert rows[f"kappa({projection}), start: W + C"][column] == f"{effective:.3g}"
-    for name, size in (("conditioning", (1350, 690)), ("comparison", (2100, 690))):
+    for name, size in (("conditioning", (1350, 690)), ("comparison", (1440, 690))):  # no curve of one validation
         with Image.open(output / f"{name}.png") as picture:
             assert picture.size == size
             assert len(set(picture.convert("RGB").resize((130, 40)).getdata())) > 20  # not blank
@@ -160,4 +160,6 @@ def test_the_picture_names_axes_and_shows_every_run(demo, monkeypatch):
     assert drawn["stock: W"] == [100.0] * 3
     assert "stock: W + C" not in drawn  # it is W
     assert drawn["svd"] == [1.0, 2.0]
+    layers = next(line.get_xdata() for line in entropies.lines if line.get_label() == "svd")
+    assert list(layers) == [0, 1]  # counted from 0, as everywhere
     assert drawn["uniform"] == pytest.approx([math.log(128)] * 2)
