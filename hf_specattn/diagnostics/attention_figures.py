@@ -144,15 +144,15 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
         color = COLORS[index % len(COLORS)]
         curves = [_curves(records) for records in runs]
         for axes, raw, effective in ((left, "sigma_min", "sigma_min_effective"), (middle, "kappa", "kappa_effective")):
-            _draw_band(axes, [(steps, values[raw]) for steps, values in curves], f"{label}: W", color, ":")
+            draw_band(axes, [(steps, values[raw]) for steps, values in curves], f"{label}: W", color, ":")
             if any(values[raw] != values[effective] for _, values in curves):
-                _draw_band(axes, [(s, v[effective]) for s, v in curves], f"{label}: W + C", color, "-")
-        _draw_band(right, [(s, v["kappa_jacobian"]) for s, v in curves], f"{label}: Jacobian", color, "-")
-        _draw_band(right, [(s, v["indicator"]) for s, v in curves], f"{label}: indicator (10)", color, "--")
+                draw_band(axes, [(s, v[effective]) for s, v in curves], f"{label}: W + C", color, "-")
+        draw_band(right, [(s, v["kappa_jacobian"]) for s, v in curves], f"{label}: Jacobian", color, "-")
+        draw_band(right, [(s, v["indicator"]) for s, v in curves], f"{label}: indicator (10)", color, "--")
         for axes in last:
-            _draw_band(axes, [(s, v["kappa_head_output"]) for s, v in curves], f"{label}: A", color, ":")
+            draw_band(axes, [(s, v["kappa_head_output"]) for s, v in curves], f"{label}: A", color, ":")
             scaled = [(s, v["kappa_head_output_preconditioned"]) for s, v in curves]
-            _draw_band(axes, scaled, f"{label}: preconditioned", color, "-")
+            draw_band(axes, scaled, f"{label}: preconditioned", color, "-")
     left.set(ylabel="smallest singular value", title="Smallest singular value")
     middle.set(ylabel="kappa", title="Condition number of W and W + C")
     right.set(ylabel="kappa", title="Condition number of the Jacobian")
@@ -212,10 +212,16 @@ def _infinite(record: Record) -> dict[str, float]:
     return {name: np.inf for name, by_layer in rows.items() if any(None in row for row in by_layer)}
 
 
-def _draw_band(
+def draw_band(
     axes: Any, curves: Sequence[tuple[Sequence[int], Sequence[float]]], label: str, color: str, style: str
 ) -> None:
-    """The mean over runs at the steps that all have, and where there are several the standard deviation around it."""
+    """Draw the mean over runs at the steps that all have, and where there are several the standard deviation around it.
+
+    Args:
+        axes: whose y shows decimal logarithms.
+        curves: of each run, its steps and its values there; where all are nan nothing is drawn.
+        label, color, style: of the line.
+    """
     common = sorted(set.intersection(*(set(steps) for steps, _ in curves)))
     values = np.array([[dict(zip(steps, row))[step] for step in common] for steps, row in curves])
     if np.isnan(values).all():
