@@ -74,8 +74,8 @@ def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Sa
     """Condition number of every head's block, of what the forward pass uses, and attention entropy, by layer and head."""
     names = projections_in(rows)
     maps = [
-        (f"log10 kappa, {name}", _by_layer({row.layer: log10_of(row.effective.head_kappa) for row in rows
-                                            if row.projection == name}))
+        (f"kappa, {name}", _by_layer({row.layer: log10_of(row.effective.head_kappa) for row in rows
+                                      if row.projection == name}))
         for name in names
     ]  # fmt: skip
     if saturations:
@@ -91,7 +91,9 @@ def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Sa
         axes.set(xlabel="head", ylabel="attention layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
-        figure.colorbar(picture, ax=axes)
+        bar = figure.colorbar(picture, ax=axes)
+        if title.startswith("kappa"):
+            label_powers(bar.ax, "y")
     return figure
 
 

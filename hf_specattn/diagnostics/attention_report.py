@@ -307,7 +307,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
   background: var(--page); overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin: 0.5rem 0; }
 img { display: block; width: 100%; min-width: 42rem; background: #fff; border-radius: 4px; }
-img.narrow { max-width: 44rem; }
+img.narrow { max-width: 44rem; min-width: 30rem; }
 table { border-collapse: collapse; font-size: 13px; overflow-wrap: normal; }
 th, td { border: 1px solid var(--line); padding: 2px 8px; text-align: right; white-space: nowrap; }
 th { background: var(--quiet); white-space: normal; vertical-align: bottom; min-width: 4em; }

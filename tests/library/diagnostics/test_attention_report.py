@@ -298,7 +298,7 @@ def test_singular_heads_are_marked_in_the_heat_map():
         model.encoder.layer[1].attention.self.value.weight[8:16] = 0  # its second head
     rows = spectra(model)
     figure = heat_maps_figure(rows, [])
-    value = next(axes for axes in figure.axes if axes.get_title() == "log10 kappa, value")
+    value = next(axes for axes in figure.axes if axes.get_title() == "kappa, value")
     assert value.images[0].get_array()[1, 1] == 30.0
     assert drawn(value)["_beyond"] == ([1], [1])
     assert drawn(next(axes for axes in figure.axes if "query" in axes.get_title()))["_beyond"] == ([], [])
