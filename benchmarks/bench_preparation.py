@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # wher
 from recipes.text.cleaning import NO_CLEANING, PUBLISHED_CLEANING
 from recipes.text.streams import file_stream, split_stream
 from recipes.text.text_files import file_documents
-from recipes.text.token_cache import prepare_tokenizer, prepare_tokens
+from recipes.text.token_cache import prepare_tokens
+from recipes.text.tokenization import prepare_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20

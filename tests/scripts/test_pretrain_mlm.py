@@ -19,10 +19,8 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM, p
 from hf_specattn.checkpoints.evaluations_file import read_evaluations
 from recipes.run import loop, runs
 from recipes.run.batching import BatchOrder
-from recipes.text.masking import MaskingRule
 from recipes.text.mlm_data import MlmDataSettings, prepare_mlm_data
-from recipes.text.mlm_evaluation import evaluate_mlm
-from recipes.text.pretrain_task import MlmTask
+from recipes.text.pretrain_task import MaskingRule, MlmTask, evaluate_mlm
 
 SCRIPT = REPOSITORY / "scripts" / "pretrain_mlm.py"
 

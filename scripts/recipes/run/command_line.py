@@ -3,6 +3,7 @@
 import difflib
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import field
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -43,6 +44,11 @@ INSTEAD = {
     "--optim": "the optimizer is AdamW",
 }
 SUGGESTIONS = 3
+
+
+def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of a dataclass that `ScriptParser` reads."""
+    return field(default=default, metadata={"help": help} | ({} if choices is None else {"choices": list(choices)}))
 
 
 class ScriptParser(HfArgumentParser):

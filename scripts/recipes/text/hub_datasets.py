@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..run.hub_loading import datasets_library, warn_of_unread_files
-from .documents import CorpusError, Document, parts_of
+from .documents import CorpusError, Document
 from .streams import PART_CHARACTERS, CorpusStream, estimated_characters, file_digest, limit_documents
+from .text_files import parts_of
 
 ROWS_PER_BATCH = 100  # of some kilobytes to some megabytes each
 

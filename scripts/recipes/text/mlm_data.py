@@ -1,21 +1,112 @@
-"""From a run's data settings to its tokenizer and packed sequences."""
+"""Which data a run of masked language modelling has, by its flags, and these as a tokenizer and packed sequences."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from huggingface_hub.constants import HF_HOME
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ..run.run_description import sequences_fingerprint
+from ..run.command_line import flag
 from .cleaning import Cleaning
 from .corpora import corpus_streams
-from .packing import require_sequences, token_dtype
-from .token_cache import TokenCache, prepare_tokenizer, prepare_tokens
-from .tokenization import load_tokenizer
+from .documents import CorpusError
+from .token_cache import ORDERS, TokenCache, prepare_tokens
+from .tokenization import load_tokenizer, prepare_tokenizer
+
+OF_DATASET = (
+    "dataset_name",
+    "dataset_config_name",
+    "dataset_revision",
+    "dataset_split",
+    "dataset_validation_split",
+    "streaming",
+)
+OF_VALIDATION = ("validation_file", "dataset_validation_split", "validation_documents")
+
+
+@dataclass
+class MlmDataSettings:
+    """Everything that decides the data of a run, and where it is kept: flags."""
+
+    train_file: list[str] | None = flag(
+        None, "Corpus: .txt, .jsonl, .json (each also .gz) or .parquet, one or several. None: embedded text."
+    )
+    validation_file: list[str] | None = flag(
+        None, "Validation corpus, likewise. None: documents held out from the training corpus."
+    )
+    dataset_name: str | None = flag(None, "Corpus: a dataset of the Hub, or a folder in its layout, instead of files.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of the dataset.")
+    dataset_split: str = flag("train", "Split of the dataset to train on.")
+    dataset_validation_split: str | None = flag(
+        None, "Split to validate on. None: documents held out from the training split."
+    )
+    streaming: bool = flag(False, "Read the dataset while downloading, keeping no copy.")
+    max_documents: int | None = flag(None, "Read the first so many documents. None: all.")
+    text_column: str = flag("text", "Key or column with the text (JSON, Parquet, Hub).")
+    validation_documents: int | None = flag(
+        None, "Hold out the first so many documents for validation, not a share of them."
+    )
+    # A tenth of the embedded corpus is some 440 sequences, 14,000 predictions; of a large corpus take less.
+    validation_fraction: float = flag(0.1, "Share of documents held out for validation, by the hash of their names.")
+    normalize_text: bool = flag(
+        False, "Lowercase, strip accents, drop what is not ASCII, collapse spaces (published recipe)."
+    )
+    max_tokens_per_character: float | None = flag(
+        None, "Leave out documents with more tokens than this per character (published: 0.25)."
+    )
+    tokenizer_name: str | None = flag(None, "Tokenizer to load. None: train WordPiece.")
+    vocab_size: int = flag(4096, "Largest vocabulary of a trained tokenizer.")
+    max_seq_length: int = flag(128, "Tokens per packed sequence.")  # as in cramming
+    sequence_order: str = flag(
+        "shuffled",
+        "shuffled: anew in each pass; published: by their count of '.' tokens, most first, in every pass.",
+        ORDERS,
+    )
+    cache_dir: str | None = flag(None, "Folder for prepared data. None: hf_specattn in the folder of HF_HOME.")
+
+    def resolved_cache_dir(self) -> Path:
+        """Return the folder of the prepared data."""
+        return Path(HF_HOME) / "hf_specattn" if self.cache_dir is None else Path(self.cache_dir)
+
+    def cleaning(self) -> Cleaning:
+        """What happens to the text of both parts."""
+        return Cleaning(self.normalize_text, self.max_tokens_per_character)
+
+    def check_data(self) -> None:
+        """Raise ValueError for values that cannot be, and for flags that do not go together."""
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
+        self.cleaning()  # refuses a bad limit
+        if self.train_file is not None and self.dataset_name is not None:
+            raise ValueError(
+                f"--train_file {' '.join(self.train_file)} and --dataset_name {self.dataset_name}: give one of the two."
+            )
+        if self.dataset_name is None:
+            if given := self._given(OF_DATASET):
+                raise ValueError(f"{', '.join(given)}: of a dataset; give --dataset_name, too.")
+            if self.train_file is None and (given := self._given(("validation_file", "max_documents"))):
+                raise ValueError(f"{', '.join(given)} without a corpus: give --train_file or --dataset_name as well.")
+        if len(given := self._given(OF_VALIDATION)) > 1:
+            raise ValueError(f"{', '.join(given)}: one of them says what to validate on.")
+        if self.max_documents is not None and (self.validation_documents or 0) >= self.max_documents:
+            raise ValueError(
+                f"--validation_documents {self.validation_documents} of --max_documents {self.max_documents} leaves none "
+                "to train on; hold out fewer."
+            )
+
+    def _given(self, names: tuple[str, ...]) -> list[str]:
+        """Those of the flags that have another value than their default."""
+        return [f"--{name}" for name in names if getattr(self, name) != getattr(MlmDataSettings, name)]
+
+
+# What decides the validation data of a run: all but what follows from its model, and where they are kept.
+VALIDATION_SETTINGS = tuple(
+    item.name
+    for item in fields(MlmDataSettings)
+    if item.name not in ("tokenizer_name", "vocab_size", "sequence_order", "cache_dir")
+)
 
 
 @dataclass(frozen=True)
@@ -24,68 +115,15 @@ class MlmData:
 
     Attributes:
         tokenizer: Trained on the training documents, or loaded.
-        train: Token ids, `(sequences, length)`; no row where only validation was asked for.
-        validation: Token ids, `(sequences, length)`.
+        train: Packed sequences; None where only validation was asked for.
+        validation: Packed sequences in the order of the corpus.
         origin: Where the documents came from, in words.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    train: NDArray[np.integer] | TokenCache
-    validation: NDArray[np.integer] | TokenCache
+    train: TokenCache | None
+    validation: TokenCache
     origin: str
-
-    @property
-    def validation_fingerprint(self) -> str:
-        """Return a hash that tells whether two runs are evaluated on the same tokens."""
-        return sequences_fingerprint(self.validation)
-
-
-@dataclass(frozen=True)
-class MlmDataSettings:
-    """Everything that decides the data of a run, and where it is kept.
-
-    Attributes:
-        train_file: Files to train on, read in this order; None with no `dataset_name` is the embedded corpus.
-        validation_file: Files to validate on.
-        dataset_name, dataset_config_name, dataset_revision: A dataset of the Hub or a folder, as in `hub_stream`.
-        dataset_split, dataset_validation_split: Its splits to train and to validate on.
-        streaming: Read the dataset while downloading it.
-        max_documents: Train on the first so many documents (those held out count).
-        text_column: The key or column with the text.
-        validation_documents: Where there is no other validation corpus: hold out the first so many documents.
-        validation_fraction: Else the share of documents to hold out by the hash of their names, in (0, 1).
-        normalize_text, max_tokens_per_character: As in `Cleaning`, for both parts.
-        tokenizer_name: A folder or Hub name; None trains a WordPiece tokenizer on the training documents.
-        vocab_size: The largest vocabulary of a trained tokenizer.
-        max_seq_length: Tokens per sequence.
-        sequence_order: How the training sequences are numbered, as in `TokenCache`.
-        cache_dir: The folder of the prepared data; None is `hf_specattn` in the home of the Hugging Face libraries
-            (`HF_HOME`).
-    """
-
-    train_file: Sequence[str] | None = None
-    validation_file: Sequence[str] | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    dataset_revision: str | None = None
-    dataset_split: str = "train"
-    dataset_validation_split: str | None = None
-    streaming: bool = False
-    max_documents: int | None = None
-    text_column: str = "text"
-    validation_documents: int | None = None
-    validation_fraction: float = 0.1
-    normalize_text: bool = False
-    max_tokens_per_character: float | None = None
-    tokenizer_name: str | None = None
-    vocab_size: int = 4096
-    max_seq_length: int = 128
-    sequence_order: str = "shuffled"
-    cache_dir: str | None = None
-
-    def resolved_cache_dir(self) -> Path:
-        """Return the folder of the prepared data."""
-        return Path(HF_HOME) / "hf_specattn" if self.cache_dir is None else Path(self.cache_dir)
 
 
 def prepare_mlm_data(settings: MlmDataSettings, *, training_sequences: int, show_progress: bool = False) -> MlmData:
@@ -104,17 +142,26 @@ def prepare_mlm_data(settings: MlmDataSettings, *, training_sequences: int, show
     length = settings.max_seq_length
     common: dict[str, Any] = {
         "cache_dir": settings.resolved_cache_dir(),
-        "cleaning": Cleaning(settings.normalize_text, settings.max_tokens_per_character),
+        "cleaning": settings.cleaning(),
         "show_progress": show_progress,
     }
     if settings.tokenizer_name is None:
         tokenizer = prepare_tokenizer(train, settings.vocab_size, max_seq_length=length, **common)
     else:
         tokenizer = load_tokenizer(settings.tokenizer_name)
-    sequences: NDArray[np.integer] | TokenCache = np.empty((0, length), token_dtype(len(tokenizer)))
+    sequences = None
     if training_sequences:
         packed = prepare_tokens(train, tokenizer, length, description="Tokenizing training text", **common)
-        require_sequences(packed, training_sequences, train.origin, f"one batch of {training_sequences} sequences")
+        _require_sequences(len(packed), training_sequences, length, train.origin)
         sequences = packed.in_order(settings.sequence_order)
     held_out = prepare_tokens(validation, tokenizer, length, description="Tokenizing validation text", **common)
     return MlmData(tokenizer, sequences, held_out, origin)
+
+
+def _require_sequences(found: int, needed: int, length: int, origin: str) -> None:
+    if found < needed:
+        raise CorpusError(
+            f"{origin} is too short: it has {found * length} tokens in whole sequences ({found} of {length} tokens), and "
+            f"one batch of {needed} sequences needs {needed * length} ({needed} sequences). Give a larger corpus, or lower "
+            "--max_seq_length, --per_device_train_batch_size or --gradient_accumulation_steps."
+        )

@@ -1,43 +1,23 @@
 """The command line of `pretrain_mlm.py`: flags, presets, and everything that is refused before work starts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 
 from transformers import HfArgumentParser
 
 from hf_specattn.crammed_bert import CrammedBertConfig
 
+from ..run.command_line import flag
 from ..run.projection_init import INITIALIZATION_SETTINGS, check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
-from ..run.schedules import SCHEDULES, Budget
+from ..run.schedules import SCHEDULES, Budget, ramped_micro_steps
 from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
 from ..run.usable_model import check_tokens, load_config
-from .cleaning import Cleaning
 from .crammed_recipe import PRESETS
-from .mlm_data import MlmDataSettings
-from .token_cache import ORDERS
+from .mlm_data import OF_DATASET, OF_VALIDATION, VALIDATION_SETTINGS, MlmDataSettings
 
 DEFAULT_STEPS = 300
 
-# What decides the validation data of a run: --eval_only takes these from the run's metrics.json.
-DATA_SETTINGS = (
-    "train_file",
-    "validation_file",
-    "dataset_name",
-    "dataset_config_name",
-    "dataset_revision",
-    "dataset_split",
-    "dataset_validation_split",
-    "streaming",
-    "max_documents",
-    "text_column",
-    "validation_documents",
-    "validation_fraction",
-    "normalize_text",
-    "max_tokens_per_character",
-    "max_seq_length",
-    "mlm_probability",
-)
 # Flags that shape a new model or tokenizer, and say nothing about a checkpoint.
 NEW_MODEL_SETTINGS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 AT_LEAST_ONE = (*NEW_MODEL_SETTINGS, "max_seq_length")
@@ -46,143 +26,74 @@ OPTIONAL_COUNTS = ("max_documents", "validation_documents")
 # One corpus, one kind of validation data and one kind of budget: naming another by a flag replaces a preset's or a
 # recorded run's.
 REPLACED = {
-    "train_file": (
-        "dataset_name",
-        "dataset_config_name",
-        "dataset_revision",
-        "dataset_split",
-        "dataset_validation_split",
-        "streaming",
-    ),
+    "train_file": OF_DATASET,
     "dataset_name": ("train_file",),
-    "validation_file": ("dataset_validation_split", "validation_documents"),
-    "dataset_validation_split": ("validation_file", "validation_documents"),
-    "validation_documents": ("validation_file", "dataset_validation_split"),
-    "validation_fraction": ("validation_file", "dataset_validation_split", "validation_documents"),
+    **{
+        name: tuple(other for other in OF_VALIDATION if other != name)
+        for name in (*OF_VALIDATION, "validation_fraction")
+    },
     "max_steps": ("max_train_hours",),
 }
 # How many documents a preset takes of its dataset says nothing about files.
-PRESET_REPLACED = REPLACED | {"train_file": (*REPLACED["train_file"], "max_documents", "validation_documents")}
+PRESET_REPLACED = REPLACED | {"train_file": (*OF_DATASET, "max_documents", "validation_documents")}
 
 
 @dataclass
-class PretrainArguments(RunArguments):
+class PretrainArguments(MlmDataSettings, RunArguments):
     """Arguments of the run; the defaults are the demonstration."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Values for the other flags, which those given on the command line replace: demo (the defaults), "
-            "crammed-bert (the published recipe, a day of one A6000), crammed-bert-small (hours of a consumer GPU); "
-            "or a YAML file of your own.",
-        },
+    preset: str | None = flag(
+        None,
+        "Values for the other flags, which those given on the command line replace: demo (the defaults), "
+        "crammed-bert (the published recipe, a day of one A6000), crammed-bert-small (hours of a consumer GPU); "
+        "or a YAML file of your own.",
     )
 
-    # Data.
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Corpus: .txt, .jsonl, .json (each also .gz) or .parquet, one or several. None: embedded text."
-        },
-    )
-    validation_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "Validation corpus, likewise. None: documents held out from the training corpus."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Corpus: a dataset of the Hub, or a folder in its layout, instead of files."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    dataset_validation_split: str | None = field(
-        default=None, metadata={"help": "Split to validate on. None: documents held out from the training split."}
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset while downloading, keeping no copy."})
-    max_documents: int | None = field(default=None, metadata={"help": "Read the first so many documents. None: all."})
-    text_column: str = field(default="text", metadata={"help": "Key or column with the text (JSON, Parquet, Hub)."})
-    validation_documents: int | None = field(
-        default=None, metadata={"help": "Hold out the first so many documents for validation, not a share of them."}
-    )
-    # A tenth of the embedded corpus is some 440 sequences, 14,000 predictions; of a large corpus take less.
-    validation_fraction: float = field(default=0.1, metadata={"help": "Share of documents held out for validation."})
-    normalize_text: bool = field(
-        default=False,
-        metadata={"help": "Lowercase, strip accents, drop what is not ASCII, collapse spaces (published recipe)."},
-    )
-    max_tokens_per_character: float | None = field(
-        default=None,
-        metadata={"help": "Leave out documents with more tokens than this per character (published: 0.25)."},
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Tokenizer to load. None: train WordPiece."})
-    vocab_size: int = field(default=4096, metadata={"help": "Largest vocabulary of a trained tokenizer."})
-    max_seq_length: int = field(default=128, metadata={"help": "Tokens per packed sequence."})  # as in cramming
-    sequence_order: str = field(
-        default="shuffled",
-        metadata={
-            "help": "shuffled: anew in each pass; published: by their count of '.' tokens, most first, in every pass.",
-            "choices": list(ORDERS),
-        },
-    )
-    mlm_probability: float = field(default=0.25, metadata={"help": "Share of positions to predict."})  # cramming
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for prepared data. None: hf_specattn in the folder of HF_HOME."}
-    )
+    mlm_probability: float = flag(0.25, "Share of positions to predict.")  # cramming
 
     # Model: 3.7 million parameters, so that 300 steps take three to four minutes on two cores.
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint to continue from."})
-    hidden_size: int = field(default=256, metadata={"help": "Width of a new model."})
-    num_hidden_layers: int = field(default=4, metadata={"help": "Layers of a new model."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of a new model."})
+    model_name_or_path: str | None = flag(None, "Checkpoint to continue from.")
+    hidden_size: int = flag(256, "Width of a new model.")
+    num_hidden_layers: int = flag(4, "Layers of a new model.")
+    num_attention_heads: int = flag(4, "Attention heads of a new model.")
     # Four times the width, halved by the gate: cramming's proportions.
-    intermediate_size: int = field(
-        default=1024, metadata={"help": "Feed-forward width of a new model, gate included."}
-    )
+    intermediate_size: int = flag(1024, "Feed-forward width of a new model, gate included.")
 
     # Optimization: cramming's values (see recipes.run.optimization) at a batch that a CPU can do.
     max_steps: int | None = default_of(
         "max_steps", None, f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours has."
     )
-    max_train_hours: float | None = field(
-        default=None, metadata={"help": "Train for so many hours instead; the schedule follows the clock."}
-    )
-    lr_scheduler_type: str | None = field(
-        default=None,
-        metadata={
-            "help": "linear: up over the warmup, then down to 0. triangle: from 1/4 up to the peak at 3/4 of the budget, "
-            "then down to 0 (published). None: linear over steps, triangle over time.",
-            "choices": list(SCHEDULES),
-        },
+    max_train_hours: float | None = flag(None, "Train for so many hours instead; the schedule follows the clock.")
+    lr_scheduler_type: str | None = flag(
+        None,
+        "linear: up over the warmup, then down to 0. triangle: from 1/4 up to the peak at 3/4 of the budget, "
+        "then down to 0 (published). None: linear over steps, triangle over time.",
+        SCHEDULES,
     )
     per_device_train_batch_size: int = default_of(
         "per_device_train_batch_size", 32, "Sequences per process and forward pass."
     )
-    batch_size_ramp: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the run over which accumulation grows from 1 forward pass to all (published: 0.6)."
-        },
+    batch_size_ramp: float = flag(
+        0.0, "Share of the run over which accumulation grows from 1 forward pass to all (published: 0.6)."
     )
-    warmup_steps: int | None = field(
-        default=None, metadata={"help": "Steps of linear warmup. None: a tenth (of the time under --max_train_hours)."}
+    warmup_steps: int | None = flag(
+        None, "Steps of linear warmup. None: a tenth (of the time under --max_train_hours)."
     )
     max_grad_norm: float = default_of("max_grad_norm", 0.5)
-    no_attention_residual: bool = field(
-        default=False, metadata={"help": "Ablation of a new model: let attention replace its input in every layer."}
+    no_attention_residual: bool = flag(
+        False, "Ablation of a new model: let attention replace its input in every layer."
     )
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Recompute activations in the backward pass: less memory, slower."}
-    )
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, slower.")
     seed: int = default_of("seed", 0, "Decides initialization, batch order and masking.")
 
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/pretrain_mlm")
-    eval_steps: int = field(default=100, metadata={"help": "Steps between validations; 0: only at the end."})
+    eval_steps: int = flag(100, "Steps between validations; 0: only at the end.")
 
     def __post_init__(self) -> None:
         self.check_run()
         self._check_numbers()
-        self._check_data()
+        self.check_data()
         self._check_budget()
         check_heads(self)
         for name in ("hidden_size", "intermediate_size"):
@@ -216,6 +127,18 @@ class PretrainArguments(RunArguments):
             return self.warmup_steps
         return self.budget.size / 10 if self.budget.steps is None else self.budget.steps // 10
 
+    def training_tokens(self, micro_batch_tokens: int) -> int | None:
+        """The tokens that a run of so many steps reads, its ramp included; None where the clock decides.
+
+        Args:
+            micro_batch_tokens: Tokens of one forward pass of all processes.
+        """
+        steps = self.budget.steps
+        if steps is None:
+            return None
+        full, ramp = self.gradient_accumulation_steps, self.batch_size_ramp
+        return micro_batch_tokens * sum(ramped_micro_steps(step / steps, full, ramp) for step in range(steps))
+
     def new_model_config(self, vocab_size: int) -> CrammedBertConfig:
         """The configuration of a new model, without dropout: pretraining has none."""
         return CrammedBertConfig(
@@ -231,9 +154,8 @@ class PretrainArguments(RunArguments):
         )
 
     def data_settings(self) -> MlmDataSettings:
-        """The part that decides the data."""
-        names = MlmDataSettings.__dataclass_fields__
-        settings = {name: getattr(self, name) for name in names}
+        """The part that decides the data; the tokenizer is that of the checkpoint unless it is named."""
+        settings = {item.name: getattr(self, item.name) for item in fields(MlmDataSettings)}
         return MlmDataSettings(**settings | {"tokenizer_name": self.tokenizer_name or self.model_name_or_path})
 
     def _check_numbers(self) -> None:
@@ -248,37 +170,6 @@ class PretrainArguments(RunArguments):
             raise ValueError(f"--max_train_hours {self.max_train_hours} must be a finite number above 0.")
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"--mlm_probability {self.mlm_probability} must be above 0 and at most 1.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
-        Cleaning(self.normalize_text, self.max_tokens_per_character)  # refuses a bad limit
-
-    def _check_data(self) -> None:
-        if self.train_file is not None and self.dataset_name is not None:
-            raise ValueError(
-                f"--train_file {' '.join(self.train_file)} and --dataset_name {self.dataset_name}: give one of the two."
-            )
-        if self.dataset_name is None:
-            flags = ("dataset_config_name", "dataset_revision", "dataset_validation_split")
-            given = [name for name in flags if getattr(self, name) is not None]
-            given += ["dataset_split"] * (self.dataset_split != "train") + ["streaming"] * self.streaming
-            if given:
-                raise ValueError(
-                    f"{', '.join(f'--{name}' for name in given)}: of a dataset; give --dataset_name, too."
-                )
-            if self.train_file is None and (self.validation_file is not None or self.max_documents is not None):
-                name = "max_documents" if self.validation_file is None else "validation_file"
-                raise ValueError(f"--{name} without a corpus: give --train_file or --dataset_name as well.")
-        separate = [
-            name for name in ("validation_file", "dataset_validation_split") if getattr(self, name) is not None
-        ]
-        if len(separate) > 1 or (separate and self.validation_documents is not None):
-            names = [*separate, *["validation_documents"] * (self.validation_documents is not None)]
-            raise ValueError(f"{', '.join(f'--{name}' for name in names)}: one of them says what to validate on.")
-        if self.max_documents is not None and (self.validation_documents or 0) >= self.max_documents:
-            raise ValueError(
-                f"--validation_documents {self.validation_documents} of --max_documents {self.max_documents} leaves none "
-                "to train on; hold out fewer."
-            )
 
     def _check_budget(self) -> None:
         if self.max_steps is not None and self.max_train_hours is not None:
@@ -310,7 +201,7 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArgu
         description,
         presets=PRESETS,
         replaced=REPLACED,
-        data_settings=DATA_SETTINGS,
+        data_settings=(*VALIDATION_SETTINGS, "mlm_probability"),
         refuse=_refuse_contradictions,
         replaced_of_preset=PRESET_REPLACED,
     )

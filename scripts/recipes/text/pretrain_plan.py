@@ -14,25 +14,10 @@ from hf_specattn.layers import spectral_layers
 
 from ..run.memory import MemoryEstimate, estimate_training_memory
 from ..run.model_changes import model_changes
-from ..run.schedules import ramped_micro_steps
 from ..run.spectral_arguments import SpectralArguments
 from .crammed_recipe import PRESETS, deviations
-from .mlm_evaluation import accepts_masked_positions
 from .pretrain_arguments import PretrainArguments
-
-
-def training_tokens(arguments: PretrainArguments, micro_batch_tokens: int) -> int | None:
-    """Return the tokens that a run of so many steps reads, its ramp included; None where the clock decides.
-
-    Args:
-        arguments: Of the run.
-        micro_batch_tokens: Tokens of one forward pass of all processes.
-    """
-    steps = arguments.budget.steps
-    if steps is None:
-        return None
-    full, ramp = arguments.gradient_accumulation_steps, arguments.batch_size_ramp
-    return micro_batch_tokens * sum(ramped_micro_steps(step / steps, full, ramp) for step in range(steps))
+from .pretrain_task import accepts_masked_positions
 
 
 def describe_plan(
@@ -101,7 +86,7 @@ def _steps_line(arguments: PretrainArguments, micro_batch: int) -> str:
         step = f"{micro_batch * length:,} tokens a step ({micro_batch:,} sequences) at first, growing to {step} " + (
             f"at {arguments.batch_size_ramp:.0%} of the run"
         )
-    tokens = training_tokens(arguments, micro_batch * length)
+    tokens = arguments.training_tokens(micro_batch * length)
     if tokens is None:
         return (
             f"Steps: {step}, for {arguments.max_train_hours:g} hours; tokens in all: what the machine reads in that time, "

@@ -1,12 +1,23 @@
-"""Masked language modelling as a task of the loop: which sequences a step reads, what is masked, and the loss."""
+"""Masked language modelling as a task of the loop: which sequences a step reads, what is masked, the loss, the evaluation.
 
+The corruption has an exact count and is a pure function of (seed, epoch, sequence index). Every sequence gets exactly
+`round(probability * length)` predicted positions, so that a model may decode just those with static shapes (sparse
+prediction). As in cramming, any position may be chosen, [SEP] included, and the random replacement is any token of the
+vocabulary: packed sequences carry no padding, and leaving out specials would cost the exact count. 80 % of the chosen
+positions show [MASK], 10 % a random token, 10 % the token itself (Devlin et al., 2019).
+"""
+
+import inspect
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
@@ -16,17 +27,15 @@ from ..run.batching import Batch, BatchOrder
 from ..run.loop import Amounts, Task
 from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
-from ..run.run_description import sequences_fingerprint
-from ..run.run_metrics import MLM_LOSS_NAME
+from ..run.randomness import Purpose, random_words
+from ..run.run_metrics import MLM_LOSS_NAME, perplexity
 from ..run.runs import show_progress
 from ..run.saving import save_pretrained
 from ..run.schedules import learning_rate_factor
 from ..run.training_state import gather_weights
-from .masking import MaskedBatch, MaskingRule
 from .mlm_data import prepare_mlm_data
-from .mlm_evaluation import accepts_masked_positions, evaluate_mlm
 from .pretrain_arguments import PretrainArguments
-from .pretrain_plan import training_tokens
+from .token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +55,97 @@ RUN_SETTINGS = (
 # gradient's scale gives rarely seen tokens steps of full size.
 CRAMMING: dict[str, Any] = {"betas": (0.9, 0.98), "eps": 1e-12}
 DROPOUT_SETTINGS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+
+IGNORED_LABEL = -100  # the ignore_index of torch's and transformers' cross-entropy
+
+# Validation is corrupted once and for all, so that losses compare between runs of any seed.
+EVALUATION_SEED, EVALUATION_EPOCH = 20230713, 0
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """A corrupted batch.
+
+    Attributes:
+        input_ids: `(batch, length)`, int64, with the chosen positions corrupted.
+        labels: `(batch, length)`, int64: the original token at the chosen positions, -100 elsewhere.
+        masked_positions: `(batch, predicted)`, int64, the chosen positions in rising order.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    masked_positions: torch.Tensor
+
+    def model_inputs(self, device: torch.device, sparse: bool) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments of the model's forward pass on `device`; `sparse` adds `masked_positions`."""
+        inputs = {"input_ids": self.input_ids, "labels": self.labels}
+        if sparse:
+            inputs["masked_positions"] = self.masked_positions
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+@dataclass(frozen=True)
+class MaskingRule:
+    """How sequences are corrupted.
+
+    Attributes:
+        mask_token_id: The id of [MASK].
+        vocab_size: Random replacements are drawn from [0, vocab_size).
+        probability: The share of positions to predict, in (0, 1].
+    """
+
+    mask_token_id: int
+    vocab_size: int
+    probability: float = 0.25
+
+    def predictions(self, length: int) -> int:
+        """Return how many positions of a sequence of `length` tokens are predicted."""
+        return round(self.probability * length)
+
+    def apply(self, tokens: NDArray[np.integer], indices: ArrayLike, *, seed: int, epoch: ArrayLike) -> MaskedBatch:
+        """Corrupt a batch.
+
+        Args:
+            tokens: `(batch, length)`, the rows at `indices` of the packed corpus.
+            indices: `(batch,)`, each row's index in the corpus: with seed and epoch it decides the row's corruption,
+                whatever else is in the batch.
+            seed: The run's seed.
+            epoch: How often the corpus has been passed, one number or `(batch,)`; each pass is corrupted anew.
+
+        Raises:
+            ValueError: if no position would be predicted.
+        """
+        length = tokens.shape[1]
+        count = self.predictions(length)
+        if count < 1:
+            raise ValueError(
+                f"Masking {self.probability} of {length} tokens predicts none; raise the probability or the length."
+            )
+        rows = zip(*np.broadcast_arrays(epoch, indices))
+        words = np.stack(
+            [random_words(seed, int(passed), Purpose.MASKING, int(row), length + 2 * count) for passed, row in rows]
+        )
+        scores, decisions, replacements = np.split(words, [length, length + count], axis=1)
+        # The positions of the smallest scores are a uniform subset; stable, so that even a tie has one outcome.
+        positions = np.sort(np.argsort(scores, axis=1, kind="stable")[:, :count], axis=1)
+        originals = np.take_along_axis(tokens, positions, axis=1).astype(np.int64)
+        shown = np.where(_uniform(decisions) < 0.9, self._random_tokens(replacements), originals)
+        shown = np.where(_uniform(decisions) < 0.8, self.mask_token_id, shown)
+
+        input_ids = tokens.astype(np.int64)
+        np.put_along_axis(input_ids, positions, shown, axis=1)
+        labels = np.full_like(input_ids, IGNORED_LABEL)
+        np.put_along_axis(labels, positions, originals, axis=1)
+        return MaskedBatch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions))
+
+    def _random_tokens(self, words: NDArray[np.uint64]) -> NDArray[np.int64]:
+        # The upper 32 bits scaled to the vocabulary: the bias is below vocab_size / 2**32.
+        return ((words >> np.uint64(32)) * np.uint64(self.vocab_size) >> np.uint64(32)).astype(np.int64)
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Map words to [0, 1) by their upper 53 bits."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class MlmTask(Task):
@@ -82,10 +182,16 @@ class MlmTask(Task):
         self.processor = self.data.tokenizer
         self.dataset = self.data.origin
         self.units = arguments.max_seq_length
-        self.validation_fingerprint = self.data.validation_fingerprint
+        self.validation_fingerprint = self.data.validation.fingerprint
         self.rule = MaskingRule(self.data.tokenizer.mask_token_id, len(self.data.tokenizer), arguments.mlm_probability)
         shuffle = arguments.sequence_order == "shuffled"
-        self.order = None if arguments.eval_only else BatchOrder(len(self.data.train), arguments.seed, shuffle=shuffle)
+        self.order = None if arguments.eval_only else BatchOrder(len(self.train), arguments.seed, shuffle=shuffle)
+
+    @property
+    def train(self) -> TokenCache:
+        """The training sequences."""
+        assert self.data.train is not None  # an evaluation alone has none
+        return self.data.train
 
     @property
     def vocab_size(self) -> int:
@@ -98,17 +204,17 @@ class MlmTask(Task):
 
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:
         data = self.data
-        planned = training_tokens(self.arguments, self.amounts.micro_batch * self.units)
+        planned = self.arguments.training_tokens(self.amounts.micro_batch * self.units)
         return {
             "corpus": data.origin,
             "vocab_size": self.vocab_size,
-            "train_sequences": len(data.train),
-            "train_tokens": data.train.size,
+            "train_sequences": len(self.train),
+            "train_tokens": self.train.size,
             "validation_sequences": len(data.validation),
             "validation_tokens": data.validation.size,
-            "validation_fingerprint": data.validation_fingerprint,
+            "validation_fingerprint": data.validation.fingerprint,
             "planned_tokens": planned,
-            "epochs": None if planned is None else round(planned / data.train.size, 3),
+            "epochs": None if planned is None else round(planned / self.train.size, 3),
             "lr_scheduler_type": self.arguments.schedule_kind,
         }
 
@@ -135,7 +241,7 @@ class MlmTask(Task):
             "warmup_steps": self.arguments.warmup,
             # Under a ramp the batch grows by this.
             "micro_batch_size": self.amounts.micro_batch if self.amounts.ramp else None,
-            "train_fingerprint": sequences_fingerprint(self.data.train),
+            "train_fingerprint": self.train.fingerprint,
             "tokenizer_size": self.vocab_size,
             "mask_token_id": self.rule.mask_token_id,
         }
@@ -159,7 +265,7 @@ class MlmTask(Task):
         self._announce_new_pass(step, batch)
         for micro_step in range(micro_steps):
             rows = batch.share(micro_step, micro_steps, self.accelerator.process_index, self.accelerator.num_processes)
-            sequences = self.data.train[rows.indices]
+            sequences = self.train[rows.indices]
             yield self.rule.apply(sequences, rows.indices, seed=self.arguments.seed, epoch=rows.epochs)
 
     def _announce_new_pass(self, step: int, batch: Batch) -> None:
@@ -168,7 +274,7 @@ class MlmTask(Task):
         if batch.begins_pass and passed > 0:
             order = "in another order" if self.arguments.sequence_order == "shuffled" else "in the same order"
             logger.warning(
-                f"step {step}: the training data ({len(self.data.train):,} sequences) have been read {passed} time(s) and "
+                f"step {step}: the training data ({len(self.train):,} sequences) have been read {passed} time(s) and "
                 f"are repeated from here on, {order} and masked anew."
             )
 
@@ -202,3 +308,72 @@ class MlmTask(Task):
     def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
         model = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32).to(device)
         return self.evaluate(model, None)
+
+
+@dataclass(frozen=True)
+class MlmEvaluation:
+    """Attributes: `loss` in nats per predicted token, over `predicted_tokens` tokens of `sequences` sequences."""
+
+    loss: float
+    predicted_tokens: int
+    sequences: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """Return `exp(loss)`; None where that overflows."""
+        return perplexity(self.loss)
+
+
+def accepts_masked_positions(model: nn.Module) -> bool:
+    """Say whether the model can decode chosen positions only (`masked_positions`), as Crammed BERT does."""
+    return "masked_positions" in inspect.signature(type(extract_model_from_parallel(model)).forward).parameters
+
+
+@torch.no_grad()
+def evaluate_mlm(
+    model: nn.Module,
+    sequences: NDArray[np.integer] | TokenCache,
+    rule: MaskingRule,
+    *,
+    batch_size: int = 32,
+    accelerator: Accelerator | None = None,
+) -> MlmEvaluation:
+    """Measure the masked-LM loss over packed sequences, each used exactly once.
+
+    The corruption is that of a fixed seed. Sums are weighted by predicted tokens and kept in float64, so a last batch
+    of another size or on one process only changes nothing.
+
+    Args:
+        model: A masked language model, wrapped by `accelerator.prepare` or not; its training mode is left as it was.
+        sequences: Token ids, `(sequences, length)`.
+        rule: As in training.
+        batch_size: Sequences per process and forward pass.
+        accelerator: The processes to share the work among; None evaluates in this one, on the model's device.
+
+    Raises:
+        ValueError: without any sequence.
+    """
+    if len(sequences) == 0:
+        raise ValueError("There is no validation sequence to evaluate; give a longer validation corpus.")
+    rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
+    sparse = accepts_masked_positions(model)
+    training = model.training
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # summed loss, predicted tokens
+    for start in range(0, len(sequences), batch_size * processes):
+        mine = start + rank * batch_size
+        indices = np.arange(mine, min(mine + batch_size, len(sequences)))
+        counts = len(indices) > 0
+        # A wrapped model may communicate in its forward pass, so a process without data joins in, uncounted.
+        indices = indices if counts else np.zeros(1, dtype=int)
+        batch = rule.apply(sequences[indices], indices, seed=EVALUATION_SEED, epoch=EVALUATION_EPOCH)
+        loss = model(**batch.model_inputs(device, sparse)).loss
+        if counts:
+            predicted = batch.masked_positions.numel()
+            totals += torch.stack([loss.double() * predicted, totals.new_tensor(predicted)])
+    model.train(training)
+    if accelerator is not None:
+        totals = accelerator.reduce(totals, reduction="sum")
+    summed_loss, tokens = totals.tolist()
+    return MlmEvaluation(summed_loss / tokens, int(tokens), len(sequences))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..run.messages import one_line
-from .documents import CorpusError, Document, parts_of
+from .documents import CorpusError, Document
 
 # An array, and a line of JSON, is parsed as a whole, at some times its size in memory.
 LARGEST_ARRAY_BYTES = 256 * 2**20
@@ -107,6 +107,17 @@ def _checked_documents(path: Path, text_column: str, part_characters: int | None
             yield Document(f"{path.name}:{index}", part)
     if not found:
         raise CorpusError(f"{path} holds no text: every document in it is empty. Give a file with text in it.")
+
+
+def parts_of(text: str, characters: int) -> Iterator[str]:
+    """Cut a text into parts of at most so many characters: after a line's end, else after a space, else anywhere."""
+    start = 0
+    while len(text) - start > characters:
+        stop = start + characters
+        end = (text.rfind("\n", start, stop) + 1) or (text.rfind(" ", start, stop) + 1) or stop
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def _kind(path: Path) -> str:

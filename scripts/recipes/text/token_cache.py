@@ -1,51 +1,40 @@
 """A corpus of any size as packed sequences in a file, made once and read through a memory map.
 
-Documents are streamed through normalization, the tokenizer and the filter into one flat file of token ids; nothing
-grows with the corpus but that file. The folder of a cache is named by a hash of everything that made it. It is made
-under another name and renamed when it is complete, behind a lock, so that a process finds a whole cache or none, and no
-two processes of a machine make the same one. What a killed process left behind is removed by the next.
+As in cramming: each document's tokens are followed by [SEP], there is no [CLS], sequences run on across documents, and the
+remainder shorter than one sequence is dropped. Documents are streamed through normalization, the tokenizer and the filter
+into one flat file of token ids; nothing else grows with the corpus but one number for each sequence.
 
-    <cache folder>/tokens-<key>/     tokens.bin, order.npy, manifest.json
-    <cache folder>/tokenizer-<key>/  a tokenizer trained on a corpus, manifest.json
-
-The manifest has a checksum of every file. They are compared whenever a run asks for what is cached; what differs is made
-again.
+    <cache folder>/tokens-<key>/     tokens.bin, order.npy, manifest.json (see `prepared_folders`)
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import tokenizers
-from filelock import FileLock, Timeout
 from numpy.typing import ArrayLike, NDArray
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from hf_specattn.files import CannotWriteError, cannot_be_written, checksum, require_writable, write_json
-
-from ..run.messages import one_line
-from .cleaning import NO_CLEANING, Cleaning
+from .cleaning import NO_CLEANING, Cleaning, normalize_text
 from .documents import CorpusError, Document
-from .packing import PIECE_CHARACTERS, PIECES_PER_CALL, plain_encoder, text_pieces, token_dtype, works_wordwise
-from .streams import SAMPLE_CHARACTERS, CorpusStream, training_sample
-from .tokenization import load_tokenizer, train_wordpiece
+from .prepared_folders import MANIFEST_FILE, DamagedFolderError, key, load_or_make, require_undamaged, write_manifest
+from .streams import CorpusStream
+from .tokenization import plain_encoder, works_wordwise
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 2  # raise it when packed files or their manifest change: older caches are then made anew
-TOKENS_FILE, ORDER_FILE, MANIFEST_FILE = "tokens.bin", "order.npy", "manifest.json"
+TOKENS_FILE, ORDER_FILE = "tokens.bin", "order.npy"
 ORDERS = ("published", "shuffled")
 
 # For an estimate before the work: English in WordPiece has 0.2 to 0.25 tokens per character.
@@ -53,14 +42,10 @@ TOKENS_PER_CHARACTER = 0.25
 
 SCAN_TOKENS = 2**20  # tokens per read in the pass over the finished file
 
-Loaded = TypeVar("Loaded")
-
-
-class DamagedCacheError(ValueError):
-    """A folder of the cache does not hold what its manifest says."""
-
-
-# ------------------------------------------------------------------------------------------------- packed sequences
+# Long documents are encoded in pieces: threads share the work, and the encodings of one call (some 50 bytes for each
+# character, before they become ids) stay within some 60 MB.
+PIECE_CHARACTERS = 20_000
+PIECES_PER_CALL = 64
 
 
 class TokenCache:
@@ -77,7 +62,7 @@ class TokenCache:
 
     Raises:
         FileNotFoundError: if the folder does not exist.
-        DamagedCacheError: if a file is missing, unreadable or of the wrong size.
+        DamagedFolderError: if a file is missing, unreadable or of the wrong size.
         CorpusError: for the published order where the tokenizer has no ".".
         ValueError: for an unknown order.
     """
@@ -109,8 +94,8 @@ class TokenCache:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of shape and tokens in the corpus's order, computed when they were written: 16 hexadecimal digits."""
-        return self.manifest["fingerprint"]
+        """Tells whether two runs read the same sequences by the same numbers: a hash of shape and tokens, and the order."""
+        return self.manifest["fingerprint"] + (f" in {self.order} order" if self.order != "shuffled" else "")
 
     def in_order(self, order: str) -> "TokenCache":
         """Return the same sequences numbered in another order."""
@@ -139,8 +124,6 @@ def prepare_tokens(
     show_progress: bool = False,
 ) -> TokenCache:
     """Return the packed sequences of a corpus, from the cache if they are in it.
-
-    They are those of `pack_documents` on the same (cleaned) documents, token for token.
 
     Args:
         stream: The documents; read only if the cache does not hold them.
@@ -173,77 +156,59 @@ def prepare_tokens(
         _require_space(folder, stream, packer.dtype.itemsize, max_seq_length)
         _write_cache(folder, packer, max_seq_length, _period(tokenizer), ingredients)
 
-    folder = Path(cache_dir) / f"tokens-{_key(ingredients)}"
-    return _load_or_make(folder, make, _load_sequences, f"the sequences of {stream.origin}")
+    folder = Path(cache_dir) / f"tokens-{key(ingredients)}"
+    return load_or_make(folder, make, _load_sequences, f"the sequences of {stream.origin}")
 
 
-def prepare_tokenizer(
-    stream: CorpusStream,
-    vocab_size: int,
-    *,
-    cache_dir: str | Path,
-    cleaning: Cleaning = NO_CLEANING,
-    max_seq_length: int = 512,
-    sample_characters: int = SAMPLE_CHARACTERS,
-    show_progress: bool = False,
-) -> PreTrainedTokenizerBase:
-    """Return a WordPiece tokenizer trained on (a sample of) a corpus, from the cache if it is in it.
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the smaller of uint16 and int32 that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise FileNotFoundError(folder)
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        expected = manifest["bytes"]
+        found = {name: (folder / name).stat().st_size for name in expected}
+        tokens = manifest["sequences"] * manifest["length"] * np.dtype(manifest["dtype"]).itemsize
+        str(manifest["fingerprint"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedFolderError(f"{type(error).__name__}: {error}") from error
+    if found != expected or found.get(TOKENS_FILE) != tokens:
+        raise DamagedFolderError(f"the files have {found} bytes instead of {expected}")
+    return manifest
+
+
+def _load_sequences(folder: Path) -> TokenCache:
+    cache = TokenCache(folder)
+    require_undamaged(folder)
+    return cache
+
+
+# --- writing -----------------------------------------------------------------------------------------------------------
+
+
+def text_pieces(text: str, cut: bool) -> Iterator[tuple[str, bool]]:
+    """Cut a long text after whitespace; yields each piece and whether it is the last one.
 
     Args:
-        stream: The training documents; read only if the cache does not hold the tokenizer.
-        vocab_size: The largest size of the vocabulary.
-        cache_dir: The folder of all caches; made if it does not exist.
-        cleaning: Its normalization is applied before; nothing is filtered, which would need the tokenizer.
-        max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
-        sample_characters: Train on so many characters at most, as `training_sample` picks them.
-        show_progress: Whether to draw a progress bar.
-
-    Raises:
-        CorpusError: as in `prepare_tokens` and `train_wordpiece`.
+        text: A document, or a part of it.
+        cut: False leaves it whole, for a tokenizer that does not work word by word.
     """
-    ingredients = {
-        "format": FORMAT,
-        "corpus": stream.ingredients,
-        "cleaning": cleaning.ingredients(),
-        "tokenizers": tokenizers.__version__,
-        "vocab_size": vocab_size,
-        "sample_characters": sample_characters,
-    }
-
-    def make(folder: Path) -> None:
-        read = 0
-
-        def documents() -> Iterator[Document]:
-            nonlocal read
-            for document in training_sample(stream, sample_characters):
-                read += len(document.text)
-                yield replace(document, text=cleaning.apply(document.text))
-
-        tokenizer = train_wordpiece(documents(), vocab_size, show_progress=show_progress)
-        tokenizer.save_pretrained(folder)
-        files = sorted(path.name for path in folder.iterdir())
-        write_json(folder / MANIFEST_FILE, {"crc32": _checksums(folder, files), "ingredients": ingredients})
-        logger.info(
-            f"Trained a tokenizer of {len(tokenizer):,} tokens on {read:,} characters, spread over the corpus (at most "
-            f"{sample_characters:,})."
-        )
-
-    def load(folder: Path) -> PreTrainedTokenizerBase:
-        if not folder.is_dir():
-            raise FileNotFoundError(folder)
-        _require_undamaged(folder)
-        try:
-            tokenizer = load_tokenizer(str(folder))
-        except Exception as error:  # of whatever kind: `tokenizers` raises bare ones for a file it cannot parse
-            raise DamagedCacheError(str(error)) from error
-        tokenizer.model_max_length = max_seq_length
-        return tokenizer
-
-    folder = Path(cache_dir) / f"tokenizer-{_key(ingredients)}"
-    return _load_or_make(folder, make, load, f"the tokenizer of {stream.origin}")
-
-
-# --------------------------------------------------------------------------------------------------------- writing
+    start = 0
+    while cut and len(text) - start > PIECE_CHARACTERS:
+        stop = start + PIECE_CHARACTERS
+        end = (text.rfind("\n", start, stop) + 1) or (text.rfind(" ", start, stop) + 1)
+        if end <= start:  # one word longer than a piece: take it whole
+            found = [place + 1 for place in (text.find("\n", stop), text.find(" ", stop)) if place >= 0]
+            end = min(found, default=len(text))
+        if end == len(text):
+            break
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
 
 
 class _Piece(NamedTuple):
@@ -315,8 +280,9 @@ class _Packer:
         documents = self.stream.documents()
         for part, final in _parts(documents if wordwise else _whole(documents)):
             characters = len(part.text)
-            for text, last in text_pieces([replace(part, text=self.cleaning.apply(part.text))], wordwise):
-                yield _Piece(text, characters, last and final)
+            text = normalize_text(part.text) if self.cleaning.normalize else part.text
+            for piece, last in text_pieces(text, wordwise):
+                yield _Piece(piece, characters, last and final)
                 characters = 0
 
 
@@ -366,22 +332,21 @@ def _write_cache(
         )
     fingerprint, periods = _scan(folder / TOKENS_FILE, packer.dtype, rows, length, period)
     if periods is not None:
-        _write_order(folder / ORDER_FILE, periods)
+        np.save(folder / ORDER_FILE, np.argsort(periods.max() - periods, kind="stable"))
     files = [TOKENS_FILE] if periods is None else [TOKENS_FILE, ORDER_FILE]
-    manifest = {
+    content = {
         "sequences": rows,
         "length": length,
         "dtype": packer.dtype.str,
         "fingerprint": fingerprint,
         "bytes": {name: (folder / name).stat().st_size for name in files},
-        "crc32": _checksums(folder, files),
         "documents": counts.documents,
         "documents_kept": counts.kept,
         "characters": counts.characters,
         "tokens": counts.tokens,
         "ingredients": ingredients,
     }
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_manifest(folder, files, content)
     logger.info(
         f"Packed {rows:,} sequences of {length} tokens from {counts.kept:,} of {counts.documents:,} documents "
         f"({counts.characters:,} characters) in {time.perf_counter() - begun:.0f} s."
@@ -392,7 +357,6 @@ def _scan(
     path: Path, dtype: np.dtype, rows: int, length: int, period: int | None
 ) -> tuple[str, NDArray[np.unsignedinteger] | None]:
     """Return the fingerprint and each sequence's count of `period`, `(rows,)`, reading the file some rows at a time."""
-    # The same hash as of sequences in memory, so that losses compare whichever way the data was prepared.
     digest = hashlib.sha256(repr((rows, length)).encode())
     counts = None if period is None else np.empty(rows, np.min_scalar_type(length))
     step = max(SCAN_TOKENS // length, 1)
@@ -403,22 +367,6 @@ def _scan(
             if counts is not None:
                 counts[start : start + len(block)] = (block == period).sum(axis=1)
     return digest.hexdigest()[:16], counts
-
-
-def _write_order(path: Path, counts: NDArray[np.unsignedinteger]) -> None:
-    """Write the indices that sort `counts`, largest first and ties in order: a counting sort, some at a time."""
-    blocks = [(start, counts[start : start + SCAN_TOKENS]) for start in range(0, len(counts), SCAN_TOKENS)]
-    values = int(counts.max()) + 1
-    histogram = sum(np.bincount(block, minlength=values) for _, block in blocks)
-    following = len(counts) - np.cumsum(histogram)  # where the next sequence with each count goes
-    order = np.lib.format.open_memmap(path, mode="w+", dtype=np.int64, shape=counts.shape)
-    for start, block in blocks:
-        ranked = np.argsort(block, kind="stable")
-        ranked_counts, sizes = block[ranked], np.bincount(block, minlength=values)
-        within = np.arange(len(block)) - (np.cumsum(sizes) - sizes)[ranked_counts]
-        order[following[ranked_counts] + within] = start + ranked
-        following += sizes
-    order.flush()
 
 
 def _period(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -437,138 +385,3 @@ def _require_space(folder: Path, stream: CorpusStream, itemsize: int, length: in
             f"Too little disk space in {folder.parent}: the packed sequences of {stream.origin} need about "
             f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free. Free some, or name another cache folder."
         )
-
-
-# ------------------------------------------------------------------------------------------------- the cache folder
-
-
-def _key(ingredients: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(folder)
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        expected = manifest["bytes"]
-        found = {name: (folder / name).stat().st_size for name in expected}
-        tokens = manifest["sequences"] * manifest["length"] * np.dtype(manifest["dtype"]).itemsize
-        str(manifest["fingerprint"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedCacheError(f"{type(error).__name__}: {error}") from error
-    if found != expected or found.get(TOKENS_FILE) != tokens:
-        raise DamagedCacheError(f"the files have {found} bytes instead of {expected}")
-    return manifest
-
-
-def _load_sequences(folder: Path) -> TokenCache:
-    cache = TokenCache(folder)
-    _require_undamaged(folder)
-    return cache
-
-
-def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    return {name: checksum(folder / name) for name in names}
-
-
-def _require_undamaged(folder: Path) -> None:
-    """Compare every file with its checksum in the manifest; a copy to a worker process does not.
-
-    Raises:
-        DamagedCacheError: naming the first file that is not the one that was written.
-    """
-    try:
-        expected = dict(json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["crc32"])
-        different = [name for name, value in expected.items() if checksum(folder / name) != value]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedCacheError(one_line(error)) from error
-    if different or not expected:
-        raise DamagedCacheError(f"{', '.join(different) or MANIFEST_FILE} is not what was written")
-
-
-def _load_or_make(folder: Path, make: Callable[[Path], None], load: Callable[[Path], Loaded], content: str) -> Loaded:
-    """Return `load(folder)`, after `make` filled the folder where it does not exist or is damaged."""
-    try:
-        return load(folder)
-    except (FileNotFoundError, DamagedCacheError):
-        pass  # another process may be making it: look again behind the lock
-    try:
-        require_writable(folder.parent, "The folder of prepared data (--cache_dir, or below HF_HOME),")
-    except CannotWriteError as error:
-        raise CorpusError(str(error)) from error
-    with _write_errors(folder.parent):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, content):
-            try:
-                return load(folder)
-            except FileNotFoundError:
-                pass
-            except DamagedCacheError as error:
-                logger.warning(f"{folder} is damaged ({error}); it is made again.")
-                shutil.rmtree(folder)
-            _remove_leftovers(folder.parent)
-            _make_whole(folder, make)
-    return load(folder)
-
-
-def _make_whole(folder: Path, make: Callable[[Path], None]) -> None:
-    partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        make(partial)
-        os.replace(partial, folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _locked(folder: Path, content: str) -> Iterator[None]:
-    lock = FileLock(_lock_file(folder))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.warning(f"Another process prepares {content}; waiting until it is done.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """Remove what is half made and whose maker no longer holds its lock: it was killed."""
-    for partial in cache_dir.glob(_partial(Path("*")).name):
-        lock = FileLock(_lock_file(cache_dir / partial.stem.removeprefix(".")))
-        try:
-            with lock.acquire(timeout=0):
-                shutil.rmtree(partial, ignore_errors=True)
-        except Timeout:
-            continue
-
-
-def _partial(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.partial"
-
-
-def _lock_file(folder: Path) -> Path:
-    return folder.parent / f".{folder.name}.lock"
-
-
-@contextmanager
-def _write_errors(cache_dir: Path) -> Iterator[None]:
-    """Turn the system's errors that a user can mend into `CorpusError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CorpusError(
-                f"The disk of {cache_dir} is full ({error.strerror}); what was half made is removed. Free some space, or "
-                "name another cache folder."
-            ) from error
-        # Of the cache, whatever it is, or of a disk; and not of the corpus.
-        if str(error.filename or "").startswith(str(cache_dir)) or cannot_be_written(error):
-            raise CorpusError(f"{cache_dir} cannot be written: {error}. Name another cache folder.") from error
-        raise

@@ -1,14 +1,26 @@
-"""The tokenizer of a run: trained on its corpus, or loaded."""
+"""The tokenizer of a run: trained on its corpus and kept, or loaded."""
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import tokenizers
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, trainers
 from tokenizers.models import WordPiece
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
+from .cleaning import NO_CLEANING, Cleaning
 from .documents import CorpusError, Document
+from .prepared_folders import DamagedFolderError, key, load_or_make, require_undamaged, write_manifest
+from .streams import SAMPLE_CHARACTERS, CorpusStream, training_sample
+
+logger = logging.get_logger(__name__)
+
+FORMAT = 2  # raise it when the files of a kept tokenizer change: older ones are then made anew
 
 # In BERT's names; [PAD] has id 0, as the model's padding_idx expects.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -21,6 +33,76 @@ LONGEST_WORD = 1000
 
 # The trainer's own limit: rarer characters become [UNK] instead of filling the vocabulary.
 MAX_ALPHABET = 1000
+
+# Pre-tokenizers that drop whitespace and look at one word at a time, and normalizers that look at one character at a
+# time: text may be cut after any space or line end. Others (ByteLevel, Metaspace) put spaces into tokens.
+WORDWISE_PRE_TOKENIZERS = frozenset({"BertPreTokenizer", "Whitespace", "WhitespaceSplit"})
+CHARACTERWISE_NORMALIZERS = frozenset({"BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "StripAccents"})
+
+
+def prepare_tokenizer(
+    stream: CorpusStream,
+    vocab_size: int,
+    *,
+    cache_dir: str | Path,
+    cleaning: Cleaning = NO_CLEANING,
+    max_seq_length: int = 512,
+    sample_characters: int = SAMPLE_CHARACTERS,
+    show_progress: bool = False,
+) -> PreTrainedTokenizerBase:
+    """Return a WordPiece tokenizer trained on (a sample of) a corpus, from the cache if it is in it.
+
+    Args:
+        stream: The training documents; read only if the cache does not hold the tokenizer.
+        vocab_size: The largest size of the vocabulary.
+        cache_dir: The folder of all caches; made if it does not exist.
+        cleaning: Its normalization is applied before; nothing is filtered, which would need the tokenizer.
+        max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
+        sample_characters: Train on so many characters at most, as `training_sample` picks them.
+        show_progress: Whether to draw a progress bar.
+
+    Raises:
+        CorpusError: as in `prepare_tokens` and `train_wordpiece`.
+    """
+    ingredients = {
+        "format": FORMAT,
+        "corpus": stream.ingredients,
+        "cleaning": cleaning.ingredients(),
+        "tokenizers": tokenizers.__version__,
+        "vocab_size": vocab_size,
+        "sample_characters": sample_characters,
+    }
+
+    def make(folder: Path) -> None:
+        read = 0
+
+        def documents() -> Iterator[Document]:
+            nonlocal read
+            for document in training_sample(stream, sample_characters):
+                read += len(document.text)
+                yield replace(document, text=cleaning.apply(document.text))
+
+        tokenizer = train_wordpiece(documents(), vocab_size, show_progress=show_progress)
+        tokenizer.save_pretrained(folder)
+        write_manifest(folder, sorted(path.name for path in folder.iterdir()), {"ingredients": ingredients})
+        logger.info(
+            f"Trained a tokenizer of {len(tokenizer):,} tokens on {read:,} characters, spread over the corpus (at most "
+            f"{sample_characters:,})."
+        )
+
+    def load(folder: Path) -> PreTrainedTokenizerBase:
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        require_undamaged(folder)
+        try:
+            tokenizer = load_tokenizer(str(folder))
+        except Exception as error:  # of whatever kind: `tokenizers` raises bare ones for a file it cannot parse
+            raise DamagedFolderError(str(error)) from error
+        tokenizer.model_max_length = max_seq_length
+        return tokenizer
+
+    folder = Path(cache_dir) / f"tokenizer-{key(ingredients)}"
+    return load_or_make(folder, make, load, f"the tokenizer of {stream.origin}")
 
 
 def train_wordpiece(
@@ -134,3 +216,29 @@ def _repeated(words: Counter[str]) -> Iterator[str]:
     for word, count in words.items():
         for start in range(0, count, at_once):
             yield f"{word} " * min(at_once, count - start)
+
+
+def works_wordwise(encoder: Tokenizer) -> bool:
+    """Say whether text that is cut after whitespace gives the tokens of the whole, for any text."""
+    state = json.loads(encoder.to_str())
+    splitting = _steps(state["pre_tokenizer"], "pretokenizers")
+    normalizing = _steps(state["normalizer"], "normalizers")
+    return bool(splitting) and splitting[0] in WORDWISE_PRE_TOKENIZERS and {*normalizing} <= CHARACTERWISE_NORMALIZERS
+
+
+def _steps(component: dict | None, members: str) -> list[str]:
+    """Return the kinds of a component's steps, of a sequence one by one."""
+    if component is None:
+        return []
+    if component["type"] != "Sequence":
+        return [component["type"]]
+    return [kind for member in component[members] for kind in _steps(member, members)]
+
+
+def plain_encoder(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Return a copy of the fast tokenizer's backend that neither truncates, pads nor recognizes special tokens."""
+    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    encoder.no_truncation()
+    encoder.no_padding()
+    encoder.encode_special_tokens = True  # read "[MASK]" as text
+    return encoder

@@ -18,8 +18,7 @@ from recipes.run.memory import (
     storages_of,
     total_bytes,
 )
-from recipes.text.masking import MaskingRule
-from recipes.text.mlm_evaluation import accepts_masked_positions
+from recipes.text.pretrain_task import MaskingRule, accepts_masked_positions
 
 LENGTH, WIDTH, LAYERS, VOCABULARY = 16, 32, 2, 50
 BATCH = 13

@@ -1,5 +1,6 @@
 """What the streaming code must equal: a corpus read whole, split and packed in memory by the shortest code that does it."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,12 @@ def split_documents(
     held_out = {document.name for document in ranked[: min(max(below, 1), len(documents) - 1)]}
     train = [document for document in documents if document.name not in held_out]
     return train, [document for document in documents if document.name in held_out]
+
+
+def sequences_fingerprint(sequences: np.ndarray) -> str:
+    """A hash of shape and tokens, `(rows, length)`; the width of the integers does not count."""
+    content = repr(sequences.shape).encode() + np.ascontiguousarray(sequences, "<i4").tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def pack_documents(

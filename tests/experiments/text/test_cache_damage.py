@@ -7,8 +7,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from recipes.text.documents import CorpusError, Document
+from recipes.text.prepared_folders import MANIFEST_FILE
 from recipes.text.streams import CorpusStream
-from recipes.text.token_cache import MANIFEST_FILE, prepare_tokenizer, prepare_tokens
+from recipes.text.token_cache import prepare_tokens
+from recipes.text.tokenization import prepare_tokenizer
 
 DOCUMENTS = [Document(f"d:{number}", f"some words, {number} of them. And a second sentence.") for number in range(40)]
 

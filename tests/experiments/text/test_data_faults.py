@@ -9,11 +9,11 @@ import pytest
 
 from recipes.text import text_files
 from recipes.text.corpora import corpus_streams
-from recipes.text.documents import CorpusError, parts_of
+from recipes.text.documents import CorpusError
 from recipes.text.hub_datasets import hub_stream
 from recipes.text.mlm_data import MlmDataSettings
 from recipes.text.streams import file_stream
-from recipes.text.text_files import file_documents
+from recipes.text.text_files import file_documents, parts_of
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -207,7 +207,7 @@ def test_a_folder_of_the_hub_says_what_it_leaves_out(tmp_path, warning_log):
     assert sorted(document.text for document in stream.documents()) == ["a", "b"]
     assert any("leaves out 1 (1 .txt; the first is" in message for message in warning_log.messages)
     (tmp_path / "train" / "a.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n{"text"\n')
-    with pytest.raises(CorpusError, match="cannot be read") as caught:
+    with pytest.raises(CorpusError, match="cannot be loaded") as caught:
         list(hub_stream(str(tmp_path)).documents())
     assert "\n" not in str(caught.value)
 
@@ -223,7 +223,8 @@ def test_a_line_of_25_mb_needs_little_memory(tmp_path, name, spaces):
     code = f"""
 import resource, sys
 from recipes.text.streams import file_stream
-from recipes.text.token_cache import prepare_tokenizer, prepare_tokens
+from recipes.text.token_cache import prepare_tokens
+from recipes.text.tokenization import prepare_tokenizer
 stream = file_stream([{str(path)!r}])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 tokenizer = prepare_tokenizer(stream, 100, cache_dir={str(tmp_path / "cache")!r})

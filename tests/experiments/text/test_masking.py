@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipes.text.masking import IGNORED_LABEL, MaskingRule
+from recipes.text.pretrain_task import IGNORED_LABEL, MaskingRule
 
 MASK = 4
 RULE = MaskingRule(mask_token_id=MASK, vocab_size=1000)

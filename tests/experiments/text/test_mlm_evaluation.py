@@ -3,10 +3,10 @@ import pytest
 import torch
 from models import ARCHITECTURES, VOCABULARY
 
-from recipes.text.masking import MaskingRule
-from recipes.text.mlm_evaluation import (
+from recipes.text.pretrain_task import (
     EVALUATION_EPOCH,
     EVALUATION_SEED,
+    MaskingRule,
     accepts_masked_positions,
     evaluate_mlm,
 )

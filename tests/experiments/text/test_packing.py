@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from recipes.text import packing
-from recipes.text.documents import CorpusError, Document
-from recipes.text.packing import plain_encoder, require_sequences, text_pieces, token_dtype, works_wordwise
-from recipes.text.tokenization import train_wordpiece
+from recipes.text import token_cache
+from recipes.text.documents import Document
+from recipes.text.token_cache import text_pieces, token_dtype
+from recipes.text.tokenization import plain_encoder, train_wordpiece, works_wordwise
 
 DOCUMENTS = [Document(f"d:{index}", f"word{index} and\nsome more\n\nlines, {index}!") for index in range(20)]
 
@@ -20,12 +20,12 @@ def ids_of(tokenizer, texts):
 
 
 def test_each_document_ends_with_its_last_piece(monkeypatch):
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
-    pieces = list(text_pieces(DOCUMENTS, cut=True))
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 10)
+    pieces = [piece for document in DOCUMENTS for piece in text_pieces(document.text, cut=True)]
     texts = "".join(text + "|" * last for text, last in pieces).split("|")
     assert texts == [*(document.text for document in DOCUMENTS), ""]
     assert len(pieces) > 2 * len(DOCUMENTS)
-    assert list(text_pieces(DOCUMENTS, cut=False)) == [(document.text, True) for document in DOCUMENTS]
+    assert list(text_pieces(DOCUMENTS[0].text, cut=False)) == [(DOCUMENTS[0].text, True)]
 
 
 @pytest.mark.parametrize("piece", [1, 10, 25])
@@ -34,8 +34,8 @@ def test_each_document_ends_with_its_last_piece(monkeypatch):
     [DOCUMENTS[0].text, "x" * 95, "ab " * 30, "a" * 30 + " b\n" + "c" * 30 + "\n d " * 5, " \n" * 40, "end\n"],
 )
 def test_pieces_join_to_the_text_and_give_its_tokens(tokenizer, monkeypatch, text, piece):
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", piece)
-    pieces = list(text_pieces([Document("d", text)], cut=True))
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", piece)
+    pieces = list(text_pieces(text, cut=True))
     assert "".join(part for part, _ in pieces) == text
     assert [last for _, last in pieces] == [False] * (len(pieces) - 1) + [True]
     assert ids_of(tokenizer, [part for part, _ in pieces]) == ids_of(tokenizer, [text])
@@ -43,9 +43,9 @@ def test_pieces_join_to_the_text_and_give_its_tokens(tokenizer, monkeypatch, tex
 
 def test_pieces_are_no_longer_than_they_need_to_be(monkeypatch):
     """Beyond the limit goes only what has no place to be cut at."""
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 10)
     text = "some words and " + "x" * 15 + " and\nmore\nlines of words"
-    assert [part for part, _ in text_pieces([Document("d", text)], cut=True)] == [
+    assert [part for part, _ in text_pieces(text, cut=True)] == [
         "some ",
         "words and ",
         "x" * 15 + " ",
@@ -97,11 +97,3 @@ def test_the_encoder_neither_truncates_nor_pads(tokenizer):
 def test_token_dtype_holds_the_vocabulary():
     assert token_dtype(2**16) == np.uint16
     assert token_dtype(2**16 + 1) == np.int32
-
-
-def test_too_few_sequences_are_counted():
-    require_sequences(np.zeros((4, 128)), 4, "a.txt", "one batch of 4 sequences")
-    with pytest.raises(
-        CorpusError, match=r"a\.txt is too short: it has 384 tokens .*\(3 of 128 tokens\), and one batch .* needs 512"
-    ):
-        require_sequences(np.zeros((3, 128)), 4, "a.txt", "one batch of 4 sequences")

@@ -11,9 +11,8 @@ from hf_specattn import SpectralConfig, condition
 from recipes.run.run_arguments import recorded_settings
 from recipes.run.schedules import Budget
 from recipes.text.crammed_recipe import PRESETS
-from recipes.text.mlm_data import MlmDataSettings
+from recipes.text.mlm_data import VALIDATION_SETTINGS, MlmDataSettings
 from recipes.text.pretrain_arguments import (
-    DATA_SETTINGS,
     DEFAULT_STEPS,
     NEW_MODEL_SETTINGS,
     PretrainArguments,
@@ -161,40 +160,12 @@ def test_a_new_model_is_as_the_flags_say_and_has_no_dropout(parse):
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.0, 0.0)
 
 
-def test_the_data_settings_are_copied_by_name():
+def test_what_decides_the_validation_data_is_taken_from_a_record():
     names = {field.name for field in dataclasses.fields(MlmDataSettings)}
-    assert names <= {field.name for field in dataclasses.fields(PretrainArguments)}
-    # What validation data depend on is recorded with a run: all but what follows from the model, and where they are kept.
-    training_alone = {"tokenizer_name", "vocab_size", "sequence_order", "cache_dir"}
-    assert set(DATA_SETTINGS) - {"mlm_probability"} == names - training_alone
-
-    arguments = PretrainArguments(
-        dataset_name="owner/name",
-        dataset_split="all",
-        max_documents=50,
-        validation_documents=5,
-        normalize_text=True,
-        max_seq_length=24,
-        tokenizer_name="tokens",
-        cache_dir="cache",
-    )
-    settings = vars(arguments.data_settings())
-    assert settings == {name: getattr(arguments, name) for name in names}
-    defaults = vars(MlmDataSettings())
-    assert {name for name in names if settings[name] != defaults[name]} == {
-        "dataset_name",
-        "dataset_split",
-        "max_documents",
-        "validation_documents",
-        "normalize_text",
-        "max_seq_length",
-        "tokenizer_name",
-        "cache_dir",
-    }
-
-
-def test_the_defaults_of_the_data_are_the_same_in_both_places():
-    assert PretrainArguments().data_settings() == MlmDataSettings()
+    # All but what follows from the model, and where they are kept.
+    assert set(VALIDATION_SETTINGS) == names - {"tokenizer_name", "vocab_size", "sequence_order", "cache_dir"}
+    settings = {"dataset_name": "owner/name", "dataset_split": "all", "max_documents": 50, "tokenizer_name": "tokens"}
+    assert PretrainArguments(**settings).data_settings() == MlmDataSettings(**settings)
 
 
 def test_the_tokenizer_is_that_of_the_checkpoint_unless_named():
@@ -394,7 +365,11 @@ def measure(parse, refused, checkpoints, tmp_path):
 def data_of(arguments):
     """The data settings that are not the default, beside the length."""
     defaults = vars(PretrainArguments())
-    return {name: getattr(arguments, name) for name in DATA_SETTINGS if getattr(arguments, name) != defaults[name]}
+    return {
+        name: getattr(arguments, name)
+        for name in (*VALIDATION_SETTINGS, "mlm_probability")
+        if getattr(arguments, name) != defaults[name]
+    }
 
 
 RECORDED_FILES = {"train_file": ["a.txt", "b.txt"], "validation_file": ["v.txt"], "text_column": "body"}
@@ -458,7 +433,7 @@ def test_two_kinds_of_validation_data_are_refused_all_the_same(measure):
 
 
 def test_a_model_of_another_program_has_no_recorded_data(parse, checkpoints):
-    assert recorded_settings(str(checkpoints / "stock"), DATA_SETTINGS) == {}
+    assert recorded_settings(str(checkpoints / "stock"), VALIDATION_SETTINGS) == {}
     flags = ["--eval_only", "--model_name_or_path", str(checkpoints / "stock"), "--max_seq_length", "16"]
     assert data_of(parse(*flags, "--train_file", "a.txt")) == {"train_file": ["a.txt"], "max_seq_length": 16}
 

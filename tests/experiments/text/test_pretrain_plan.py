@@ -15,15 +15,14 @@ from hf_specattn import SpectralConfig, condition
 from hf_specattn.crammed_bert import CrammedBertConfig, CrammedBertForMaskedLM
 from recipes.run.memory import MemoryEstimate, estimate_training_memory
 from recipes.text import pretrain_plan as plan
-from recipes.text.masking import MaskingRule
 from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 from recipes.text.pretrain_plan import (
     added_correction_bytes,
     describe_plan,
     expected_memory,
     stock_model,
-    training_tokens,
 )
+from recipes.text.pretrain_task import MaskingRule
 
 SIZES = {
     "hidden_size": 16,
@@ -76,19 +75,19 @@ def tokens_by_hand(steps, full, ramp, micro_batch_tokens):
 @pytest.mark.parametrize("ramp", [0.0, 0.25, 0.625, 1.0])
 def test_tokens_in_all_are_the_sum_over_the_steps(steps, full, ramp):
     arguments = tiny_arguments(max_steps=steps, gradient_accumulation_steps=full, batch_size_ramp=ramp)
-    assert training_tokens(arguments, 60) == tokens_by_hand(steps, full, ramp, 60)
+    assert arguments.training_tokens(60) == tokens_by_hand(steps, full, ramp, 60)
 
 
 def test_a_ramp_reads_fewer_tokens_than_none_and_more_than_one_micro_batch_a_step():
     whole = tiny_arguments(max_steps=100, gradient_accumulation_steps=16)
     ramped = dataclasses.replace(whole, batch_size_ramp=0.6)
-    assert training_tokens(whole, 10) == 100 * 16 * 10
+    assert whole.training_tokens(10) == 100 * 16 * 10
     # Over the ramp the batch is, on average, half of the whole one and half a micro-batch.
-    assert training_tokens(ramped, 10) == pytest.approx((60 * (16 + 1) / 2 + 40 * 16) * 10, rel=0.01)
+    assert ramped.training_tokens(10) == pytest.approx((60 * (16 + 1) / 2 + 40 * 16) * 10, rel=0.01)
 
 
 def test_the_clock_decides_how_many_tokens_fit_in_hours():
-    assert training_tokens(tiny_arguments(max_train_hours=1.0), 60) is None
+    assert tiny_arguments(max_train_hours=1.0).training_tokens(60) is None
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

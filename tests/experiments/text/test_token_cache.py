@@ -10,19 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reference import pack_documents
+from reference import pack_documents, sequences_fingerprint
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from recipes.run.batching import BatchOrder
-from recipes.run.run_description import sequences_fingerprint
-from recipes.text import packing, streams, token_cache
+from recipes.text import prepared_folders, streams, token_cache, tokenization
 from recipes.text.cleaning import NO_CLEANING, PUBLISHED_CLEANING, Cleaning, normalize_text
 from recipes.text.documents import CorpusError, Document
 from recipes.text.streams import CorpusStream, file_stream, split_stream
 from recipes.text.text_files import file_documents
-from recipes.text.token_cache import TokenCache, prepare_tokenizer, prepare_tokens
-from recipes.text.tokenization import train_wordpiece
+from recipes.text.token_cache import TokenCache, prepare_tokens
+from recipes.text.tokenization import prepare_tokenizer, train_wordpiece
 
 TEXTS = [
     f"Word{index} and Café.\nSome more. " + "lines, " * (index % 7) + "end.\n" * (index % 5) for index in range(60)
@@ -43,7 +42,7 @@ def prepare_slowly(cache_dir, tokenizer, seconds_per_document, results):
             yield Document(f"d:{index}", f"word{index} and some more. " * 200)
 
     warnings = []
-    token_cache.logger.warning = warnings.append
+    prepared_folders.logger.warning = warnings.append
     cache = prepare_tokens(CorpusStream(documents, {"slow": 1}, "slow corpus"), tokenizer, 16, cache_dir=cache_dir)
     results.put((cache.fingerprint, len(cache), cache.tokens.tobytes(), warnings))
 
@@ -106,7 +105,7 @@ def corpus_file(path, texts=TEXTS):
 @pytest.mark.parametrize("piece", [10, 20_000])
 def test_tokens_are_those_of_pack_documents(tokenizer, tmp_path, monkeypatch, length, piece):
     expected = pack_documents(DOCUMENTS, tokenizer, length)
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", piece)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", piece)
     monkeypatch.setattr(token_cache, "PIECES_PER_CALL", 3)
     cache = prepare_tokens(memory_stream(), tokenizer, length, cache_dir=tmp_path)
     assert cache.shape == cache.tokens.shape == expected.shape
@@ -134,7 +133,7 @@ def test_a_tokenizer_with_spaces_in_its_tokens_sees_whole_documents(tmp_path, mo
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", sep_token="[SEP]")
     lines = [f"word{index}\n\n\n    some {index}\n" for index in range(20)]
     ids = [*tokenizer("".join(lines), add_special_tokens=False)["input_ids"], tokenizer.sep_token_id]
-    monkeypatch.setattr(packing, "PIECE_CHARACTERS", 10)
+    monkeypatch.setattr(token_cache, "PIECE_CHARACTERS", 10)
     whole = [Document("d", "".join(lines))]
     assert pack_documents(whole, tokenizer, 1).flatten().tolist() == ids
     for documents in (whole, [Document("d", line) for line in lines]):
@@ -407,19 +406,19 @@ def test_of_two_processes_one_prepares(tokenizer, tmp_path):
 
 def test_others_preparations_are_no_leftovers(tokenizer, tmp_path):
     busy = tmp_path / "tokens-busy"
-    token_cache._partial(busy).mkdir()
-    with token_cache._locked(busy, "something"):
+    prepared_folders._partial(busy).mkdir()
+    with prepared_folders._locked(busy, "something"):
         prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)
-        assert token_cache._partial(busy).is_dir()
+        assert prepared_folders._partial(busy).is_dir()
     prepare_tokens(memory_stream(), tokenizer, 9, cache_dir=tmp_path)
-    assert not token_cache._partial(busy).exists()
+    assert not prepared_folders._partial(busy).exists()
 
 
 def test_a_trained_tokenizer_is_kept(tmp_path, monkeypatch):
     expected = train_wordpiece([Document(item.name, normalize_text(item.text)) for item in DOCUMENTS], 120)
     options = {"cache_dir": tmp_path, "cleaning": PUBLISHED_CLEANING, "max_seq_length": 32}
     trained = prepare_tokenizer(memory_stream(), 120, **options)
-    monkeypatch.setattr(token_cache, "train_wordpiece", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(tokenization, "train_wordpiece", lambda *_, **__: pytest.fail("trained again"))
     again = prepare_tokenizer(memory_stream(), 120, **options)
     for tokenizer in (trained, again):
         assert tokenizer.get_vocab() == expected.get_vocab()
