@@ -172,9 +172,7 @@ def balance(
 
 
 @app.command()
-def inspect(
-    src: Src, revision: Revision = None, allow_pickle: AllowPickle = False, json: Json = False
-) -> None:
+def inspect(src: Src, revision: Revision = None, allow_pickle: AllowPickle = False, json: Json = False) -> None:
     """Show what a checkpoint is, and the condition numbers of its projections."""
     found = inspect_checkpoint(src, revision, allow_pickle)
     _report(as_json(found.as_dict()) if json else found.describe())

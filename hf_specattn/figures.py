@@ -85,7 +85,9 @@ def label_powers(axes: Any, *axis_names: str) -> None:
         if high - low < 1:  # less than a decade: round numbers
             ticks = np.array([tick for tick in MaxNLocator(5).tick_values(10.0**low, 10.0**high) if tick > 0])
         elif high - low < 3:
-            ticks = np.array([digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)])
+            ticks = np.array(
+                [digit * 10.0**power for power in range(int(low) - 2, int(high) + 2) for digit in (1, 2, 5)]
+            )
         else:
             ticks = np.power(10.0, MaxNLocator(7, integer=True).tick_values(low, high))
         places = np.log10(ticks)

@@ -32,9 +32,7 @@ def report(
     output_dir: Annotated[Path, typer.Option(help="Folder for report.html and its figures.")] = Path("report"),
     sequences: Annotated[int, typer.Option(min=1, help="Number of lines to read.")] = 4,
     max_length: Annotated[int, typer.Option(min=2, help="Tokens to keep of each line.")] = 128,
-    queries: Annotated[
-        int, typer.Option(min=1, help="Tokens of the first line to compute the Jacobian at.")
-    ] = 16,
+    queries: Annotated[int, typer.Option(min=1, help="Tokens of the first line to compute the Jacobian at.")] = 16,
     jacobian_heads: Annotated[
         int | None, typer.Option(min=0, help="Heads per layer to compute the Jacobian of. Default: all.")
     ] = None,

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import tomllib
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from scripts_loading import REPOSITORY
 
 from hf_specattn.version import __version__
@@ -19,11 +22,11 @@ TEMPLATES = ("balanced.md", "conditioned.md", "folded.md", "preconditioner.md")
 # Whatever the tests' environment installs or has on its path does not help.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-# Installed for the tests, and no dependency of the library: as good as absent.
+
+# What the tests' environment has beyond the declared dependencies is as good as absent.
 USE_IT = """
 import importlib.resources, json, sys
-for name in "datasets evaluate matplotlib pandas peft PIL scipy sklearn tensorboard timm torchvision".split():
-    sys.modules[name] = None
+sys.modules.update(dict.fromkeys(json.loads(sys.argv[1])))
 import torch
 from transformers import AutoModel, BertConfig, BertModel
 import hf_specattn
@@ -76,6 +79,35 @@ def modules() -> set[str]:
     return {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "hf_specattn").rglob("*.py")}
 
 
+def required(wheel: Path) -> set[str]:
+    """The distributions that installing the wheel without extras brings, by what their metadata says, with all theirs."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = archive.read(f"hf_specattn-{__version__}.dist-info/METADATA").decode()
+    waiting = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.MULTILINE)
+    found: set[str] = set()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        try:
+            waiting += importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:  # of another platform
+            continue
+        found.add(name)
+    return found
+
+
+def beyond(names: set[str]) -> list[str]:
+    """The modules of installed distributions that are not among these."""
+    homes = importlib.metadata.packages_distributions()
+    return sorted(
+        module
+        for module, home in homes.items()
+        if module != "hf_specattn" and not names & set(map(canonicalize_name, home))
+    )
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of this checkout, built without the network from a copy, which no earlier build has touched."""
@@ -118,8 +150,12 @@ def test_the_wheel_has_the_library_and_nothing_else(wheel):
 
 
 @pytest.mark.slow
-def test_the_wheel_works_from_another_directory(installed, tmp_path):
-    found = json.loads(run(sys.executable, "-c", USE_IT, folder=tmp_path, path=installed).splitlines()[-1])
+def test_the_wheel_works_from_another_directory_with_its_dependencies_alone(wheel, installed, tmp_path):
+    absent = beyond(required(wheel))
+    assert {"datasets", "matplotlib", "peft", "pytest", "scipy", "timm"} <= set(absent)
+    assert not {"torch", "transformers", "typer", "numpy", "yaml"} & set(absent)
+    used = run(sys.executable, "-c", USE_IT, json.dumps(absent), folder=tmp_path, path=installed)
+    found = json.loads(used.splitlines()[-1])
     # Not from this checkout, though an editable installation knows it.
     assert {Path(file).is_relative_to(installed) for file in found.pop("modules")} == {True}
     assert found == {
