@@ -203,7 +203,7 @@ def draw_conditioning(groups: Sequence[RunGroup], metric: Metric, output: Path) 
     if not lacking:
         records = {group.label: [read_records(run.directory) for run in group.runs] for group in groups}
         finals = {group.label: [group.values(metric)[run.seed] for run in group.runs] for group in groups}
-        measure = f"final validation {metric.name} ({metric.unit})"
+        measure = f"{metric.final_name} ({metric.unit})"
         picture = write_training_report(records, output, finals, measure)
         print(
             f"Conditioning of attention over training: {picture.with_suffix('')}.png, .svg\n"

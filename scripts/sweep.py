@@ -40,6 +40,7 @@ from recipes.compare.sweeps.grid import GridValues, grid_sweep
 from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
 from recipes.compare.sweeps.regime_sweeps import REGIME_SWEEPS
 from recipes.compare.sweeps.runner import Machine
+from recipes.compare.sweeps.sweep_figures import monitor_figures
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
 from recipes.images.image_arguments import parse_arguments as parse_image_arguments
@@ -74,7 +75,9 @@ class SweepArguments:
         default=False,
         metadata={"help": "Run the sweep at --scale paper, too, instead of printing commands and costs."},
     )
-    plan: bool = field(default=False, metadata={"help": "Print commands and costs, and run nothing."})
+    plan: bool = field(
+        default=False, metadata={"aliases": ["--show_plan"], "help": "Print commands and costs, and run nothing."}
+    )
     gpu_teraflops: float = field(
         default=100.0,
         metadata={
@@ -234,11 +237,13 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     results = run_sweep(sweep, runs_dir, Machine.whole(arguments.num_parallel), arguments.disable_tqdm)
     output.mkdir(parents=True, exist_ok=True)
     text = report(results, runs_dir, command)
-    images = picture(results)
+    figures = {sweep.name: picture(results)}
+    figures |= {f"{sweep.name}-{name}": images for name, images in monitor_figures(results).items()}
     write_json(output / f"{sweep.name}.json", as_json(results))
-    for ending, image in images.items():
-        write_bytes(output / f"{sweep.name}.{ending}", image)
-    text += f"\n![{sweep.title}]({sweep.name}.png)\n"
+    for name, images in figures.items():
+        for ending, image in images.items():
+            write_bytes(output / f"{name}.{ending}", image)
+        text += f"\n![{sweep.title}]({name}.png)\n"
     write_bytes(output / f"{sweep.name}.md", text.encode())
     print(text)
     print(f"Report: {output / sweep.name}.md, .png, .svg, .json")

@@ -31,6 +31,9 @@ from .sweep_presets import (
 LRA_SCRIPT = "train_lra.py"
 TASKS = {"ListOps": "listops", "Text": "text", "Retrieval": "retrieval", "Image": "image", "Pathfinder": "pathfinder"}
 MADE = ("ListOps", "Pathfinder")
+# Both papers draw the conditioning of these two over training.
+DRAWN = ("ListOps", "Text")
+MONITOR_EVERY = {"small": "100", "paper": "500"}
 # The strength is the largest up to 10 that saturates no layer: 10 saturates this model from its own start.
 IDENTITY = Variant("identity, auto lambda", ("--spectral_conditioning", "True"))
 
@@ -111,7 +114,10 @@ def _sweep(
     published: tuple[str, tuple[tuple[str, ...], ...]],
 ) -> Sweep:
     preset = ("--preset", "small" if scale == "small" else "lra")
-    settings = tuple(Setting(task, ("--task", TASKS[task], *preset)) for task in tasks)
+    monitor = ("--spectral_monitor_every", MONITOR_EVERY[scale])
+    settings = tuple(
+        Setting(task, ("--task", TASKS[task], *preset, *(monitor if task in DRAWN else ()))) for task in tasks
+    )
     seeds = SEEDS[:2] if scale == "small" else SEEDS
     return Sweep(name, title, scripts / LRA_SCRIPT, settings, tuple(variants), seeds, published=published)
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -144,7 +145,7 @@ def arm_table(results: Results) -> str:
     for setting in sweep.settings:
         reference, found = results.reference(setting), results.second_reference(setting)
         other = None if found is None else found[1]
-        target = (other or reference).mean(metric)
+        target = (other or reference).mean(replace(metric, final_key=None))  # as the curves: of the validation data
         for variant in sweep.variants:
             arm = results.arm(setting, variant)
             rows.append(

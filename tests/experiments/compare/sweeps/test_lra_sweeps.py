@@ -49,6 +49,22 @@ def test_the_tables_have_the_papers_rows_and_columns():
     assert norms == [False, False, True, True]
 
 
+def test_runs_of_the_papers_figures_are_monitored_alike_in_every_sweep(tmp_path):
+    for scale, every in (("small", 100), ("paper", 500)):
+        folders = []
+        for name in LRA_SWEEPS:
+            sweep = with_data(LRA_SWEEPS[name](scale, SCRIPTS), DATA)
+            for setting in sweep.settings:
+                run = sweep.runs(setting, sweep.reference, {})[0]
+                arguments, _ = parse_arguments(run.arguments(tmp_path, anew=True), "a run")
+                drawn = setting.label in ("ListOps", "Text")
+                assert arguments.spectral_monitor_every == (every if drawn else 0)
+                if setting.label == "Text":
+                    folders.append(run.directory(tmp_path))
+        assert len(folders) == 4
+        assert len(set(folders)) == 1
+
+
 def test_the_plan_prints_commands_and_costs(sweep_script, capsys):
     sweep_script.main(["table3", "--scale", "paper", "--num_seeds", "1", "--lra_data", *DATA])
     output = capsys.readouterr().out
@@ -93,7 +109,10 @@ def test_made_data_need_no_folder_and_may_have_one():
         with_data(sweep, [])
     named = with_data(sweep, ["text=/t", "listops=/l"])
     assert [setting.flags[-2:] for setting in named.settings] == [("--data_dir", "/l"), ("--data_dir", "/t")]
-    assert [setting.flags[-1] for setting in with_data(sweep, ["text=/t"]).settings] == ["small", "/t"]
+    assert [setting.flags[-2:] for setting in with_data(sweep, ["text=/t"]).settings] == [
+        ("--spectral_monitor_every", "100"),
+        ("--data_dir", "/t"),
+    ]
 
 
 def test_the_scale_is_tuned_on_no_test_part_also_at_the_published_protocol(tmp_path):
