@@ -70,7 +70,7 @@ def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
     A stock and a conditioned model of one seed start from the same W.
     """
     set_seed(arguments.seed)
-    model = build_stock_model(arguments.model_settings(), task.data.class_names, task.size, task.channels)
+    model = build_stock_model(arguments, task.data.class_names, task.size, task.channels)
     try:
         initialize_projections(model, arguments.initialization())
         if arguments.no_layer_norm:
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
         # What is wrong with a model that is named shows before the images are looked at.
         if arguments.eval_only:
             load_model(AutoModelForImageClassification, str(arguments.model_name_or_path), with_head=True)
-        elif (model := check_named_model(arguments.model_settings(), arguments.image_size)) is not None:
-            check_conditioning(model, spectral, arguments.model_settings().named)
+        elif (model := check_named_model(arguments, arguments.image_size)) is not None:
+            check_conditioning(model, spectral, arguments.named)
         if arguments.eval_only:
             task = ImageTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)

@@ -8,7 +8,7 @@ from typing import Any
 
 from hf_specattn.files import require_writable
 
-from ..run.command_line import ScriptParser
+from ..run.command_line import ScriptParser, flag
 from ..run.spectral_arguments import AUTO, SpectralArguments, explicitly_given
 from .features import LEAST_LENGTH
 from .protocols import PROTOCOLS, SCHEDULES, SETTINGS, Protocol
@@ -27,17 +27,11 @@ class GlueArguments:
 
     # Models.
     model_name_or_path: list[str] = field(metadata={"help": "Checkpoints to fine-tune: folders or names on the Hub."})
-    labels: list[str] | None = field(
-        default=None, metadata={"help": "One name per checkpoint for the table. None: the last part of its path."}
-    )
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer of all checkpoints. None: the one that lies beside each."}
-    )
-    compare_stock: bool = field(
-        default=False, metadata={"help": "Fine-tune each checkpoint without the conditioning of the flags, too."}
-    )
-    ignore_mismatched_sizes: bool = field(
-        default=False, metadata={"help": "Replace a checkpoint's classifier that has another number of classes."}
+    labels: list[str] | None = flag(None, "One name per checkpoint for the table. None: the last part of its path.")
+    tokenizer_name: str | None = flag(None, "Tokenizer of all checkpoints. None: the one that lies beside each.")
+    compare_stock: bool = flag(False, "Fine-tune each checkpoint without the conditioning of the flags, too.")
+    ignore_mismatched_sizes: bool = flag(
+        False, "Replace a checkpoint's classifier that has another number of classes."
     )
 
     # What is run.
@@ -49,79 +43,50 @@ class GlueArguments:
         default_factory=lambda: [0, 1, 2, 3, 4],
         metadata={"help": "One run per model and task with each of these seeds."},
     )
-    reference: str | None = field(
-        default=None,
-        metadata={"help": "Name of the model to take differences to. None: the first without conditioning."},
+    reference: str | None = flag(
+        None, "Name of the model to take differences to. None: the first without conditioning."
     )
-    retry_failed: bool = field(default=False, metadata={"help": "Run again what failed before. Otherwise it stays."})
+    retry_failed: bool = flag(False, "Run again what failed before. Otherwise it stays.")
 
     # Data.
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the official TSV files, plain or .gz. None: the Hub."}
-    )
-    dataset_name: str = field(
-        default=DEFAULT_DATASET, metadata={"help": "Dataset of the Hub, or a folder in the layout of the default."}
-    )
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder for token ids, used by all runs. None: cache below the output folder."}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many examples, the same for all runs. None: all."}
-    )
-    max_eval_samples: int | None = field(
-        default=None, metadata={"help": "Evaluate on so many examples, the same for all runs. None: all."}
-    )
+    data_dir: str | None = flag(None, "Folder of the official TSV files, plain or .gz. None: the Hub.")
+    dataset_name: str = flag(DEFAULT_DATASET, "Dataset of the Hub, or a folder in the layout of the default.")
+    cache_dir: str | None = flag(None, "Folder for token ids, used by all runs. None: cache below the output folder.")
+    max_train_samples: int | None = flag(None, "Train on so many examples, the same for all runs. None: all.")
+    max_eval_samples: int | None = flag(None, "Evaluate on so many examples, the same for all runs. None: all.")
 
     # Training. None takes the protocol's value.
-    protocol: str = field(
-        default="crammed", metadata={"help": "crammed (default) or bert.", "choices": list(PROTOCOLS)}
-    )
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate."})
-    num_train_epochs: int | None = field(default=None, metadata={"help": "Passes over the training set."})
-    train_batch_size: int | None = field(
-        default=None, metadata={"help": "Examples per optimizer step, over all processes."}
-    )
-    lr_scheduler_type: str | None = field(
-        default=None, metadata={"help": "Fall of the learning rate.", "choices": list(SCHEDULES)}
-    )
-    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps with a rising rate."})
-    weight_decay: float | None = field(default=None, metadata={"help": "Decoupled; biases and norms are exempt."})
-    max_grad_norm: float | None = field(default=None, metadata={"help": "Clip the gradient's norm here; 0: never."})
-    max_seq_length: int | None = field(default=None, metadata={"help": "Tokens per example, special ones included."})
-    dropout: float | None = field(
-        default=None, metadata={"help": "Of hidden states and attention probabilities, where the model has these."}
-    )
-    group_by_length: bool = field(
-        default=True, metadata={"help": "Put examples of similar length into one batch, which saves padding."}
-    )
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={"help": "no or bf16. None: what accelerate is configured for.", "choices": ["no", "bf16"]},
-    )
-    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Examples per process when evaluating."})
+    protocol: str = flag("crammed", "crammed (default) or bert.", PROTOCOLS)
+    learning_rate: float | None = flag(None, "Peak learning rate.")
+    num_train_epochs: int | None = flag(None, "Passes over the training set.")
+    train_batch_size: int | None = flag(None, "Examples per optimizer step, over all processes.")
+    lr_scheduler_type: str | None = flag(None, "Fall of the learning rate.", SCHEDULES)
+    warmup_ratio: float | None = flag(None, "Share of the steps with a rising rate.")
+    weight_decay: float | None = flag(None, "Decoupled; biases and norms are exempt.")
+    max_grad_norm: float | None = flag(None, "Clip the gradient's norm here; 0: never.")
+    max_seq_length: int | None = flag(None, "Tokens per example, special ones included.")
+    dropout: float | None = flag(None, "Of hidden states and attention probabilities, where the model has these.")
+    group_by_length: bool = flag(True, "Put examples of similar length into one batch, which saves padding.")
+    mixed_precision: str | None = flag(None, "no or bf16. None: what accelerate is configured for.", ["no", "bf16"])
+    per_device_eval_batch_size: int = flag(64, "Examples per process when evaluating.")
 
     # Adapters. Rank and alpha are those of PEFT's own defaults.
-    peft: str | None = field(
-        default=None,
-        metadata={"help": "lora trains adapters and the classifier alone. None: all weights.", "choices": ["lora"]},
-    )
-    lora_rank: int = field(default=8, metadata={"help": "Rank of the adapters."})
-    lora_alpha: float = field(default=8, metadata={"help": "Adapters count alpha / rank times."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
-    lora_targets: list[str] | None = field(
-        default=None, metadata={"help": "Names of the modules to adapt. None: PEFT's choice for the kind of model."}
+    peft: str | None = flag(None, "lora trains adapters and the classifier alone. None: all weights.", ["lora"])
+    lora_rank: int = flag(8, "Rank of the adapters.")
+    lora_alpha: float = flag(8, "Adapters count alpha / rank times.")
+    lora_dropout: float = flag(0.0, "Dropout before the adapters.")
+    lora_targets: list[str] | None = flag(
+        None, "Names of the modules to adapt. None: PEFT's choice for the kind of model."
     )
 
     # Writing.
-    output_dir: str = field(default="runs/eval_glue", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Forget the earlier results in the output folder. Otherwise they are kept."}
+    output_dir: str = flag("runs/eval_glue", "Where everything is written.")
+    overwrite_output_dir: bool = flag(
+        False, "Forget the earlier results in the output folder. Otherwise they are kept."
     )
-    do_predict: bool = field(
-        default=False, metadata={"help": "Write test-set predictions in the format of GLUE's server."}
-    )
-    save_models: bool = field(default=False, metadata={"help": "Save each fine-tuned model or adapter."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bars."})
+    do_predict: bool = flag(False, "Write test-set predictions in the format of GLUE's server.")
+    save_models: bool = flag(False, "Save each fine-tuned model or adapter.")
+    disable_tqdm: bool = flag(False, "No progress bars.")
 
     def __post_init__(self) -> None:
         if bad := [seed for seed in self.seeds if not 0 <= seed < 2**32]:

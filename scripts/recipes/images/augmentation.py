@@ -20,6 +20,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision import transforms
 
+from ..run.command_line import flag
 from ..run.randomness import Purpose, random_words
 
 Transform = Callable[[Image.Image], Tensor]
@@ -28,32 +29,26 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_MEAN, GREY_STD = (0.5,), (0.5,)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Augmentation:
-    """What training does to an image before the model reads it; the defaults are nothing.
+    """What training does to an image, by flags; nothing by default, for the digits fill their eight pixels."""
 
-    Attributes:
-        random_resized_crop: The least share of the image's area that a random crop keeps before it is resized; None takes
-            the whole image.
-        random_shift: Move the image by up to so many pixels each way, at the size the model reads; black comes in.
-        horizontal_flip: The probability of a mirrored image.
-        rand_augment: timm's name of a RandAugment policy, such as "rand-m9-mstd0.5-inc1"; None for none.
-        random_erasing: The probability that a rectangle is replaced by noise.
-        repeats: How often an image is read in the passes that read it, each time augmented anew (repeated augmentation:
-            Hoffer et al., "Augment your batch", CVPR 2020).
-    """
-
-    random_resized_crop: float | None = None
-    random_shift: int = 0
-    horizontal_flip: float = 0.0
-    rand_augment: str | None = None
-    random_erasing: float = 0.0
-    repeats: int = 1
+    random_resized_crop: float | None = flag(
+        None, "Random crops of at least this share of the area, resized. None: no crops."
+    )
+    random_shift: int = flag(0, "Shift by up to so many pixels each way.")
+    horizontal_flip: float = flag(0.0, "Probability of mirroring an image.")
+    rand_augment: str | None = flag(None, "RandAugment, in timm's notation: rand-m9-mstd0.5-inc1. None: none.")
+    random_erasing: float = flag(0.0, "Probability of erasing a rectangle.")
+    repeated_augmentation: int = flag(
+        1, "Read each image of a pass so often, augmented anew; a pass has fewer images then."
+    )
 
     @property
     def is_random(self) -> bool:
         """Whether the same image comes out differently each time."""
-        return self != Augmentation(repeats=self.repeats)
+        chances = self.random_shift or self.horizontal_flip or self.random_erasing
+        return bool(chances or self.rand_augment or self.random_resized_crop is not None)
 
 
 def normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

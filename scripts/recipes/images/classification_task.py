@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -19,10 +20,10 @@ from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
 from ..run.spectral_arguments import SpectralArguments
-from .augmentation import evaluation_transform, normalization, training_transform
+from .augmentation import Augmentation, evaluation_transform, normalization, training_transform
 from .classification_evaluation import evaluate_images
-from .image_arguments import ImageArguments
-from .image_batches import Batches, ImageOrder, TrainingImages, ValidationImages, load_batches
+from .image_arguments import MODEL_SOURCES, ImageArguments
+from .image_batches import Batches, ImageOrder, Mixing, TrainingImages, ValidationImages, load_batches
 from .image_datasets import load_image_data
 from .image_models import DEFAULT_IMAGE_SIZE, ImageModelError, image_processor, model_input, save_classifier
 from .vision_optimization import AveragedWeights, not_decayed
@@ -39,18 +40,8 @@ RUN_SETTINGS = (
     "max_grad_norm",
     "model_ema_decay",
     "crop_share",
-    "random_resized_crop",
-    "random_shift",
-    "horizontal_flip",
-    "rand_augment",
-    "random_erasing",
-    "repeated_augmentation",
-    "mixup",
-    "cutmix",
-    "label_smoothing",
-    "model_name_or_path",
-    "config_name",
-    "timm_model",
+    *(item.name for item in (*fields(Augmentation), *fields(Mixing))),
+    *MODEL_SOURCES,
     *INITIALIZATION_SETTINGS,
     "no_layer_norm",
     "no_attention_residual",
@@ -80,9 +71,9 @@ class ImageTask(Task):
 
     def __init__(self, arguments: ImageArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
         self.arguments, self.spectral, self.accelerator = arguments, spectral, accelerator
-        own_size, own_channels = model_input(arguments.model_settings())
+        own_size, own_channels = model_input(arguments)
         self.data = data = load_image_data(
-            arguments.data_settings(),
+            arguments,
             show_progress=show_progress(arguments, accelerator),
             once=lambda work: run_on_main_process(accelerator, work),
         )
@@ -192,12 +183,9 @@ class ImageTask(Task):
     def _load(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's augmented and mixed images, with their targets, of each forward pass to the last step."""
         arguments, colours = self.arguments, normalization(self.channels)
-        augmentation = arguments.augmentation()
-        transform = training_transform(augmentation, self.size, *colours, arguments.crop_share)
-        classes, is_random = len(self.data.class_names), augmentation.is_random
-        images = TrainingImages(
-            self.data.train, self.order, self.mode, transform, is_random, arguments.mixing(), classes
-        )
+        transform = training_transform(arguments, self.size, *colours, arguments.crop_share)
+        classes, is_random = len(self.data.class_names), arguments.is_random
+        images = TrainingImages(self.data.train, self.order, self.mode, transform, is_random, arguments, classes)
         keys = Batches(
             first_step,
             self.steps,

@@ -1,11 +1,11 @@
 """The command line of `train_image_classification.py`: flags, presets, and everything that is refused before work starts."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 from transformers import HfArgumentParser
 
+from ..run.command_line import flag
 from ..run.projection_init import check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
@@ -45,136 +45,44 @@ SHARES = ("horizontal_flip", "random_erasing", "label_smoothing")
 
 
 @dataclass
-class ImageArguments(RunArguments):
+class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing, RunArguments):
     """Arguments of the run; the defaults are the demonstration on scikit-learn's digits."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Values for the other flags, which those given on the command line replace: digits (the defaults), or "
-            "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base; or a YAML file "
-            "of your own.",
-        },
+    preset: str | None = flag(
+        None,
+        "Values for the other flags, which those given on the command line replace: digits (the defaults), or "
+        "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base; or a YAML file "
+        "of your own.",
     )
 
-    # Data.
-    idx_dir: str | None = field(
-        default=None, metadata={"help": "Folder with the four IDX files of MNIST, Fashion-MNIST, ..., plain or .gz."}
+    image_size: int | None = flag(
+        None, "Height and width that the model reads. None: the model's own, else that of the images."
     )
-    train_dir: str | None = field(
-        default=None, metadata={"help": "Folder with one folder of images per class. None of the three: the digits."}
-    )
-    validation_dir: str | None = field(default=None, metadata={"help": "The same, to validate on."})
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Dataset of the Hub with a column of images and one of class labels."}
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of the dataset to train on."})
-    validation_split: str = field(default="validation", metadata={"help": "Split of the dataset to validate on."})
-    image_column: str = field(default="image", metadata={"help": "Column of the dataset with the images."})
-    label_column: str = field(default="label", metadata={"help": "Column of the dataset with the labels."})
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Train on so many images, the first of each class in turn. None: all."}
-    )
-    max_validation_samples: int | None = field(default=None, metadata={"help": "The same, to validate on."})
-    held_out_share: float | None = field(
-        default=None,
-        metadata={
-            "help": "Validate on this share of the training images, which are not trained on then, in place of the "
-            "validation images: to choose settings by. None: the validation images."
-        },
-    )
-    check_images: str = field(
-        default="decode",
-        metadata={
-            "help": "Before training read every image file (decode), or only the beginning of each (header).",
-            "choices": ["decode", "header"],
-        },
-    )
-    skip_unreadable_images: bool = field(
-        default=False, metadata={"help": "Leave unreadable images out, with a warning, instead of ending the run."}
-    )
-    image_size: int | None = field(
-        default=None,
-        metadata={"help": "Height and width that the model reads. None: the model's own, else that of the images."},
-    )
-    crop_share: float = field(
-        default=1.0, metadata={"help": "Share of the resized image's side that validation looks at, in the middle."}
-    )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: none beside."})
+    crop_share: float = flag(1.0, "Share of the resized image's side that validation looks at, in the middle.")
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0: none beside.")
 
-    # Augmentation: none, for the digits fill their eight pixels.
-    random_resized_crop: float | None = field(
-        default=None, metadata={"help": "Random crops of at least this share of the area, resized. None: no crops."}
-    )
-    random_shift: int = field(default=0, metadata={"help": "Shift by up to so many pixels each way."})
-    horizontal_flip: float = field(default=0.0, metadata={"help": "Probability of mirroring an image."})
-    rand_augment: str | None = field(
-        default=None, metadata={"help": "RandAugment, in timm's notation: rand-m9-mstd0.5-inc1. None: none."}
-    )
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability of erasing a rectangle."})
-    repeated_augmentation: int = field(
-        default=1,
-        metadata={"help": "Read each image of a pass so often, augmented anew; a pass has fewer images then."},
-    )
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix; 0: none. With mixup, either per pair."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Share of the target spread over all classes."})
-
-    # Model: 203,000 parameters, so that the demonstration takes minutes on two cores.
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Pretrained checkpoint; those of timm on the Hub are timm/<name>."}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "Random weights, of the architecture whose configuration lies there."}
-    )
-    timm_model: str | None = field(
-        default=None, metadata={"help": "Random weights, of timm's architecture of that name."}
-    )
-    timm_model_args: str | None = field(
-        default=None, metadata={"help": 'What else timm is told, as JSON: {"img_size": 32, "patch_size": 4}.'}
-    )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Stochastic depth, of models that have it. None: as the model has it."}
-    )
-    hidden_size: int = field(default=64, metadata={"help": "Width of the small ViT."})
-    num_hidden_layers: int = field(default=6, metadata={"help": "Layers of the small ViT."})
-    num_attention_heads: int = field(default=4, metadata={"help": "Attention heads of the small ViT."})
-    intermediate_size: int = field(default=128, metadata={"help": "Feed-forward width of the small ViT."})
-    patch_size: int | None = field(
-        default=None,
-        metadata={"help": "Height and width of the small ViT's patches. None: the smallest that are at most 256."},
-    )
-
-    no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
-    no_attention_residual: bool = field(
-        default=False, metadata={"help": "Ablation: let attention replace its input in every block of a ViT."}
-    )
+    no_layer_norm: bool = flag(False, "Ablation: take every layer norm out of the model.")
+    no_attention_residual: bool = flag(False, "Ablation: let attention replace its input in every block of a ViT.")
 
     # Optimization.
-    num_train_epochs: float = field(default=40.0, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float = flag(40.0, "Passes over the training images.")
     max_steps: int | None = default_of("max_steps", None, "Optimizer steps, instead of passes.")
     per_device_train_batch_size: int = default_of(
         "per_device_train_batch_size", 32, "Images per process and forward pass."
     )
     per_device_eval_batch_size: int = default_of("per_device_eval_batch_size", 128)
     learning_rate: float = default_of("learning_rate", 1e-3, "Peak learning rate, of a cosine.")
-    warmup_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the start of the warmup."})
-    min_learning_rate: float = field(default=0.0, metadata={"help": "Learning rate at the end."})
-    warmup_epochs: float = field(default=5.0, metadata={"help": "Passes of linear warmup."})
+    warmup_learning_rate: float = flag(0.0, "Learning rate at the start of the warmup.")
+    min_learning_rate: float = flag(0.0, "Learning rate at the end.")
+    warmup_epochs: float = flag(5.0, "Passes of linear warmup.")
     weight_decay: float = default_of("weight_decay", 0.05, "Decoupled decay; vectors and tables are exempt.")
-    model_ema_decay: float | None = field(
-        default=None, metadata={"help": "Validate and save the moving average of the weights with this decay."}
-    )
+    model_ema_decay: float | None = flag(None, "Validate and save the moving average of the weights with this decay.")
     seed: int = default_of("seed", 0, "Decides initialization, order, augmentation and mixing.")
 
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/train_image_classification")
     save_steps: int = default_of("save_steps", 500)
-    eval_steps: int | None = field(
-        default=None, metadata={"help": "Steps between validations; 0: only at the end. None: one after each pass."}
-    )
+    eval_steps: int | None = flag(None, "Steps between validations; 0: only at the end. None: one after each pass.")
     logging_steps: int = default_of("logging_steps", 50)
 
     def __post_init__(self) -> None:
@@ -198,31 +106,6 @@ class ImageArguments(RunArguments):
         """Return the steps of its warmup, at most all."""
         steps = self.steps_of(images, global_batch_size)
         return min(self.warmup_epochs * images / global_batch_size, steps)
-
-    def data_settings(self) -> ImageDataSettings:
-        """The part that decides the images."""
-        return ImageDataSettings(**{item.name: getattr(self, item.name) for item in fields(ImageDataSettings)})
-
-    def model_settings(self) -> ImageModelSettings:
-        """The part that decides the model."""
-        names = {item.name for item in fields(ImageModelSettings)} - {"timm_model_args"}
-        arguments = {} if self.timm_model_args is None else json.loads(self.timm_model_args)
-        return ImageModelSettings(timm_model_args=arguments, **{name: getattr(self, name) for name in names})
-
-    def augmentation(self) -> Augmentation:
-        """The part that decides the augmentation."""
-        return Augmentation(
-            self.random_resized_crop,
-            self.random_shift,
-            self.horizontal_flip,
-            self.rand_augment,
-            self.random_erasing,
-            self.repeated_augmentation,
-        )
-
-    def mixing(self) -> Mixing:
-        """The part that decides mixing and smoothing."""
-        return Mixing(self.mixup, self.cutmix, self.label_smoothing)
 
     def _check_numbers(self) -> None:
         above_zero = ["num_train_epochs", "crop_share"]
@@ -255,18 +138,9 @@ class ImageArguments(RunArguments):
         if len(given) > 1:
             raise ValueError(f"{_flags(given)}: one of them says which model; give one.")
         check_heads(self)
-        if self.timm_model_args is None:
-            return
-        if self.timm_model is None:
+        if self.timm_model_args is not None and self.timm_model is None:
             raise ValueError("--timm_model_args: of a model of timm; give --timm_model, too.")
-        try:
-            arguments = json.loads(self.timm_model_args)
-        except ValueError as error:
-            arguments = error
-        if not isinstance(arguments, dict):
-            raise ValueError(
-                f"--timm_model_args {self.timm_model_args!r} is no JSON object; write it as '{{\"img_size\": 32}}'."
-            )
+        _ = self.timm_arguments  # refuses what is no JSON object
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArguments, SpectralArguments]:
@@ -285,8 +159,7 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArgumen
 def _refuse_contradictions(
     parser: HfArgumentParser, arguments: ImageArguments, spectral: SpectralArguments, argv: list[str]
 ) -> None:
-    settings = arguments.model_settings()
-    if not settings.is_small_vit and (given := explicitly_given(parser, NEW_VIT_SETTINGS, argv)):
+    if not arguments.is_small_vit and (given := explicitly_given(parser, NEW_VIT_SETTINGS, argv)):
         raise ValueError(
             f"{_flags(sorted(given))}: of the small ViT only; leave out beside --model_name_or_path, --config_name and "
             "--timm_model (for which there is --timm_model_args)."

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..run.batching import epoch_permutation
+from ..run.command_line import flag
 from ..run.randomness import Purpose
 from .augmentation import Transform, restored_generators, seed_generators
 from .image_datasets import ImageSplit
@@ -66,21 +67,17 @@ class ImageOrder:
         return images, epochs, repeats
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mixing:
-    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), through timm, and label smoothing.
+    """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), through timm, and label smoothing, by flags.
 
     Each image is mixed with its neighbour in the stream, both with one share (timm's mode "pair", whose partners are the
     ends of a batch instead): so no process needs another one's images.
-
-    Attributes:
-        mixup, cutmix: Of the Beta distribution of the share; 0 switches it off. With both, each pair takes either.
-        label_smoothing: The share of the target that is spread evenly over all classes.
     """
 
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    label_smoothing: float = 0.0
+    mixup: float = flag(0.0, "Alpha of mixup; 0: none.")
+    cutmix: float = flag(0.0, "Alpha of CutMix; 0: none. With mixup, either per pair.")
+    label_smoothing: float = flag(0.0, "Share of the target spread over all classes.")
 
     @property
     def mixes(self) -> bool:

@@ -25,6 +25,7 @@ from transformers.utils import logging
 
 from hf_specattn import compat_extras
 
+from ..run.command_line import flag
 from ..run.hub_loading import datasets_library, warn_of_unread_files
 from ..run.messages import one_line
 from ..run.randomness import Purpose, random_words
@@ -200,38 +201,35 @@ class ImageData:
     skipped: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageDataSettings:
-    """Which images; one of `idx_dir`, `train_dir` and `dataset_name`, or none for scikit-learn's digits.
+    """Which images, by flags; one of `idx_dir`, `train_dir` and `dataset_name`, or none for scikit-learn's digits."""
 
-    Attributes:
-        idx_dir: Folder with the four IDX files of a data set like MNIST, plain or gzipped.
-        train_dir, validation_dir: Folders with one folder of images per class.
-        dataset_name, dataset_config_name, dataset_revision: A dataset of the Hub, or a folder in such a layout.
-        train_split, validation_split: Its splits.
-        image_column, label_column: Its columns.
-        max_train_samples, max_validation_samples: Take the first so many of each class in turn; None takes all.
-        held_out_share: Validate on this share of the training images, which no run trains on then, and leave the validation
-            images alone: to choose settings by. None: the validation images.
-        check_images: "decode" reads every image file once before training, "header" only looks what it is.
-        skip_unreadable_images: Leave unreadable images out, with a warning that names them, instead of refusing.
-    """
-
-    idx_dir: str | None = None
-    train_dir: str | None = None
-    validation_dir: str | None = None
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    dataset_revision: str | None = None
-    train_split: str = "train"
-    validation_split: str = "validation"
-    image_column: str = "image"
-    label_column: str = "label"
-    max_train_samples: int | None = None
-    max_validation_samples: int | None = None
-    held_out_share: float | None = None
-    check_images: str = "decode"
-    skip_unreadable_images: bool = False
+    idx_dir: str | None = flag(None, "Folder with the four IDX files of MNIST, Fashion-MNIST, ..., plain or .gz.")
+    train_dir: str | None = flag(None, "Folder with one folder of images per class. None of the three: the digits.")
+    validation_dir: str | None = flag(None, "The same, to validate on.")
+    dataset_name: str | None = flag(None, "Dataset of the Hub with a column of images and one of class labels.")
+    dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
+    dataset_revision: str | None = flag(None, "Branch, tag or commit of the dataset.")
+    train_split: str = flag("train", "Split of the dataset to train on.")
+    validation_split: str = flag("validation", "Split of the dataset to validate on.")
+    image_column: str = flag("image", "Column of the dataset with the images.")
+    label_column: str = flag("label", "Column of the dataset with the labels.")
+    max_train_samples: int | None = flag(None, "Train on so many images, the first of each class in turn. None: all.")
+    max_validation_samples: int | None = flag(None, "The same, to validate on.")
+    held_out_share: float | None = flag(
+        None,
+        "Validate on this share of the training images, which are not trained on then, in place of the "
+        "validation images: to choose settings by. None: the validation images.",
+    )
+    check_images: str = flag(
+        "decode",
+        "Before training read every image file (decode), or only the beginning of each (header).",
+        ["decode", "header"],
+    )
+    skip_unreadable_images: bool = flag(
+        False, "Leave unreadable images out, with a warning, instead of ending the run."
+    )
 
 
 def load_image_data(
@@ -433,10 +431,10 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         loaded = builder.as_dataset()
     splits: list[ImageSplit] = []
     classes: tuple[str, ...] | None = None
-    for flag, split in (("train_split", settings.train_split), ("validation_split", settings.validation_split)):
+    for option, split in (("train_split", settings.train_split), ("validation_split", settings.validation_split)):
         if split not in loaded:
             raise ImageDataError(
-                f"--{flag} {split}: the dataset {name!r} has the splits {', '.join(loaded)}; name one of them."
+                f"--{option} {split}: the dataset {name!r} has the splits {', '.join(loaded)}; name one of them."
             )
         rows = loaded[split]
         _check_columns(rows, settings, datasets)
@@ -444,7 +442,7 @@ def read_hub_dataset(settings: ImageDataSettings) -> ImageData:
         values = rows[settings.label_column][:]
         if without := [row for row, label in enumerate(values) if label is None or not 0 <= label < len(classes)]:
             raise ImageDataError(
-                f"--{flag} {split} of {name!r} has {len(without):,} images without a label, in the rows {_some(without)}; "
+                f"--{option} {split} of {name!r} has {len(without):,} images without a label, in the rows {_some(without)}; "
                 "name a split that has labels, or leave those rows out of it."
             )
         labels = np.asarray(values, dtype=np.int64)
@@ -537,12 +535,12 @@ def look_at_images(
 
 
 def _check_columns(rows: Any, settings: ImageDataSettings, datasets: Any) -> None:
-    for flag, kind in (("image_column", datasets.Image), ("label_column", datasets.ClassLabel)):
-        column = getattr(settings, flag)
+    for option, kind in (("image_column", datasets.Image), ("label_column", datasets.ClassLabel)):
+        column = getattr(settings, option)
         if not isinstance(rows.features.get(column), kind):
             described = ", ".join(f"{name} ({type(feature).__name__})" for name, feature in rows.features.items())
             raise ImageDataError(
-                f"--{flag} {column}: it must name a column of type {kind.__name__}; {settings.dataset_name!r} has "
+                f"--{option} {column}: it must name a column of type {kind.__name__}; {settings.dataset_name!r} has "
                 f"{described}."
             )
 

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from hf_specattn.layers import spectral_layers
 from hf_specattn.preconditioner import preconditioned_layers
 
 from ..run.ablations import is_ablated
+from ..run.command_line import flag
 from ..run.messages import one_line
 from ..run.saving import save_pretrained
 from ..run.usable_model import load_model
@@ -42,31 +43,42 @@ class ImageModelError(ValueError):
     """The model asked for cannot be built, loaded, conditioned or given these images; the message says what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageModelSettings:
-    """Which model. Without any of the first three a small ViT of the sizes below is built.
+    """Which model, by flags. Without any of the first three a small ViT of the sizes below is built.
 
-    Attributes:
-        model_name_or_path: A checkpoint, in a folder or on the Hub (timm's are `timm/<name>`); its classifier is replaced
-            where the number of classes is another.
-        config_name: Random weights, of the architecture whose configuration lies there.
-        timm_model: Random weights, initialized by timm, of the architecture of that name.
-        timm_model_args: What else `timm.create_model` is given.
-        drop_path_rate: Stochastic depth, of models that have it; None leaves a model's own.
-        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size: Of the small ViT.
-        patch_size: Of the small ViT; None is `default_patch_size`.
+    By default it has 203,000 parameters, so that the demonstration takes minutes on two cores.
     """
 
-    model_name_or_path: str | None = None
-    config_name: str | None = None
-    timm_model: str | None = None
-    timm_model_args: dict[str, Any] = field(default_factory=dict)
-    drop_path_rate: float | None = None
-    hidden_size: int = 64
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
-    intermediate_size: int = 128
-    patch_size: int | None = None
+    model_name_or_path: str | None = flag(None, "Pretrained checkpoint; those of timm on the Hub are timm/<name>.")
+    config_name: str | None = flag(None, "Random weights, of the architecture whose configuration lies there.")
+    timm_model: str | None = flag(None, "Random weights, of timm's architecture of that name.")
+    timm_model_args: str | None = flag(None, 'What else timm is told, as JSON: {"img_size": 32, "patch_size": 4}.')
+    drop_path_rate: float | None = flag(None, "Stochastic depth, of models that have it. None: as the model has it.")
+    hidden_size: int = flag(64, "Width of the small ViT.")
+    num_hidden_layers: int = flag(6, "Layers of the small ViT.")
+    num_attention_heads: int = flag(4, "Attention heads of the small ViT.")
+    intermediate_size: int = flag(128, "Feed-forward width of the small ViT.")
+    patch_size: int | None = flag(
+        None, "Height and width of the small ViT's patches. None: the smallest that are at most 256."
+    )
+
+    @property
+    def timm_arguments(self) -> dict[str, Any]:
+        """What else `timm.create_model` is given.
+
+        Raises:
+            ValueError: for what is no JSON object.
+        """
+        try:
+            arguments = json.loads(self.timm_model_args or "{}")
+        except ValueError as error:
+            arguments = error
+        if not isinstance(arguments, dict):
+            raise ValueError(
+                f"--timm_model_args {self.timm_model_args!r} is no JSON object; write it as '{{\"img_size\": 32}}'."
+            )
+        return arguments
 
     @property
     def is_small_vit(self) -> bool:
@@ -93,8 +105,8 @@ def model_input(settings: ImageModelSettings) -> tuple[int | None, int | None]:
         return None, None
     if settings.timm_model is not None:
         shape = _timm_default_config(settings.timm_model).get("input_size")
-        size = settings.timm_model_args.get("img_size", shape[-1] if shape else None)
-        return size, settings.timm_model_args.get("in_chans", shape[0] if shape else None)
+        size = settings.timm_arguments.get("img_size", shape[-1] if shape else None)
+        return size, settings.timm_arguments.get("in_chans", shape[0] if shape else None)
     config = load_config(str(settings.model_name_or_path or settings.config_name))
     arguments = getattr(config, "model_args", None) or {}  # of timm's checkpoints, as the next two
     shape = (getattr(config, "pretrained_cfg", None) or {}).get("input_size")
@@ -257,7 +269,7 @@ def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, 
 def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, channels: int) -> PreTrainedModel:
     """A new model with timm's initialization; transformers' wrapper would draw its weights anew, from another one."""
     name = str(settings.timm_model)
-    given = {**settings.timm_model_args, "in_chans": channels}
+    given = {**settings.timm_arguments, "in_chans": channels}
     if settings.drop_path_rate is not None:
         given["drop_path_rate"] = settings.drop_path_rate
     default_size = _timm_default_config(name).get("input_size", (channels, size, size))[-1]

@@ -10,10 +10,9 @@ from transformers import PreTrainedModel
 from ..run.memory import estimate_training_memory
 from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
-from .augmentation import Augmentation
 from .image_arguments import ImageArguments
 from .image_datasets import find_images
-from .image_models import DEFAULT_IMAGE_SIZE, ImageModelSettings, build_stock_model, model_input, tokens_per_image
+from .image_models import DEFAULT_IMAGE_SIZE, build_stock_model, model_input, tokens_per_image
 from .imagenet_recipes import RECIPES, deviations
 
 # Training images and classes of datasets that nobody downloads for a plan.
@@ -37,18 +36,17 @@ def describe_plan(
     Raises:
         ImageDataError, ImageModelError: where a run would raise them.
     """
-    settings = arguments.model_settings()
-    images, classes, size, channels = planned_amounts(arguments, settings)
+    images, classes, size, channels = planned_amounts(arguments)
     state = torch.get_rng_state()
     names = [str(number) for number in range(classes)]
-    model = build_stock_model(settings, names, size, channels)
+    model = build_stock_model(arguments, names, size, channels)
     torch.set_rng_state(state)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     changes = model_changes(arguments, spectral)
     tokens = tokens_per_image(model.config, size)
     cut = "" if tokens is None else f", {tokens:,} tokens each"
     lines = [
-        f"Model: {settings.named} ({model.config.model_type}), {model.num_parameters():,} parameters, {classes} classes, "
+        f"Model: {arguments.named} ({model.config.model_type}), {model.num_parameters():,} parameters, {classes} classes, "
         f"images of {size} x {size} with {channels} channel(s){cut}; {'; '.join(changes) or 'not conditioned'}.",
         _data_line(arguments),
         _steps_line(arguments, images, batch),
@@ -69,16 +67,16 @@ def describe_plan(
     return lines
 
 
-def planned_amounts(arguments: ImageArguments, settings: ImageModelSettings) -> tuple[int, int, int, int]:
+def planned_amounts(arguments: ImageArguments) -> tuple[int, int, int, int]:
     """Return a run's training images, classes, image size in pixels, and channels."""
-    own_size, own_channels = model_input(settings)
+    own_size, own_channels = model_input(arguments)
     if arguments.dataset_name in KNOWN_SIZES:
         images, classes = KNOWN_SIZES[arguments.dataset_name]
         data_size, data_channels = None, 3
         if arguments.max_train_samples is not None:
             images = min(images, arguments.max_train_samples)
     else:
-        data = find_images(arguments.data_settings())
+        data = find_images(arguments)
         images, classes, data_channels = len(data.train), len(data.class_names), data.channels
         data_size = data.size
     size = arguments.image_size or own_size or (max(data_size) if data_size else DEFAULT_IMAGE_SIZE)
@@ -88,25 +86,22 @@ def planned_amounts(arguments: ImageArguments, settings: ImageModelSettings) -> 
 
 def _data_line(arguments: ImageArguments) -> str:
     source = arguments.dataset_name or arguments.idx_dir or arguments.train_dir or "the digits of scikit-learn"
-    augmentation, mixing = arguments.augmentation(), arguments.mixing()
     parts = []
-    if augmentation.random_resized_crop is not None:
-        parts.append(f"random crops of at least {augmentation.random_resized_crop:.0%} of the area")
-    if augmentation.random_shift:
-        parts.append(f"shifts by up to {augmentation.random_shift} pixel(s)")
-    if augmentation.horizontal_flip:
-        parts.append(f"mirrored with probability {augmentation.horizontal_flip:g}")
-    if augmentation.rand_augment:
-        parts.append(f"RandAugment {augmentation.rand_augment}")
-    if augmentation.random_erasing:
-        parts.append(f"erasing with probability {augmentation.random_erasing:g}")
-    if augmentation.repeats > 1:
-        parts.append(f"each image {augmentation.repeats} times in a pass")
-    parts += [f"mixup {mixing.mixup:g}"] * (mixing.mixup > 0) + [f"CutMix {mixing.cutmix:g}"] * (mixing.cutmix > 0)
-    parts += [f"label smoothing {mixing.label_smoothing:g}"] * (mixing.label_smoothing > 0)
-    return (
-        f"Images: {source}; {', '.join(parts) if augmentation != Augmentation() or mixing.mixes else 'not augmented'}."
-    )
+    if arguments.random_resized_crop is not None:
+        parts.append(f"random crops of at least {arguments.random_resized_crop:.0%} of the area")
+    if arguments.random_shift:
+        parts.append(f"shifts by up to {arguments.random_shift} pixel(s)")
+    if arguments.horizontal_flip:
+        parts.append(f"mirrored with probability {arguments.horizontal_flip:g}")
+    if arguments.rand_augment:
+        parts.append(f"RandAugment {arguments.rand_augment}")
+    if arguments.random_erasing:
+        parts.append(f"erasing with probability {arguments.random_erasing:g}")
+    if arguments.repeated_augmentation > 1:
+        parts.append(f"each image {arguments.repeated_augmentation} times in a pass")
+    mixed = {"mixup": arguments.mixup, "CutMix": arguments.cutmix, "label smoothing": arguments.label_smoothing}
+    parts += [f"{name} {value:g}" for name, value in mixed.items() if value > 0]
+    return f"Images: {source}; {', '.join(parts) or 'not augmented'}."
 
 
 def _steps_line(arguments: ImageArguments, images: int, batch: int) -> str:

@@ -46,7 +46,7 @@ INSTEAD = {
 SUGGESTIONS = 3
 
 
-def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
+def flag(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
     """A field of a dataclass that `ScriptParser` reads."""
     return field(default=default, metadata={"help": help} | ({} if choices is None else {"choices": list(choices)}))
 

@@ -1,7 +1,7 @@
 """Which parameters decay, how fast the projections learn, and where they decay to: AdamW and the controls on it."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 
 from hf_specattn.conditioning import find_projections
 from hf_specattn.config import PROJECTIONS, TARGETS
+
+from .command_line import flag
 
 # Names of the flags.
 OPTIMIZATION_SETTINGS = ("no_decay_on", "decay_toward_start_on", "projection_learning_rate_factor")
@@ -20,18 +22,14 @@ class OptimizationArguments:
     """Controls for what a fixed correction does besides conditioning: it moves the centre of the decay, and a dynamic one
     speeds rotations up."""
 
-    no_decay_on: list[str] | None = field(
-        default=None, metadata={"help": "Control: exempt these projections from the decay.", "choices": list(TARGETS)}
+    no_decay_on: list[str] | None = flag(None, "Control: exempt these projections from the decay.", TARGETS)
+    decay_toward_start_on: list[str] | None = flag(
+        None,
+        "Control: let these projections decay toward the weights that the run begins with, not toward 0.",
+        TARGETS,
     )
-    decay_toward_start_on: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Control: let these projections decay toward the weights that the run begins with, not toward 0.",
-            "choices": list(TARGETS),
-        },
-    )
-    projection_learning_rate_factor: float = field(
-        default=1.0, metadata={"help": "Control: multiply the learning rate of query, key and value by this."}
+    projection_learning_rate_factor: float = flag(
+        1.0, "Control: multiply the learning rate of query, key and value by this."
     )
 
     def check_optimization(self) -> None:

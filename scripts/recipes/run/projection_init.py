@@ -1,7 +1,7 @@
 """How query, key, value and output begin in a run: the flags of `hf_specattn.initialize`."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from hf_specattn.config import PROJECTIONS, TARGETS, SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
 from hf_specattn.layers import correction_matrix
 
+from .command_line import flag
 from .spectral_arguments import SpectralArguments, parse_numbers
 
 STOCK = "stock"  # of --match_norm_of
@@ -22,32 +23,25 @@ INITIALIZATION_SETTINGS = ("projection_init", "projection_init_targets", "initia
 class InitializationArguments:
     """Flags that set how the projections begin: for experiments, before the conditioning."""
 
-    initialization_scale: str = field(
-        default="1",
-        metadata={
-            "help": "Multiply the query, key and value weights by this before training (with --projection_init conditioned "
-            "query and key alone); or one number per projection, as query=2,key=2,value=3,output=3."
-        },
+    initialization_scale: str = flag(
+        "1",
+        "Multiply the query, key and value weights by this before training (with --projection_init conditioned "
+        "query and key alone); or one number per projection, as query=2,key=2,value=3,output=3.",
     )
-    projection_init: str = field(
-        default="default",
-        metadata={
-            "help": "The query, key and value weights at the start: default (the model's own), orthogonal (of the same "
-            "norm), mimetic (with the output projection), conditioned (value an identity, query and key of each head "
-            "semi-orthogonal).",
-            "choices": list(INITIALIZATIONS),
-        },
+    projection_init: str = flag(
+        "default",
+        "The query, key and value weights at the start: default (the model's own), orthogonal (of the same "
+        "norm), mimetic (with the output projection), conditioned (value an identity, query and key of each head "
+        "semi-orthogonal).",
+        INITIALIZATIONS,
     )
-    projection_init_targets: list[str] | None = field(
-        default=None,
-        metadata={"help": "What --projection_init orthogonal sets (query, key, value).", "choices": list(TARGETS)},
+    projection_init_targets: list[str] | None = flag(
+        None, "What --projection_init orthogonal sets (query, key, value).", TARGETS
     )
-    match_norm_of: str | None = field(
-        default=None,
-        metadata={
-            "help": "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
-            "identity=LAMBDA. With svd conditioning: stock, which scales W so that W + C has the norm that W had."
-        },
+    match_norm_of: str | None = flag(
+        None,
+        "Control: scale the query, key and value weights to the Frobenius norm that W + C would have; svd, or "
+        "identity=LAMBDA. With svd conditioning: stock, which scales W so that W + C has the norm that W had.",
     )
 
     def initialization(self) -> Initialization:

@@ -11,7 +11,7 @@ from transformers import HfArgumentParser
 from hf_specattn.files import CannotWriteError, holds_files, require_writable
 
 from .checkpointing import list_checkpoints
-from .command_line import ScriptParser
+from .command_line import ScriptParser, flag
 from .optimization import OptimizationArguments
 from .preset_files import as_defaults, find_preset
 from .projection_init import InitializationArguments
@@ -38,65 +38,46 @@ AT_LEAST_ONE = (
 class RunArguments(OptimizationArguments, PreconditionerArguments, InitializationArguments):
     """Arguments of a training run. Scripts add theirs, and set other defaults by `default_of`."""
 
-    show_plan: bool = field(default=False, metadata={"help": "Say what the run would do, and end."})
+    show_plan: bool = flag(False, "Say what the run would do, and end.")
 
     # Optimization.
-    max_steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Samples per process and forward pass."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "The same, for validation."})
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes per optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    weight_decay: float = field(default=0.01, metadata={"help": "Decoupled decay; biases and norms are exempt."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Clip the gradient's norm here; 0: never."})
-    mixed_precision: str | None = field(
-        default=None,
-        metadata={
-            "help": "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.",
-            "choices": ["no", "fp16", "bf16"],
-        },
+    max_steps: int | None = flag(None, "Optimizer steps.")
+    per_device_train_batch_size: int = flag(32, "Samples per process and forward pass.")
+    per_device_eval_batch_size: int = flag(32, "The same, for validation.")
+    gradient_accumulation_steps: int = flag(1, "Forward passes per optimizer step.")
+    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    weight_decay: float = flag(0.01, "Decoupled decay; biases and norms are exempt.")
+    max_grad_norm: float = flag(1.0, "Clip the gradient's norm here; 0: never.")
+    mixed_precision: str | None = flag(
+        None, "no, fp16 (GPU only) or bf16. None: what accelerate is configured for.", ["no", "fp16", "bf16"]
     )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile the model with torch.compile (inductor)."})
-    seed: int = field(default=0, metadata={"help": "Decides initialization, order, and what is drawn of the data."})
+    torch_compile: bool = flag(False, "Compile the model with torch.compile (inductor).")
+    seed: int = flag(0, "Decides initialization, order, and what is drawn of the data.")
 
     # Reporting and saving.
-    output_dir: str = field(default="runs/run", metadata={"help": "Where everything is written."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Allow an output folder that has files; an earlier run in it is replaced."}
+    output_dir: str = flag("runs/run", "Where everything is written.")
+    overwrite_output_dir: bool = flag(
+        False, "Allow an output folder that has files; an earlier run in it is replaced."
     )
-    resume_from_checkpoint: bool = field(
-        default=False,
-        metadata={
-            "help": "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
-        },
+    resume_from_checkpoint: bool = flag(
+        False, "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
     )
-    save_steps: int = field(
-        default=100,
-        metadata={
-            "help": "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
-        },
+    save_steps: int = flag(
+        100, "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
     )
-    save_total_limit: int = field(default=2, metadata={"help": "Checkpoints to keep; older ones are removed."})
-    logging_steps: int = field(default=10, metadata={"help": "Steps between records of the training loss."})
-    report_to: list[str] | None = field(
-        default=None, metadata={"help": "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none."}
+    save_total_limit: int = flag(2, "Checkpoints to keep; older ones are removed.")
+    logging_steps: int = flag(10, "Steps between records of the training loss.")
+    report_to: list[str] | None = flag(None, "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none.")
+    spectral_monitor_every: int = flag(
+        0, "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
     )
-    spectral_monitor_every: int = field(
-        default=0,
-        metadata={
-            "help": "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
-        },
+    ddp_timeout: int = flag(
+        1800,
+        "Seconds without an answer of another process after which training fails. (Preparation has no such "
+        "limit: one process may work while the others wait.)",
     )
-    ddp_timeout: int = field(
-        default=1800,
-        metadata={
-            "help": "Seconds without an answer of another process after which training fails. (Preparation has no such "
-            "limit: one process may work while the others wait.)"
-        },
-    )
-    disable_tqdm: bool = field(default=False, metadata={"help": "Log lines instead of progress bars."})
-    eval_only: bool = field(
-        default=False, metadata={"help": "Measure --model_name_or_path on its run's validation data; write nothing."}
-    )
+    disable_tqdm: bool = flag(False, "Log lines instead of progress bars.")
+    eval_only: bool = flag(False, "Measure --model_name_or_path on its run's validation data; write nothing.")
 
     def check_run(self) -> None:
         """Refuse values that no run can have.

@@ -13,6 +13,8 @@ from transformers import HfArgumentParser
 from hf_specattn.config import INITS, TARGETS, SpectralConfig, check_choice
 from hf_specattn.preconditioner import AXES, GRADIENTS, SCALES, PreconditionerConfig
 
+from .command_line import flag
+
 AUTO = "auto"  # of --lambda_
 
 
@@ -24,43 +26,24 @@ class SpectralArguments:
         ValueError: for values that `SpectralConfig` refuses, with what is allowed.
     """
 
-    spectral_conditioning: bool = field(
-        default=False, metadata={"help": "Add the spectral correction C to the query, key and value weights."}
+    spectral_conditioning: bool = flag(False, "Add the spectral correction C to the query, key and value weights.")
+    lambda_: str | None = flag(
+        None,
+        "Strength of the identity correction: a number, one per target as query=10,key=10, or auto: 10, or the "
+        "largest value below it at which no layer's softmax is saturated on the first samples. Training takes auto where "
+        "nothing is given, GLUE 10.",
     )
-    lambda_: str | None = field(
-        default=None,
-        metadata={
-            "help": "Strength of the identity correction: a number, one per target as query=10,key=10, or auto: 10, or the "
-            "largest value below it at which no layer's softmax is saturated on the first samples. Training takes auto where "
-            "nothing is given, GLUE 10."
-        },
+    spectral_method: str | None = flag(None, "identity (default) or svd.", ["identity", "svd"])
+    spectral_targets: list[str] | None = flag(None, "The projections to condition (query, key, value).", TARGETS)
+    spectral_granularity: str | None = flag(
+        None, "One C per projection (default) or per head.", ["projection", "head"]
     )
-    spectral_method: str | None = field(
-        default=None, metadata={"help": "identity (default) or svd.", "choices": ["identity", "svd"]}
+    spectral_refresh_every: int | None = flag(None, "Recompute svd corrections every so many optimizer steps (never).")
+    spectral_exact_refresh: bool | None = flag(
+        None, "Refresh by an SVD (True) or by matrix products, checked (False). None: products on a GPU, SVD on a CPU."
     )
-    spectral_targets: list[str] | None = field(
-        default=None,
-        metadata={"help": "The projections to condition (query, key, value).", "choices": list(TARGETS)},
-    )
-    spectral_granularity: str | None = field(
-        default=None,
-        metadata={"help": "One C per projection (default) or per head.", "choices": ["projection", "head"]},
-    )
-    spectral_refresh_every: int | None = field(
-        default=None, metadata={"help": "Recompute svd corrections every so many optimizer steps (never)."}
-    )
-    spectral_exact_refresh: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Refresh by an SVD (True) or by matrix products, checked (False). None: products on a GPU, SVD on a CPU."
-        },
-    )
-    spectral_init: str | None = field(
-        default=None,
-        metadata={
-            "help": "additive (default): W enters as it is; preserve: as W - C, so that the function is kept.",
-            "choices": list(INITS),
-        },
+    spectral_init: str | None = flag(
+        None, "additive (default): W enters as it is; preserve: as W - C, so that the function is kept.", INITS
     )
 
     # What auto came to in a run.
@@ -145,29 +128,21 @@ class SpectralArguments:
 class PreconditionerArguments:
     """The flags of preconditioned attention; without `--attention_preconditioner` none of the others may be given."""
 
-    attention_preconditioner: str | None = field(
-        default=None,
-        metadata={
-            "help": "Divide each head's output by its norms before the output projection: row (each position by its norm "
-            "over the channels) or column. None: do not.",
-            "choices": list(AXES),
-        },
+    attention_preconditioner: str | None = flag(
+        None,
+        "Divide each head's output by its norms before the output projection: row (each position by its norm "
+        "over the channels) or column. None: do not.",
+        AXES,
     )
-    preconditioner_gradient: str | None = field(
-        default=None,
-        metadata={
-            "help": "Take the norms for constants (detached, default) or differentiate them (through).",
-            "choices": list(GRADIENTS),
-        },
+    preconditioner_gradient: str | None = flag(
+        None, "Take the norms for constants (detached, default) or differentiate them (through).", GRADIENTS
     )
-    preconditioner_scale: str | None = field(
-        default=None,
-        metadata={
-            "help": "The norm afterwards: unit (1, default), rms (entries of size 1) or match (the mean norm at the start).",
-            "choices": list(SCALES),
-        },
+    preconditioner_scale: str | None = flag(
+        None,
+        "The norm afterwards: unit (1, default), rms (entries of size 1) or match (the mean norm at the start).",
+        SCALES,
     )
-    preconditioner_eps: float | None = field(default=None, metadata={"help": "Smaller norms count as this (1e-6)."})
+    preconditioner_eps: float | None = flag(None, "Smaller norms count as this (1e-6).")
 
     def preconditioner(self) -> PreconditionerConfig | None:
         """The settings for `precondition`; None without `--attention_preconditioner`.

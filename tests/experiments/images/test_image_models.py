@@ -39,7 +39,7 @@ CLASSES = ("red", "green", "blue")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TIMM = ImageModelSettings(
     timm_model="vit_tiny_patch16_224",
-    timm_model_args={"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2},
+    timm_model_args='{"img_size": 8, "patch_size": 4, "depth": 2, "embed_dim": 16, "num_heads": 2}',
 )
 IDENTITY = SpectralConfig(lambda_=1.0)
 TIMM_ATTENTION = AttentionSpec("Attention", {"qkv": ("query", "key", "value")}, query_heads="num_heads", output="proj")
@@ -79,7 +79,7 @@ def test_a_new_model_of_timm_has_timms_own_initialization():
     torch.manual_seed(5)
     model = build_stock_model(TIMM, CLASSES, 8, 1)
     torch.manual_seed(5)
-    own = timm.create_model(TIMM.timm_model, num_classes=3, in_chans=1, **TIMM.timm_model_args)
+    own = timm.create_model(TIMM.timm_model, num_classes=3, in_chans=1, **TIMM.timm_arguments)
     assert own.state_dict().keys() == model.timm_model.state_dict().keys()
     for name, tensor in own.state_dict().items():
         assert torch.equal(tensor, model.timm_model.state_dict()[name]), name
@@ -130,7 +130,7 @@ def test_what_a_model_is_made_for(vit_folder, tmp_path):
         (ImageModelSettings(**SMALL, patch_size=3), 8, r"8 x 8 cannot be cut into patches of --patch_size 3"),
         (ImageModelSettings(**SMALL, drop_path_rate=0.1), 8, "--drop_path_rate 0.1: transformers' ViT"),
         (ImageModelSettings(timm_model="vit_gigantic"), 8, "--timm_model vit_gigantic: timm .* has no such model"),
-        (ImageModelSettings(timm_model="resnet18", timm_model_args={"patch_size": 2}), 224, "takes none of these"),
+        (ImageModelSettings(timm_model="resnet18", timm_model_args='{"patch_size": 2}'), 224, "takes none of these"),
         (ImageModelSettings(model_name_or_path="nowhere/at-all"), 8, "No model configuration at 'nowhere/at-all'"),
     ],
 )

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import timm
 import torch
@@ -30,7 +32,7 @@ def test_vectors_tables_and_tokens_do_not_decay():
 def test_the_groups_of_a_model_of_timm_are_timms():
     arguments = {"img_size": 8, "patch_size": 4, "depth": 1, "embed_dim": 16, "num_heads": 2}
     model = build_stock_model(
-        ImageModelSettings(timm_model="vit_tiny_patch16_224", timm_model_args=arguments), "ab", 8, 3
+        ImageModelSettings(timm_model="vit_tiny_patch16_224", timm_model_args=json.dumps(arguments)), "ab", 8, 3
     )
     own = timm.create_model("vit_tiny_patch16_224", num_classes=2, **arguments)
     theirs = create_optimizer_v2(own, "adamw", lr=1e-3, weight_decay=0.05)

@@ -22,10 +22,9 @@ def training_operations(arguments: ImageArguments) -> float:
     Raises:
         ImageDataError, ImageModelError: where a run would raise them.
     """
-    settings = arguments.model_settings()
-    images, classes, size, channels = planned_amounts(arguments, settings)
+    images, classes, size, channels = planned_amounts(arguments)
     state = torch.get_rng_state()
-    model = build_stock_model(settings, [str(number) for number in range(classes)], size, channels).eval()
+    model = build_stock_model(arguments, [str(number) for number in range(classes)], size, channels).eval()
     torch.set_rng_state(state)
     pixels = torch.zeros(1, channels, size, size)
     counter: Any = FlopCounterMode(display=False)

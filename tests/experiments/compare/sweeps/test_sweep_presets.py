@@ -48,9 +48,9 @@ def test_the_script_takes_every_run_of_a_regime(name, tmp_path):
 def test_every_small_model_can_be_conditioned_scaled_and_stripped_of_norms(setting: Setting):
     arguments, _ = parse_arguments([*SMALL_RECIPE, *setting.flags, "--show_plan"], "a run")
     scaled, _ = parse_arguments([*setting.flags, "--initialization_scale", "3", "--show_plan"], "a run")
-    images, classes, size, channels = planned_amounts(arguments, arguments.model_settings())
+    images, classes, size, channels = planned_amounts(arguments)
     assert (images, classes, channels) == (1437, 10, 1)
-    build = (arguments.model_settings(), [str(label) for label in range(classes)], size, channels)
+    build = (arguments, [str(label) for label in range(classes)], size, channels)
     torch.manual_seed(0)
     model = build_stock_model(*build).eval()
     pixels = torch.randn(4, channels, size, size)
