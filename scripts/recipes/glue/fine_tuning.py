@@ -29,10 +29,9 @@ from .glue_arguments import GlueArguments, folder_name
 from .glue_batches import epoch_batches
 from .glue_models import ModelVariant, load_model, quiet
 from .glue_results import FAILED, FINISHED, RunRecord
-from .glue_scores import predictions_from_logits
+from .glue_scores import predictions_from_logits, score
 from .prediction import accepted_inputs, predict_logits, write_submission
 from .protocols import Protocol, build_schedule, total_steps
-from .scoring import compute_scores
 from .task_data import TaskData
 from .tasks import TASKS, GlueTask
 
@@ -136,7 +135,7 @@ class FineTuner:
         for split in run.task.splits_of("validation"):
             logits = self._predict(run, split.name)
             labels: Any = run.tokens[split.name].labels
-            record.scores[split.name] = compute_scores(run.task, predictions_from_logits(run.task, logits), labels)
+            record.scores[split.name] = score(run.task, predictions_from_logits(run.task, logits), labels)
             count += len(logits)
         record.seconds["evaluation"] = time.perf_counter() - started
         record.facts["eval_examples_per_second"] = count / record.seconds["evaluation"]

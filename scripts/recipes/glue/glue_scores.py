@@ -107,6 +107,14 @@ def score(task: GlueTask, predictions: ArrayLike, labels: ArrayLike) -> dict[str
         raise UndefinedScoreError(f"{task.title}: {error}") from error
 
 
+def best_constant_score(task: GlueTask, labels: NDArray[Any]) -> float | None:
+    """Return the main metric of the best answer that is the same for all examples; None for a correlation, which has none."""
+    if task.is_regression:
+        return None
+    metric = FUNCTIONS[task.main_metric]
+    return max(metric(np.full_like(labels, number), labels) for number in range(len(task.labels)))
+
+
 def predictions_from_logits(task: GlueTask, logits: NDArray[np.floating]) -> NDArray[Any]:
     """Return what a model predicts, `(examples,)`: the class of the largest logit, or the score within its range.
 

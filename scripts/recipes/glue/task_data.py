@@ -12,7 +12,7 @@ from .features import prepare_tokens, tokenizer_fingerprint
 from .glue_arguments import GlueArguments
 from .glue_files import Examples, read_examples
 from .glue_models import ModelVariant
-from .scoring import best_constant_score
+from .glue_scores import best_constant_score
 from .tasks import GlueTask
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
+from ..run.batching import BatchOrder
 from ..run.distributed import run_on_main_process
 from ..run.loop import Amounts, Task
 from ..run.optimization import build_adamw
@@ -23,7 +24,7 @@ from ..run.spectral_arguments import SpectralArguments
 from .augmentation import Augmentation, evaluation_transform, normalization, training_transform
 from .classification_evaluation import evaluate_images
 from .image_arguments import MODEL_SOURCES, ImageArguments
-from .image_batches import Batches, ImageOrder, Mixing, TrainingImages, ValidationImages, load_batches
+from .image_batches import Batches, Mixing, TrainingImages, ValidationImages, load_batches
 from .image_datasets import load_image_data
 from .image_models import DEFAULT_IMAGE_SIZE, ImageModelError, image_processor, model_input, save_classifier
 from .vision_optimization import AveragedWeights, not_decayed
@@ -82,7 +83,7 @@ class ImageTask(Task):
         self.size = arguments.image_size or own_size or (max(data.size) if data.size else DEFAULT_IMAGE_SIZE)
         self.channels = own_channels if arguments.timm_model is None and own_channels else data.channels
         self.mode = "L" if self.channels == 1 else "RGB"  # PIL's name of the colours
-        self.order = ImageOrder(train, arguments.seed, arguments.repeated_augmentation)
+        self.order = BatchOrder(train, arguments.seed, repeats=arguments.repeated_augmentation)
         self.amounts = self._amounts()
         self.dataset = data.origin
         self.validation_fingerprint = data.validation.fingerprint

@@ -17,54 +17,11 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..run.batching import epoch_permutation
+from ..run.batching import BatchOrder
 from ..run.command_line import flag
 from ..run.randomness import Purpose
 from .augmentation import Transform, restored_generators, seed_generators
 from .image_datasets import ImageSplit
-
-# So far apart are the copies of an image under repeated augmentation: mixed images are never copies of each other, and a
-# batch that is larger by the repeats has them all.
-REPEATED_BLOCK = 256
-
-
-@dataclass(frozen=True)
-class ImageOrder:
-    """The endless stream of images.
-
-    A pass has as many places as there are images. With repeats it reads only that share of the images, each one so many
-    times, `REPEATED_BLOCK` places apart.
-
-    Attributes:
-        images: The number of images, at least 1.
-        seed: With the pass it decides the permutation.
-        repeats: Of each image within a pass, at least 1.
-    """
-
-    images: int
-    seed: int
-    repeats: int = 1
-
-    def __post_init__(self) -> None:
-        if self.images < 1 or self.repeats < 1:
-            raise ValueError(f"images={self.images} and repeats={self.repeats} must be at least 1.")
-
-    def epochs(self, position: int) -> float:
-        """Return how many passes were made when `position` images of the stream have been read."""
-        return position / self.images
-
-    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return `(images, epochs, repeats)` of places in the stream, each `(rows,)`, int64, all counted from 0."""
-        epochs, places = np.divmod(positions, self.images)
-        block = min(REPEATED_BLOCK, self.images)
-        blocks, within = np.divmod(places, block * self.repeats)
-        repeats, ranks = np.divmod(within, block)
-        ranks += blocks * block
-        images = np.empty_like(ranks)
-        for epoch in np.unique(epochs):
-            rows = epochs == epoch
-            images[rows] = epoch_permutation(self.seed, int(epoch), self.images)[ranks[rows]]
-        return images, epochs, repeats
 
 
 @dataclass
@@ -106,7 +63,7 @@ class TrainingImages(Dataset):
     def __init__(
         self,
         split: ImageSplit,
-        order: ImageOrder,
+        order: BatchOrder,
         mode: str,
         transform: Transform,
         is_random: bool,
@@ -133,7 +90,7 @@ class TrainingImages(Dataset):
 
     def _image(self, image: int, epoch: int, repeat: int) -> Tensor:
         if self.is_random:
-            seed_generators(self.order.seed, epoch, Purpose.AUGMENTATION, image + repeat * self.order.images)
+            seed_generators(self.order.seed, epoch, Purpose.AUGMENTATION, image + repeat * self.order.sequences)
         return self.transform(self.split.load(image, self.mode))
 
     def _mix(self, batch: Tensor, labels: Tensor, positions: NDArray[np.int64]) -> tuple[Tensor, Tensor]:

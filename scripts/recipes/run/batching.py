@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from .randomness import Purpose, random_words
 
+# So far apart are the copies of a sample: images that are mixed are never copies of each other, and a batch that is larger by
+# the repeats has them all.
+REPEATED_BLOCK = 256
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -38,37 +42,52 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """The endless stream of sequences.
+    """The endless stream of samples.
+
+    With repeats a pass reads only that share of the samples, each one so many times, `REPEATED_BLOCK` places apart.
 
     Attributes:
-        sequences: The number of sequences in the corpus, at least 1.
+        sequences: The number of samples, sequences or images, at least 1.
         seed: With the pass it decides the permutation.
-        shuffle: False reads the corpus in its own order, in every pass.
+        shuffle: False reads them in their own order, in every pass.
+        repeats: Of each sample within a pass, at least 1.
     """
 
     sequences: int
     seed: int
     shuffle: bool = True
+    repeats: int = 1
 
     def __post_init__(self) -> None:
-        if self.sequences < 1:
-            raise ValueError(f"A corpus of {self.sequences} sequences has no batches; it must have one or more.")
+        if self.sequences < 1 or self.repeats < 1:
+            raise ValueError(
+                f"There is no order of {self.sequences} sequences, each {self.repeats} times; both must be at least 1."
+            )
 
     def epochs(self, position: int) -> float:
-        """Return how often the corpus has been read when `position` sequences of the stream have been."""
+        """Return how many passes were made when `position` samples of the stream have been read."""
         return position / self.sequences
 
     def batch(self, position: int, count: int) -> Batch:
-        """Return the `count` sequences of the stream from `position` (from 0) on."""
-        epochs, places = np.divmod(np.arange(position, position + count), self.sequences)
-        begins_pass = bool((places == 0).any())
+        """Return the `count` samples of the stream from `position` (from 0) on."""
+        positions = np.arange(position, position + count)
+        indices, epochs, _ = self.rows(positions)
+        return Batch(indices, epochs, bool((positions % self.sequences == 0).any()))
+
+    def rows(self, positions: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return `(indices, epochs, repeats)` of places in the stream, each `(rows,)`, int64, all counted from 0."""
+        epochs, places = np.divmod(positions, self.sequences)
+        block = min(REPEATED_BLOCK, self.sequences)
+        blocks, within = np.divmod(places, block * self.repeats)
+        repeats, ranks = np.divmod(within, block)
+        ranks += blocks * block
         if not self.shuffle:
-            return Batch(places, epochs, begins_pass)
-        indices = np.empty_like(places)
+            return ranks, epochs, repeats
+        indices = np.empty_like(ranks)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            indices[rows] = epoch_permutation(self.seed, int(epoch), self.sequences)[places[rows]]
-        return Batch(indices, epochs, begins_pass)
+            indices[rows] = epoch_permutation(self.seed, int(epoch), self.sequences)[ranks[rows]]
+        return indices, epochs, repeats
 
 
 @lru_cache(maxsize=2)  # a batch may lie across the end of a pass, whose permutations are sorted once each

@@ -120,8 +120,7 @@ def keep_norms(model: nn.Module, config: SpectralConfig) -> None:
 
 def initialize_projections(model: nn.Module, initialization: Initialization) -> None:
     """`hf_specattn.initialize` with the settings of a run."""
-    settings = vars(initialization)
-    initialize(model, **settings)
+    initialize(model, **vars(initialization))
 
 
 def describe_initialization(initialization: Initialization) -> str | None:

@@ -1,7 +1,6 @@
 """What a run measured: `metrics.json` and the picture of its loss."""
 
 import importlib.metadata
-import io
 import math
 import platform
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from transformers.utils import logging
 
-from hf_specattn.figures import OKABE_ITO
+from hf_specattn.figures import OKABE_ITO, new_figure, render
 from hf_specattn.files import write_bytes, write_json
 from hf_specattn.version import __version__
 
@@ -152,12 +151,7 @@ def loss_curve(
     Raises:
         ImportError: if matplotlib is missing.
     """
-    # Imported here, and without pyplot: training must run where matplotlib or a display is missing.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
     for records, key, label, style in (
         (history, "train_loss", "training", {"color": OKABE_ITO["blue"], "linewidth": 1.2}),
@@ -172,6 +166,4 @@ def loss_curve(
     axes.grid(alpha=0.3)
     if history or validation:
         axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return render(figure, LOSS_CURVE_FILE)["png"]

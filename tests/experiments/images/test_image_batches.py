@@ -6,16 +6,14 @@ import torch
 
 from recipes.images.augmentation import Augmentation, normalization, training_transform
 from recipes.images.image_batches import (
-    REPEATED_BLOCK,
     Batches,
-    ImageOrder,
     Mixing,
     TrainingImages,
     load_batches,
     smooth_targets,
 )
 from recipes.images.image_datasets import ArrayImages, ImageSplit
-from recipes.run.batching import epoch_permutation
+from recipes.run.batching import REPEATED_BLOCK, BatchOrder, epoch_permutation
 
 
 @pytest.fixture
@@ -27,12 +25,12 @@ def split():
 def training_images(split, mixing=Mixing(), repeats=1, shift=1):  # noqa: B008  frozen
     augmentation = Augmentation(random_shift=shift)
     transform = training_transform(augmentation, 6, *normalization(1))
-    order = ImageOrder(len(split), seed=3, repeats=repeats)
+    order = BatchOrder(len(split), seed=3, repeats=repeats)
     return TrainingImages(split, order, "L", transform, augmentation.is_random, mixing, classes=4)
 
 
 def test_each_pass_reads_each_image_once():
-    order = ImageOrder(20, seed=3)
+    order = BatchOrder(20, seed=3)
     images, epochs, repeats = order.rows(np.arange(50))
     assert sorted(images[:20]) == sorted(images[20:40]) == list(range(20))
     assert images[:20].tolist() == epoch_permutation(3, 0, 20).tolist() != images[20:40].tolist()
@@ -43,7 +41,7 @@ def test_each_pass_reads_each_image_once():
 
 @pytest.mark.parametrize("images", [50, 3000])
 def test_repeated_augmentation_reads_a_share_of_the_images_several_times(images):
-    order = ImageOrder(images, seed=3, repeats=3)
+    order = BatchOrder(images, seed=3, repeats=3)
     read, epochs, repeats = order.rows(np.arange(images))
     counts = Counter(read.tolist())
     assert max(counts.values()) <= 3
@@ -87,7 +85,7 @@ def test_the_loader_keeps_the_order_and_draws_nothing(split, workers):
 
 def test_unmixed_targets_are_smoothed_labels(split):
     _, targets = training_images(split, Mixing(label_smoothing=0.2))[np.arange(5)]
-    labels = split.labels[ImageOrder(20, 3).rows(np.arange(5))[0]]
+    labels = split.labels[BatchOrder(20, 3).rows(np.arange(5))[0]]
     expected = np.full((5, 4), 0.05)
     expected[np.arange(5), labels] += 0.8
     np.testing.assert_allclose(targets, expected, rtol=1e-6)
