@@ -18,6 +18,9 @@ All of it is a pure function of `W`: no state is warm-started from one call to t
 compute the same correction from the same weights. The condition number is not believed but checked
 ([`within_limit`]); a matrix that fails goes on with more steps, and one that still fails gets its exact SVD, which also
 completes the bases where `W` is rank-deficient.
+
+[`correction_by_products`] never waits for the device: on a GPU a host that waits has launched nothing when the wait is over.
+One look at the checks of all weights is enough, and only what failed needs another ([`complete`]).
 """
 
 import functools
@@ -50,6 +53,8 @@ ACCURACY = {torch.float32: 3e-5, torch.float64: 1e-14}
 FULL_PRECISION_STEPS = 2
 
 LANCZOS_STEPS = 32
+# 2^-48 is the accuracy of double precision with five bits to spare for the logarithm of a norm.
+SQUARINGS = 48
 
 
 # --- the polynomials -------------------------------------------------------------------------------------------------
@@ -158,9 +163,7 @@ def largest_singular_value(gram: Tensor, steps: int = LANCZOS_STEPS) -> Tensor:
     """
     batch, size, _ = gram.shape
     steps = min(steps, size)
-    generator = torch.Generator("cpu").manual_seed(0)
-    start = torch.randn(size, 1, generator=generator, dtype=torch.float64, device="cpu")
-    vector = (start / start.norm()).to(gram).expand(batch, size, 1)
+    vector = _start(size, gram.dtype, gram.device).expand(batch, size, 1)
     basis, diagonal, beside = gram.new_zeros(batch, size, steps), [], []
     for step in range(steps):
         basis[:, :, step] = vector[:, :, 0]
@@ -179,10 +182,37 @@ def largest_singular_value(gram: Tensor, steps: int = LANCZOS_STEPS) -> Tensor:
     if steps > 1:
         above = torch.diag_embed(torch.stack(beside[:-1], dim=1), offset=1)
         tridiagonal = tridiagonal + above + above.mT
-    # LAPACK refuses what is not finite; the check lets such a matrix fail with a better message.
-    finite = torch.isfinite(tridiagonal).all(dim=2).all(dim=1)
-    values = torch.linalg.eigvalsh(torch.where(finite[:, None, None], tridiagonal, 0))[:, -1]
-    return torch.where(finite, values.clamp_min(0).sqrt(), torch.nan)
+    return largest_eigenvalue(tridiagonal).sqrt().to(gram.dtype)
+
+
+@functools.cache
+def _start(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A unit vector of fixed pseudorandom numbers; kept, because bringing it to a GPU would wait for it."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    start = torch.randn(size, 1, generator=generator, dtype=torch.float64, device="cpu")
+    return (start / start.norm()).to(device=device, dtype=dtype)
+
+
+def largest_eigenvalue(matrices: Tensor) -> Tensor:
+    """Of small positive semidefinite matrices, by squaring them.
+
+    `||M^p||^(1/p)` in the Frobenius norm is at least the largest eigenvalue, and at most `n^(1 / 2p)` times it; here
+    `p = 2^SQUARINGS`. `torch.linalg.eigvalsh` would wait for the device to read LAPACK's error code, and raise for one
+    matrix that is not finite.
+
+    Args:
+        matrices: `(batch, n, n)`.
+
+    Returns:
+        `(batch,)`, float64; nan for what is not finite.
+    """
+    power, logarithm = matrices.double(), torch.zeros(len(matrices), dtype=torch.float64, device=matrices.device)
+    for squaring in range(SQUARINGS + 1):
+        norm = torch.linalg.matrix_norm(power).clamp_min(torch.finfo(torch.float64).tiny)
+        logarithm = logarithm + norm.log() / 2**squaring
+        power = power / norm[:, None, None]
+        power = power @ power
+    return logarithm.exp()
 
 
 def apply_quintics(matrix: Tensor, steps: Sequence[Quintic], gram: Tensor | None = None) -> Tensor:
@@ -231,6 +261,68 @@ def within_limit(effective: Tensor, sigma_max: Tensor) -> Tensor:
     return (failed == 0) & torch.isfinite(product).all(dim=2).all(dim=1)
 
 
+@torch.no_grad()
+def correction_by_products(matrices: Tensor, continued: bool = False) -> tuple[Tensor, Tensor]:
+    """`sigma_max(W) * polar(W)` of each matrix, and whether it is that; nothing here waits for the device.
+
+    Args:
+        matrices: `(batch, m, n)`.
+        continued: take both compositions and not the first one alone.
+
+    Returns:
+        The corrections, in the shape of the matrices and at least float32; and `(batch,)`, bool: whether
+        `kappa(W + C) <= KAPPA_LIMIT` is shown. What fails may be anything, nan included.
+    """
+    matrices = at_least_float32(matrices.detach())
+    tall = matrices.shape[1] > matrices.shape[2]
+    # A power of two, which rounds nothing: the fourth power of a tiny weight would be 0.
+    _, exponent = torch.frexp(matrices.abs().amax((1, 2)))
+    unit = torch.ldexp(torch.ones_like(matrices[:, 0, 0]), exponent)
+    with torch.autocast(matrices.device.type, enabled=False):
+        scaled = (matrices.mT if tall else matrices) / unit[:, None, None]
+        correction, good = _scaled_correction(scaled, continued)
+    return (correction.mT if tall else correction) * unit[:, None, None], good
+
+
+def _scaled_correction(matrices: Tensor, continued: bool) -> tuple[Tensor, Tensor]:
+    """[`correction_by_products`] of `(batch, m, n)` matrices with `m <= n` and entries up to 1."""
+    accuracy = ACCURACY[matrices.dtype]
+    first = composition(FIRST_KAPPA, accuracy)
+    exactly = first[-FULL_PRECISION_STEPS:] + (composition(SECOND_KAPPA, accuracy) if continued else ())
+    with full_float32():
+        gram = matrices @ matrices.mT
+        sigma = largest_singular_value(gram)
+    by = sigma[:, None, None]
+    polar = apply_quintics(matrices / by, first[:-FULL_PRECISION_STEPS], gram / by.square())
+    with full_float32():
+        polar = apply_quintics(polar, exactly)
+        return by * polar, within_limit(matrices + by * polar, sigma)
+
+
+@torch.no_grad()
+def complete(matrices: Tensor, corrections: Tensor, failing: Sequence[int]) -> list[int]:
+    """Put the corrections of matrices in place that failed the check of the first composition.
+
+    Args:
+        matrices: `(batch, m, n)`.
+        corrections: of all of them; those of `failing` are replaced.
+        failing: their places.
+
+    Returns:
+        Places of those that failed the second composition, too, and got [`svd_correction`], whose bound needs no check.
+
+    Raises:
+        torch.linalg.LinAlgError: where one is not finite, as from the SVD.
+    """
+    found, good = correction_by_products(torch.stack([matrices[place] for place in failing]), continued=True)
+    for place, correction in zip(failing, found):
+        corrections[place] = correction
+    exact = [place for place, passed in zip(failing, good.tolist()) if not passed]
+    for place in exact:
+        corrections[place] = svd_correction(at_least_float32(matrices[place]))
+    return exact
+
+
 class PolarCorrection(NamedTuple):
     """The corrections of a batch, and how each was found.
 
@@ -249,43 +341,17 @@ class PolarCorrection(NamedTuple):
 def polar_correction(weight: Tensor) -> PolarCorrection:
     """`sigma_max(W) * polar(W)` of each matrix, for which `kappa(W + C) <= KAPPA_LIMIT` was checked.
 
-    What fails the check after both compositions gets [`svd_correction`], whose bound needs none.
-
     Args:
         weight: `(..., m, n)`, finite. One shape in many matrices is what makes it fast.
 
     Raises:
         torch.linalg.LinAlgError: where a weight is not finite, as from the SVD.
     """
-    matrices = at_least_float32(weight.detach()).flatten(0, -3) if weight.dim() > 2 else at_least_float32(weight)[None]
-    tall = matrices.shape[1] > matrices.shape[2]
-    # A power of two, which rounds nothing: the fourth power of a tiny weight would be 0.
-    _, exponent = torch.frexp(matrices.abs().amax((1, 2)))
-    unit = torch.ldexp(torch.ones_like(matrices[:, 0, 0]), exponent)
-    with torch.autocast(weight.device.type, enabled=False):
-        scaled = (matrices.mT if tall else matrices) / unit[:, None, None]
-        correction, continued, exact = _scaled_correction(scaled)
-    correction = (correction.mT if tall else correction) * unit[:, None, None]
-    if exact.any():
-        correction[exact] = svd_correction(matrices[exact])
+    matrices = weight.detach().flatten(0, -3) if weight.dim() > 2 else weight.detach()[None]
+    correction, good = correction_by_products(matrices)
+    exact = torch.zeros_like(good)
+    if failing := [place for place, passed in enumerate(good.tolist()) if not passed]:
+        for place in complete(matrices, correction, failing):
+            exact[place] = True
     shape = weight.shape[:-2]
-    return PolarCorrection(correction.reshape(weight.shape), continued.reshape(shape), exact.reshape(shape))
-
-
-def _scaled_correction(matrices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`PolarCorrection` of `(batch, m, n)` matrices with `m <= n` and entries up to 1, but for the SVD itself."""
-    accuracy = ACCURACY[matrices.dtype]
-    first, second = composition(FIRST_KAPPA, accuracy), composition(SECOND_KAPPA, accuracy)
-    with full_float32():
-        gram = matrices @ matrices.mT
-        sigma = largest_singular_value(gram)
-    by = sigma[:, None, None]
-    polar = apply_quintics(matrices / by, first[:-FULL_PRECISION_STEPS], gram / by.square())
-    with full_float32():
-        polar = apply_quintics(polar, first[-FULL_PRECISION_STEPS:])
-        good = within_limit(matrices + by * polar, sigma)
-        continued = ~good
-        if continued.any():
-            polar[continued] = apply_quintics(polar[continued], second)
-            good[continued] = within_limit((matrices + by * polar)[continued], sigma[continued])
-    return by * polar, continued, ~good
+    return PolarCorrection(correction.reshape(weight.shape), ~good.reshape(shape), exact.reshape(shape))

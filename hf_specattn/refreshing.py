@@ -14,7 +14,7 @@ from transformers.utils import logging
 from .existing_adapters import adapted_layers
 from .layers import STEPS_SINCE_REFRESH, OutputLayout, SpectralLayer, refuse_replaced, spectral_layers
 from .ordinary import refuse_no_module, refuse_unordinary
-from .polar import polar_correction
+from .polar import complete, correction_by_products
 
 logger = logging.get_logger(__name__)
 
@@ -95,20 +95,33 @@ class _Block(NamedTuple):
 
 @torch.no_grad()
 def recompute_by_products(layers: Sequence[SpectralLayer]) -> None:
-    """Recompute stored svd corrections through [`polar_correction`], many matrices of one shape at once.
+    """Recompute stored svd corrections by [`correction_by_products`], many matrices of one shape at once.
 
     What is taken together follows from the layers' order and shapes alone, so that every rank does the same and a resumed
-    run, too. FSDP2-sharded weights are gathered one after the other, on every rank alike.
+    run, too. The host waits for the device once, for the checks of all; and once more for each batch in which one failed.
+    FSDP2-sharded weights are gathered one after the other, on every rank alike; there it waits for each batch, so that no
+    more than one batch of whole weights is held.
     """
+    checked: list[tuple[list[_Block], Tensor]] = []
+    for blocks in _batches(layers):
+        correction, good = correction_by_products(torch.cat([block.matrices for block in blocks]))
+        _store(blocks, correction)
+        checked.append((blocks, good))
+        if any(hasattr(layer.weight, "full_tensor") for layer in layers):
+            _complete(checked)
+            checked = []
+    _complete(checked)
+
+
+def _batches(layers: Sequence[SpectralLayer]) -> Iterator[list[_Block]]:
     waiting: dict[Any, list[_Block]] = defaultdict(list)
     for layer in layers:
         for block in _blocks(layer):
             key = (block.matrices.shape[1:], block.matrices.dtype, block.matrices.device)
             waiting[key].append(block)
             if sum(each.matrices.numel() for each in waiting[key]) >= ELEMENTS_AT_ONCE:
-                _correct(waiting.pop(key))
-    for blocks in waiting.values():
-        _correct(blocks)
+                yield waiting.pop(key)
+    yield from waiting.values()
 
 
 def _blocks(layer: SpectralLayer) -> Iterator[_Block]:
@@ -123,13 +136,28 @@ def _blocks(layer: SpectralLayer) -> Iterator[_Block]:
         yield _Block(layout.head_blocks(name, matrix) if per_head else matrix[None], into)
 
 
-def _correct(blocks: Sequence[_Block]) -> None:
-    result = polar_correction(torch.cat([block.matrices for block in blocks]))
-    for block, correction in zip(blocks, result.correction.split([len(block.matrices) for block in blocks])):
+def _store(blocks: Sequence[_Block], corrections: Tensor) -> None:
+    for block, correction in zip(blocks, corrections.split([len(block.matrices) for block in blocks])):
         block.correction.copy_(correction.reshape(block.correction.shape))
+
+
+def _complete(checked: Sequence[tuple[Sequence[_Block], Tensor]]) -> None:
+    """Look at all checks at once, and correct otherwise what failed its own."""
+    if not checked:
+        return
+    device = checked[0][1].device
+    passed = torch.cat([good.to(device) for _, good in checked]).tolist()
+    begin, exact = 0, 0
+    for blocks, good in checked:
+        failing = [place for place, each in enumerate(passed[begin : begin + len(good)]) if not each]
+        begin += len(good)
+        if failing:
+            matrices = torch.cat([block.matrices for block in blocks])
+            corrections = torch.cat([block.correction.reshape(block.matrices.shape) for block in blocks])
+            exact += len(complete(matrices, corrections, failing))
+            _store(blocks, corrections)
     logger.debug(
-        f"{len(result.exact)} corrections by matrix products: {int(result.continued.sum())} took more of them, and "
-        f"{int(result.exact.sum())} an SVD."
+        f"{len(passed)} corrections by matrix products: {passed.count(False)} took more of them, and {exact} an SVD."
     )
 
 

@@ -18,6 +18,7 @@ from hf_specattn.polar import (
     best_quintic,
     composition,
     full_float32,
+    largest_eigenvalue,
     largest_singular_value,
     polar_correction,
     within_limit,
@@ -188,6 +189,29 @@ def test_zero_and_multiples_of_the_unit_matrix(size):
     assert largest_singular_value(0 * unit).item() == 0
     assert largest_singular_value(49 * unit).item() == pytest.approx(7, rel=1e-6)
     assert torch.isnan(largest_singular_value(math.nan * unit)).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 32])
+def test_largest_eigenvalue_is_numpys(size):
+    generator = torch.Generator().manual_seed(size)
+    roots = torch.randn(6, size, size, generator=generator, dtype=torch.float64)
+    roots[1] *= 1e-120  # whose square is not far above the smallest number
+    roots[2] *= 1e70
+    roots[3] = torch.eye(size)  # all eigenvalues equal
+    roots[4, 0] = 0  # singular
+    matrices = roots @ roots.mT
+    expected = np.linalg.eigvalsh(matrices.numpy())[:, -1]
+    np.testing.assert_allclose(largest_eigenvalue(matrices).numpy(), expected, rtol=1e-13)
+    single = largest_eigenvalue(matrices[3:].float())
+    assert single.dtype == torch.float64
+    np.testing.assert_allclose(single.numpy(), expected[3:], rtol=1e-5)
+
+
+def test_largest_eigenvalue_of_two_that_are_nearly_equal():
+    basis = np.linalg.qr(np.random.default_rng(1).standard_normal((20, 20)))[0]
+    values = np.r_[1, 1 - 1e-9, np.linspace(0, 0.9, 18)]
+    matrix = torch.from_numpy(basis * values @ basis.T)[None]
+    assert largest_eigenvalue(matrix).item() == pytest.approx(1, rel=1e-13)
 
 
 # --- the check -------------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ import pytest
 import torch
 from models import ARCHITECTURES, each_architecture
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh, refreshing
 from hf_specattn.corrections import svd_correction
 from hf_specattn.layers import spectral_layers
-from hf_specattn.polar import polar_correction
+from hf_specattn.polar import correction_by_products
 from hf_specattn.refreshing import MISSED_INTERVALS, refresh_interval, steps_since_refresh
 
 
@@ -66,6 +67,79 @@ def test_refresh_follows_the_weight():
 
 
 # --- by matrix products ----------------------------------------------------------------------------------------------
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts the operations for which the host waits until a GPU is done, some of which torch hides behind others."""
+
+    # Reading a number, comparing, finding what a mask selects, and decompositions that read an error code.
+    WAITING = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_linalg_eigh", "_linalg_svd")
+    # Of a tensor that is made on the CPU, and brought to the GPU then.
+    MADE_ON_THE_HOST = ("randn", "lift_fresh")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.seen = []
+        tolist = torch.Tensor.tolist
+        monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: self.seen.append("tolist") or tolist(tensor))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put_") and any(
+            each is not None and each.dtype == torch.bool for each in args[1]
+        )
+        if by_mask or name in (*self.WAITING, *self.MADE_ON_THE_HOST):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_waits_once_for_all_weights_and_shapes(monkeypatch):
+    monkeypatch.setattr(refreshing, "ELEMENTS_AT_ONCE", 2 * 16 * 32)  # several batches
+    model = moved(ARCHITECTURES["llama"], dtype=torch.float32)
+    refresh(model, exact=False)  # makes what is kept
+    with HostWaits(monkeypatch) as waits:
+        refresh(model, exact=False)
+    assert waits.seen == ["tolist"]
+    layer = next(layer for _, layer in spectral_layers(model))
+    with torch.no_grad():  # beyond the first composition
+        left, sigma, right = torch.linalg.svd(layer.weight)
+        sigma[-1] = sigma[0] / 1e6
+        layer.weight.copy_(left * sigma @ right)
+    waits.seen.clear()
+    with waits:
+        refresh(model, exact=False)
+    assert waits.seen == ["tolist"] * 2
+    assert np.linalg.cond(layer.effective_weight().detach().double().numpy()) <= 2.02
+
+
+def test_the_counter_of_waits_sees_them(monkeypatch):
+    matrix = torch.eye(2)
+    with HostWaits(monkeypatch) as waits:
+        matrix.tolist(), matrix.sum().item(), matrix[matrix > 0], torch.linalg.eigvalsh(matrix), bool(matrix.any())
+        torch.randn(2), torch.tensor(1.0), torch.linalg.svdvals(matrix)
+        matrix[matrix > 0] = 2
+    expected = ["tolist", "_local_scalar_dense", "index", "_linalg_eigh", "_local_scalar_dense"]
+    expected += ["randn", "lift_fresh", "_linalg_svd", "lift_fresh", "index_put_"]
+    assert [name for name in waits.seen if name in expected] == expected
+
+
+def test_whole_weights_of_no_more_than_one_batch_are_held(monkeypatch):
+    """Sharded weights are gathered: the checks of each batch are looked at before the next one is gathered."""
+    monkeypatch.setattr(refreshing, "ELEMENTS_AT_ONCE", 32 * 32)
+    model = moved(ARCHITECTURES["bert"], dtype=torch.float32)
+    refresh(model, exact=False)
+    expected = corrections(model)
+    looked = []
+    complete = refreshing._complete
+    monkeypatch.setattr(refreshing, "_complete", lambda checked: looked.append(len(checked)) or complete(checked))
+    layers = [layer for _, layer in spectral_layers(model)]
+    for layer in layers:
+        layer.correction.zero_()
+        # As DTensor has it; refresh() itself would refuse an attribute of the parameter.
+        layer.weight.full_tensor = layer.weight.detach
+    refreshing.recompute_by_products(layers)
+    assert looked == [1] * len(layers) + [0]
+    assert all(torch.equal(found, expected[name]) for name, found in corrections(model).items())
 
 
 def moved(tiny, dtype=torch.float64, **settings):
@@ -139,11 +213,11 @@ def test_what_is_computed_together_changes_rounding_only(monkeypatch):
     model = moved(ARCHITECTURES["llama"], dtype=torch.float32)  # key and value are of another shape than query
     shapes = []
 
-    def record(weight):
-        shapes.append(tuple(weight.shape))
-        return polar_correction(weight)
+    def record(matrices):
+        shapes.append(tuple(matrices.shape))
+        return correction_by_products(matrices)
 
-    monkeypatch.setattr(refreshing, "polar_correction", record)
+    monkeypatch.setattr(refreshing, "correction_by_products", record)
     refresh(model, exact=False)
     together = corrections(model)
     assert shapes == [(2, 32, 32), (4, 16, 32)]
