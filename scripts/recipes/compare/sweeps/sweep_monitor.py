@@ -22,9 +22,9 @@ QUANTITIES = {
     "kappa_jacobian": "kappa of the Jacobian",
 }
 EXPLANATION = (
-    "Medians over the seeds, and within a run over the layers and heads looked at, before the first step → after the last one "
-    "measured. The value path is the product over all layers of the heads' summed `W_O W_V`, through which the mean token "
-    "passes where attention has no residual connection; its effective rank is at most the width."
+    "Medians over the seeds, and within a run over the layers and heads looked at, before the first step → after the last "
+    "one measured. The value path is the product over all layers of the heads' summed `W_O W_V`, through which the mean "
+    "token passes where attention has no residual connection; its effective rank is at most the width."
 )
 
 
