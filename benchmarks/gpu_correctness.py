@@ -7,6 +7,7 @@ architecture loses at the same precision, because softmax and layer norms amplif
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -521,7 +522,27 @@ def refreshing(options: Options) -> Outcome:
             with precision.products():
                 refresh(model, exact=exact)
             check_corrections(checks, model, title, precision)
+    title = "products: how often the host waits for the device"
+    if options.device == "cpu":
+        checks.missing(title, "a CPU waits for nothing")
+        return checks.outcome
+    for _, layer in spectral_layers(model):
+        torch.nn.init.orthogonal_(layer.weight)  # what passes the first check
+    refresh(model, exact=False)  # brings to the device what is kept there
+    checks.at_most(title, host_waits(lambda: refresh(model, exact=False)), 1, ".0f")
     return checks.outcome
+
+
+def host_waits(work: Callable[[], object]) -> int:
+    """How often torch lets the host wait for the GPU, by its own account."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
 REFRESH_NOTE = (

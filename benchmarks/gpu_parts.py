@@ -37,7 +37,7 @@ class Options:
     device: str
     tiny: bool
     cifar10: str | None = None
-    measured: dict[str, Any] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it keeps, skips, stops and says, with small items of its own; and all its items on tiny models."""
 
+import ast
 import dataclasses
 import json
 import os
@@ -7,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -40,6 +43,18 @@ def steps(gpu):
 @pytest.fixture(scope="module")
 def correctness():
     return load("gpu_correctness")
+
+
+@pytest.fixture(scope="module")
+def detection(steps):
+    pytest.importorskip("timm")
+    return load("gpu_detection")
+
+
+@pytest.fixture(scope="module")
+def residual_free():
+    pytest.importorskip("timm")
+    return load("gpu_residual_free")
 
 
 # What `parts` below may be made of; each leaves a line in the file that RAN names when it runs.
@@ -244,6 +259,24 @@ def test_a_part_that_raises_fails_and_the_others_go_on(command):
     assert command.ran == ["first"]
 
 
+def test_a_part_may_follow_from_the_numbers_of_those_before_it(command):
+    follows = "lambda name: Outcome('s', ('a',), [[str(options.measured['first']['value'] + 1)]], None)"
+    command.item("one", f"part('first'), part('second', {follows})")
+    succeeded, _ = command.run()
+    assert succeeded
+    assert "| 2.5 |" in command.page
+    command.item("one", f"part('first'), part('second', {follows}), part('third', {follows})")  # other sources
+    command.run()
+    entry = command.entries()[-1]
+    entry["parts"].pop("third")  # as if it had been stopped there
+    entry["state"] = "stopped"
+    (command.results / "gpu.json").write_text(json.dumps({"entries": [entry]}))
+    succeeded, entries = command.run()
+    assert succeeded
+    assert command.ran == ["third"]
+    assert entries["one"]["parts"]["third"]["table"]["rows"] == [["2.5"]]
+
+
 def test_a_failed_check_keeps_its_numbers(command):
     failing = "lambda name: outcome(name, failures=['the sum: 2.0, where 1.0 is allowed'])"
     command.item("one", f"part('first', {failing})")
@@ -287,6 +320,10 @@ def test_what_is_measured_may_be_no_number(command):
         (["--device", "cpu"], "--device cpu would take days at full size; give --tiny, too."),
         (["--device", "cpu", "--tiny", "--minutes", "0"], "--minutes 0.0 must be above 0."),
         (["--device", "cpu", "--tiny", "--items", "other"], "invalid choice: 'other'"),
+        (
+            ["--device", "cpu", "--tiny", "--cifar10", "none"],
+            "--cifar10 none has no train*.parquet or no test*.parquet",
+        ),
     ],
 )
 def test_refuses_bad_arguments(gpu, given, message, capsys):
@@ -321,6 +358,30 @@ def test_the_sources_of_an_item_are_what_it_imports(gpu):
     steps, families = (item for item in gpu.ITEMS if item.name in ("steps", "families"))
     assert steps.module == families.module
     assert gpu.sources_hash(steps) != gpu.sources_hash(families)
+    assert "scripts/recipes/detection/detector.py" in sources["detection"]
+    assert {"scripts/train_image_classification.py", "scripts/recipes/run/ablations.py"} <= sources["experiments"]
+
+
+def test_nothing_is_imported_at_the_start_that_a_lent_machine_lacks(gpu):
+    """Neither datasets nor evaluate nor pycocotools is there: functions may ask for them, modules may not."""
+    for item in gpu.ITEMS:
+        for path in gpu.source_files(item.module):
+            body = ast.parse(path.read_text(encoding="utf-8")).body
+            names = [alias.name for node in body if isinstance(node, ast.Import) for alias in node.names]
+            names += [node.module or "" for node in body if isinstance(node, ast.ImportFrom)]
+            assert not {"datasets", "evaluate", "pycocotools"} & {name.partition(".")[0] for name in names}, path
+
+
+def test_other_images_are_another_measurement(gpu, tmp_path):
+    for name, content in (("train.parquet", b"12"), ("test.parquet", b"1")):
+        (tmp_path / name).write_bytes(content)
+    for item in gpu.ITEMS:
+        hashes = {gpu.sources_hash(item), gpu.sources_hash(item, str(tmp_path))}
+        assert len(hashes) == (2 if item.name == "experiments" else 1)
+    (item,) = (item for item in gpu.ITEMS if item.name == "experiments")
+    before = gpu.sources_hash(item, str(tmp_path))
+    (tmp_path / "test.parquet").write_bytes(b"12")
+    assert gpu.sources_hash(item, str(tmp_path)) != before
 
 
 def test_make_gpu_is_the_command_and_needs_no_environment(gpu):
@@ -413,7 +474,142 @@ def test_every_variant_of_every_model_is_a_part(steps):
     assert "davit, eager: preconditioned" not in families
 
 
+# --- detection -------------------------------------------------------------------------------------------------------
+
+
+def test_objects_lie_in_the_image_and_masks_fill_their_boxes(detection):
+    image, found = detection.example(40, 80, torch.Generator().manual_seed(1))
+    assert image.shape == (3, 40, 80)
+    left, top, right, bottom = found["boxes"].unbind(1)
+    for low, high, end in ((left, right, 80), (top, bottom, 40)):
+        assert (torch.stack([low, end - high, high - low - 1]) >= 0).all()
+    areas = (right - left) * (bottom - top)
+    assert torch.equal(found["masks"].sum((1, 2)).float(), areas)
+    for mask, box in zip(found["masks"], found["boxes"].int().tolist()):
+        assert mask[box[1] : box[3], box[0] : box[2]].all()
+
+
+def test_a_detectors_step_is_that_of_its_preset(detection, monkeypatch):
+    """At full size, but for the detector itself: the published body and heads."""
+    from recipes.detection import detector
+
+    built = {}
+    monkeypatch.setattr(detector, "register_detector", lambda: None)
+    monkeypatch.setattr(detector, "Detector", lambda config: built.update(config=config) or torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Identity, "freeze_batch_norm", lambda self: None, raising=False)
+    monkeypatch.setattr(detection, "example", lambda *size: (torch.zeros(3, *size[:2]), {}))
+    arguments = detection.BenchArguments(models=["bert"], batch_size=2, device="cpu")
+    step = object.__new__(detection.DetectionStep)
+    _, batch = step.build("xcit_s12_p16", arguments)
+    config = built["config"]
+    assert (config.body["timm"], config.body["out_indices"]) == ("xcit_small_12_p16_384", [3, 5, 7, 11])
+    assert (config.fpn_channels, config.box_head_size, len(config.id2label)) == (256, 1024, 80)
+    assert [tuple(image.shape) for image in batch["images"]] == [(3, 800, 1088)] * 2
+    assert [part.name for part in detection.parts(detection.Options("cuda", False))] == [
+        "xcit_s12_p16, eager: identity",
+        "xcit_s12_p16, eager: svd, products",
+        "swin_b, eager: identity",
+        "swin_b, eager: svd, products",
+        "swin_b, eager: preconditioned",
+    ]
+
+
+def test_a_conditioned_detector_steps_and_has_its_control(detection):
+    (_, swin) = detection.parts(detection.Options("cpu", True))
+    outcome = swin.run()
+    assert [row[1] for row in outcome.rows] == ["stock", "preconditioned"]
+    numbers = outcome.numbers
+    assert set(numbers["ratios"]) == {"stock again (A/A control)", "preconditioned"}
+    memory = {name: each["memory_bytes"] for name, each in numbers["counted"].items()}
+    assert memory["preconditioned"] > memory["stock"] > 0
+
+
+# --- attention without its residual ----------------------------------------------------------------------------------
+
+
+def test_the_scale_is_the_stock_models_best(residual_free):
+    names = [residual_free.tuning_name(12, scale) for scale in (5, 7, 10)]
+    measured = dict(zip(names, ({"accuracy": value} for value in (0.3, 0.6, 0.6))))
+    assert residual_free.best_scale(measured, 12, (5, 7, 10)) == 7
+    with pytest.raises(ValueError, match=r"24 layers: V and O x 5, 7, 10 failed"):
+        residual_free.best_scale(measured, 24, (5, 7, 10))
+    del measured[names[0]]
+    with pytest.raises(ValueError, match=r"12 layers: V and O x 5 failed"):
+        residual_free.best_scale(measured, 12, (5, 7, 10))
+
+
+def test_each_arm_of_each_seed_is_a_part(residual_free):
+    names = [part.name for part in residual_free.parts(residual_free.Options("cuda", False))]
+    assert len(names) == len(set(names)) == 2 * 4 + 2 * 4 * 4
+    assert names[:5] == [
+        *(f"12 layers, tuning: V and O x {scale}" for scale in (5, 7, 10, 14)),
+        "12 layers, stock, seed 0",
+    ]
+    assert names.index("24 layers, with the residual, seed 0") < names.index("12 layers, stock, seed 1")
+
+
+def test_an_arm_is_compared_with_stock_of_the_same_seed(residual_free, monkeypatch):
+    ran = []
+
+    def train(options, depth, scale, flags, seed, share=1.0):
+        ran.append((depth, scale, tuple(flags), seed, share))
+        return {"accuracy": 0.5 + 0.01 * seed + 0.1 * ("orthogonal" in flags), "mean_loss": 1.25, "seconds": 3.0}
+
+    monkeypatch.setattr(residual_free, "train", train)
+    options = residual_free.Options("cpu", True)
+    rows = []
+    for part in residual_free.parts(options):
+        outcome = part.run()
+        options.measured[part.name] = outcome.numbers
+        rows += outcome.rows
+    assert rows[2] == ["stock", "2", "0", "5", "50.00", "", "1.2500", "3"]
+    assert rows[3] == ["orthogonal V and O", "2", "0", "5", "60.00", "+10.00", "1.2500", "3"]
+    assert rows[5] == ["with the residual", "2", "0", "5", "50.00", "+0.00", "1.2500", "3"]
+    assert [each[3:] for each in ran] == [(100, 0.25)] * 2 + [(0, 1.0)] * 4
+    assert ["--held_out_share" in each[2] for each in ran] == [True] * 2 + [False] * 4
+    assert ["--no_attention_residual" in each[2] for each in ran] == [True] * 5 + [False]
+
+
+def test_the_images_of_a_lent_machine_are_folders_of_classes(residual_free, tmp_path, monkeypatch):
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for name, labels in (("train-00000-of-00001", [1, 0, 1]), ("test", [0])):
+        images = [{"bytes": f"{name}{number}".encode(), "path": None} for number in range(len(labels))]
+        parquet.write_table(pyarrow.table({"image": images, "label": labels}), tmp_path / f"{name}.parquet")
+    folder = residual_free.image_folders(str(tmp_path))
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.jpg")}
+    assert found == {
+        "train/1/train-00000-of-00001-00000.jpg": b"train-00000-of-000010",
+        "train/0/train-00000-of-00001-00001.jpg": b"train-00000-of-000011",
+        "train/1/train-00000-of-00001-00002.jpg": b"train-00000-of-000012",
+        "test/0/test-00000.jpg": b"test0",
+    }
+    assert residual_free.image_folders(str(tmp_path)) == folder
+    assert [path.name for path in (tmp_path / "temporary").iterdir()] == [folder.name]
+
+
+def test_a_script_that_refuses_is_a_failed_part(residual_free, monkeypatch):
+    monkeypatch.setattr(residual_free, "WIDTH", ["--hidden_size", "0"])
+    monkeypatch.setattr(residual_free, "TINY_WIDTH", ["--hidden_size", "0"])
+    with pytest.raises(RuntimeError, match="train_image_classification"):
+        residual_free.train(residual_free.Options("cpu", True), 2, 5, (), 0)
+
+
 # --- correctness -----------------------------------------------------------------------------------------------------
+
+
+def test_waits_are_counted_as_torch_tells_of_them(correctness, monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def work():
+        for _ in range(3):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally at here.)", stacklevel=1)
+        warnings.warn("of something else", stacklevel=1)
+
+    assert correctness.host_waits(work) == 3
+    assert modes == ["warn", "default"]
 
 
 @pytest.mark.parametrize("granularity", ["projection", "head"])
