@@ -243,7 +243,7 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     for name, images in figures.items():
         for ending, image in images.items():
             write_bytes(output / f"{name}.{ending}", image)
-        text += f"\n![{sweep.title}]({name}.png)\n"
+        text += f"\n![{sweep.title if name == sweep.name else name}]({name}.png)\n"
     write_bytes(output / f"{sweep.name}.md", text.encode())
     print(text)
     print(f"Report: {output / sweep.name}.md, .png, .svg, .json")

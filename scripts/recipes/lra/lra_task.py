@@ -165,7 +165,9 @@ class LraTask(Task):
         rows = min(count, max(1, SAMPLED_TOKENS * 1024 // self.length**2), len(self.data.validation))
         # From all of it: files may be sorted by label.
         places = np.linspace(0, len(self.data.validation) - 1, rows).astype(np.int64)
-        return {"input_ids": torch.from_numpy(self.data.validation.batch(places, self.length)[0])}
+        ids = torch.from_numpy(self.data.validation.batch(places, self.length)[0])
+        # The model finds padding by itself; who looks at its attention has to be told, or counts it as tokens.
+        return {"input_ids": ids} | ({"attention_mask": (ids != 0).long()} if self.arguments.zero_is_padding else {})
 
     def facts(self, model: PreTrainedModel) -> dict[str, Any]:
         data, planned = self.data, self.amounts.batch * self.arguments.steps

@@ -138,7 +138,10 @@ def test_beta1_moves_against_the_learning_rate(new_task, cycled):
 
 def test_what_is_looked_at_is_real_and_fits_the_memory(new_task):
     task = new_task()
-    ids = task.samples(8)["input_ids"]
+    samples = task.samples(8)
+    ids = samples["input_ids"]
+    assert torch.equal(samples["attention_mask"], (ids > 0).long())
+    assert 0 in samples["attention_mask"]
     assert ids.shape == (8, 16)
     assert ids[0].tolist() == task.data.validation.batch(np.array([0]), 16)[0][0].tolist()
     task.length = 4096

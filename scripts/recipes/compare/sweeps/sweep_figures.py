@@ -142,7 +142,9 @@ def heads_figure(results: Results, settings: Mapping[str, Mapping[str, Sequence[
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     last.set_xticks(range(len(settings)), settings)
     of = results.sweep.reference.label
-    last.set(ylabel="optimizer steps", title=f"Steps to the validation {results.metric.name} of {of}", ylim=(0, None))
+    # Room for the numbers of runs, also where none got there.
+    last.set(ylabel="optimizer steps", title=f"Steps to {of}'s validation {results.metric.name}")
+    last.set_ylim(0, 1.15 * last.get_ylim()[1])
     last.grid(alpha=0.3, axis="y")
     handles, names = last.get_legend_handles_labels()
     shown = dict(zip(names, handles))

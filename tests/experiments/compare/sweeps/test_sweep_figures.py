@@ -143,4 +143,4 @@ def test_heads_show_kappa_before_and_after_the_preconditioner_and_the_steps(resu
     filled = {line.get_label(): list(line.get_ydata()) for line in steps.get_lines() if line.get_fillstyle() == "full"}
     assert filled == {"stock": [5.0], "row": [6]}
     assert [text.get_text() for text in steps.texts] == ["2/2", "1/2"]
-    assert steps.get_title() == "Steps to the validation accuracy of stock"
+    assert steps.get_title() == "Steps to stock's validation accuracy"
