@@ -1,4 +1,4 @@
-"""Before training: is the softmax saturated, does the Weyl bound hold, and which lambda would be better?"""
+"""Before training: is the softmax saturated, does the Weyl bound hold, which lambda is better, and which weights matter?"""
 
 import contextlib
 import math
@@ -11,13 +11,18 @@ from torch import nn
 
 from ..layers import SpectralLayer
 from .attentions import Architecture, find_attentions
+from .head_products import value_path
+from .residuals import lacks_residual
 from .saturation import is_saturated, saturation
-from .spectra import spectra
+from .spectra import effective_rank, spectra
 
 # lambda is searched down to this share of itself.
 SMALLEST_FACTOR = 1e-3
 # The Weyl bound on kappa that the lambda named for it gives: (lambda + s) / (lambda - s) = 3 at lambda = 2 s.
 WEYL_MULTIPLE = 2.0
+# The value path of attention without a residual connection passes few directions where its effective rank is below this
+# share of the width: in docs/evidence.md it is 0.13 to 0.24 where conditioning gained, 0.6 to 1 where it was conditioned.
+FEW_DIRECTIONS = 0.5
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,8 @@ class Advice:
         bounded_lambda: the lambda at which the Weyl bound gives kappa(W + C) <= 3 for all conditioned projections; None where
             the bound holds everywhere.
         bounded_saturates: whether that lambda on query and key saturates a layer; None where it was not tried.
+        path_rank: effective rank of the product of all layers' `W_O W_V` over the width, where some attention has no residual
+            connection around it; else None, and where it cannot be told.
     """
 
     saturated_layers: tuple[int, ...]
@@ -41,10 +48,11 @@ class Advice:
     unbounded: tuple[str, ...]
     bounded_lambda: float | None
     bounded_saturates: bool | None
+    path_rank: float | None = None
 
     def warnings(self) -> list[str]:
         """One sentence for each thing that is wrong; empty where nothing is."""
-        return [*self._of_saturation(), *self._of_bound()]
+        return [*self._of_saturation(), *self._of_bound(), *self._of_path()]
 
     def _of_saturation(self) -> list[str]:
         if not self.saturated_layers:
@@ -74,6 +82,16 @@ class Advice:
         if self.bounded_saturates:
             text += " On query and key it saturates the softmax: take it for value, and method='svd' for them."
         return [text]
+
+    def _of_path(self) -> list[str]:
+        if self.path_rank is None or self.path_rank >= FEW_DIRECTIONS:
+            return []
+        return [
+            "Attention has no residual connection around it, and the product of its W_O W_V over all layers passes "
+            f"{self.path_rank:.0%} of the directions. Here the conditioning of value and output matters, more than that of "
+            "query and key: take method='svd' with targets=('value', 'output'), or initialize(model, 'orthogonal', "
+            "targets=('value', 'output'))."
+        ]
 
 
 def advise(
@@ -111,7 +129,13 @@ def advise(
     if bounded is not None and lambda_ is not None:
         with _scaled_lambda(layers, bounded / lambda_):
             saturates = bool(saturated_layers())
-    return Advice(saturated, lambda_, better, unbounded, bounded, saturates)
+    rank = _path_rank(model, architecture) if lacks_residual(model, inputs, architecture) else None
+    return Advice(saturated, lambda_, better, unbounded, bounded, saturates, rank)
+
+
+def _path_rank(model: nn.Module, architecture: Architecture) -> float | None:
+    path = value_path(model, architecture)
+    return None if path is None else (effective_rank(path) / len(path)).item()
 
 
 def unsaturated_lambda(model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None) -> float | None:

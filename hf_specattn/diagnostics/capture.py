@@ -157,7 +157,7 @@ def capture(
     records = [_Record(attention) for attention in find_attentions(model, architecture, layers)]
     handles = [handle for record in records for handle in record.register()]
     try:
-        with _eval_mode(model), eager_attention(model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with evaluating(model), eager_attention(model):
             model(**inputs)
     finally:
         for handle in handles:
@@ -315,11 +315,13 @@ def _at_keys(head: AttentionHead, places: Tensor) -> AttentionHead:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it a forward pass is one in eval mode, without gradients and without the compiled graph."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -1,12 +1,14 @@
 """The warnings before training, and the lambda they name."""
 
+import numpy as np
 import pytest
 import torch
-from models import ARCHITECTURES, assert_bit_equal
-from transformers import BertModel
+from models import ARCHITECTURES, assert_bit_equal, each_architecture
+from transformers import BertModel, ViTConfig, ViTModel
 
-from hf_specattn import SpectralConfig, condition
+from hf_specattn import SpectralConfig, condition, initialize
 from hf_specattn.diagnostics import advise, saturation, spectra
+from hf_specattn.diagnostics.residuals import lacks_residual
 
 INPUTS = {"input_ids": torch.arange(12)[None]}
 
@@ -88,3 +90,64 @@ def test_saturated_without_a_lambda():
     advice = advise(model, INPUTS)
     assert advice.unsaturated_lambda is None
     assert "No smaller lambda" in advice.warnings()[0]
+
+
+# --- attention without a residual connection
+
+
+@each_architecture
+def test_no_stock_model_lacks_its_residuals(tiny):
+    model = tiny.model()
+    assert lacks_residual(model, tiny.batch()) is False
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def vit_without_residuals(layers=(0, 1, 2)):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    model = ViTModel(ViTConfig(image_size=8, patch_size=4, initializer_range=0.2, **sizes)).double().eval()
+
+    for place in layers:
+        before, block = {}, model.layers[place]
+        block.register_forward_pre_hook(lambda module, args, before=before: before.__setitem__("input", args[0]))
+        block.attention.register_forward_hook(
+            lambda module, args, output, before=before: (output[0] - before["input"], *output[1:])
+        )
+    return model
+
+
+def test_value_and_output_are_named_where_attention_has_no_residual():
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}
+    model = vit_without_residuals()
+    path = np.linalg.multi_dot(
+        [
+            np.sum([np.outer(o, v) for o, v in zip(block.attention.o_proj.weight.detach().numpy().T, value)], axis=0)
+            for block in model.layers[::-1]
+            for value in [block.attention.v_proj.weight.detach().numpy()]
+        ]
+    )
+    shares = np.linalg.svd(path, compute_uv=False)
+    shares = shares / shares.sum()
+    expected = np.exp(-(shares * np.log(shares)).sum()) / 16
+    advice = advise(model, pixels)
+    assert advice.path_rank == pytest.approx(expected, rel=1e-9)
+    assert expected < 0.5
+    (warning,) = advice.warnings()
+    assert f"passes {expected:.0%} of the directions" in warning
+    assert "targets=('value', 'output')" in warning
+
+    initialize(model, "orthogonal", targets=("value", "output"))
+    advice = advise(model, pixels)
+    assert (advice.path_rank, advice.warnings()) == (pytest.approx(1.0), [])
+
+
+def test_one_layer_without_is_found_and_one_layer_alone_says_nothing():
+    pixels = {"pixel_values": torch.randn(2, 3, 8, 8, dtype=torch.float64)}
+    assert [lacks_residual(vit_without_residuals(layers), pixels) for layers in ((0,), (1,), ())] == [
+        True,
+        True,
+        False,
+    ]
+    model = vit_without_residuals()
+    model.layers = model.layers[:1]
+    assert lacks_residual(model, pixels) is None
