@@ -38,8 +38,7 @@ class TokenizedExamples:
     Attributes:
         columns: Input name (`input_ids`, perhaps `token_type_ids`) -> `(tokens,)`, the examples one behind the other.
         offsets: `(examples + 1,)`, int64: example i is `columns[name][offsets[i] : offsets[i + 1]]`.
-        labels: As in `Examples`.
-        indices: As in `Examples`.
+        labels, indices: As in `Examples`.
     """
 
     columns: dict[str, NDArray[np.integer]]
@@ -69,23 +68,19 @@ def tokenize(
     empty_second: bool = False,
     show_progress: bool = False,
 ) -> TokenizedExamples:
-    """Turn texts into token ids with special tokens, cut to `max_length` (the longer text of a pair first).
+    """Turn texts into token ids with special tokens, cut to `max_length` tokens (the longer text of a pair first).
 
     Args:
         examples: Of one or two texts each.
         tokenizer: The model's.
-        max_length: In tokens, at least 8.
+        max_length: At least `LEAST_LENGTH`.
         empty_second: Whether a single text is fed as a pair with an empty second one, as Crammed BERT does:
             `[CLS] text [SEP] [SEP]`.
         show_progress: Whether to draw a progress bar.
 
     Raises:
-        GlueDataError: if the tokenizer drops an empty second text, and for a `max_length` below 8.
+        GlueDataError: if the tokenizer drops an empty second text.
     """
-    if max_length < LEAST_LENGTH:
-        raise GlueDataError(
-            f"--max_seq_length {max_length} is too short for a pair of texts; give at least {LEAST_LENGTH}."
-        )
     pairs = len(examples.texts[0]) == 2
     as_pairs = pairs or empty_second
     if empty_second and not pairs:
@@ -131,10 +126,8 @@ def prepare_tokens(
 ) -> Path:
     """Tokenize into the cache unless it is there already; returns the file for `load_tokens`.
 
-    Args:
-        examples, tokenizer, max_length, empty_second, show_progress: As for `tokenize`.
-        cache_dir: Created if missing. The file's name says what made it, so that one folder serves all models and runs.
-        name: Begins the file's name, such as "cola-train".
+    The arguments are those of `tokenize`. The file's name, which begins with `name`, says what made it, so that one folder
+    serves all models and runs.
 
     Raises:
         GlueDataError: as `tokenize`, and if the cache cannot be written.
@@ -222,12 +215,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class Collator:
-    """Pads examples to the longest of their batch.
+    """Pads examples to the longest of their batch, with what and on which side the tokenizer says, on a device.
 
-    Args:
-        tokenizer: The model's; it says with what and on which side.
-        accepted: Names of the inputs that the model takes; others, such as token types, are left out.
-        device: Where the tensors go.
+    Inputs that are not `accepted` by the model, such as token types, are left out.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, accepted: Iterable[str], device: torch.device) -> None:

@@ -47,17 +47,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Run:
-    """One run while it goes on, and what it needs.
-
-    Attributes:
-        record: What it fills in.
-        variant: The model.
-        task: The task.
-        tokens: Split -> examples.
-        protocol: How it is trained.
-        model: Loaded for this run.
-        collate: Makes the model's inputs.
-    """
+    """One run while it goes on: the record that it fills in, and what it needs."""
 
     record: RunRecord
     variant: ModelVariant
@@ -73,13 +63,11 @@ class FineTuner:
     """Does runs on one device, one after another.
 
     Attributes:
-        arguments, accelerator: Of the command.
         variants: Name -> model.
         data: Task -> its data.
         stop: Whether a signal asks to stop.
         exact_refresh: How dynamic corrections are recomputed, for `refresh`.
         bases: Model -> the copy that its adapters name as their base.
-        bars: Whether to draw progress bars.
         loaded: Models that were loaded before, whose warnings were seen.
         tokens: Sets of the task at hand, by file.
     """

@@ -24,12 +24,7 @@ def epoch_batches(
         seed, epoch: Decide the order, together with the rest.
         group_by_length: Whether examples of similar length come together: some 50 batches are drawn at random, sorted by
             length and cut; the order of the batches is random again. Otherwise batches are drawn at random.
-
-    Raises:
-        ValueError: for a batch size below 1, or without examples.
     """
-    if batch_size < 1 or len(lengths) < 1:
-        raise ValueError(f"{len(lengths)} examples make no batches of {batch_size}; both must be at least 1.")
     order = _permutation(seed, epoch, EXAMPLE_ORDER, len(lengths))
     if not group_by_length:
         return _cut(order, batch_size)

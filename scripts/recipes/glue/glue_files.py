@@ -85,10 +85,10 @@ class Examples:
 def read_examples(
     task: GlueTask, split: GlueSplit, data_dir: str | Path | None = None, dataset_name: str = DEFAULT_DATASET
 ) -> Examples:
-    """Read one split of a task.
+    """Read one split of a task of `TASKS`.
 
     Args:
-        task, split: From `TASKS`.
+        task, split: Which.
         data_dir: Folder with the official layout, such as `CoLA/train.tsv`, each file plain or as `.tsv.gz`. None reads from
             the Hub.
         dataset_name: A dataset of the Hub, or a folder, with the configurations, splits and columns of `nyu-mll/glue`.

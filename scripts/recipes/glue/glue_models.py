@@ -37,7 +37,7 @@ from ..run.usable_model import (
 from ..run.usable_model import load_model as load_checkpoint
 from ..text.streams import file_digest
 from .features import Collator, tokenize
-from .glue_arguments import GlueArguments, folder_name
+from .glue_arguments import LORA_SETTINGS, GlueArguments, folder_name
 from .glue_files import Examples
 from .prediction import accepted_inputs
 from .protocols import Protocol
@@ -52,34 +52,14 @@ OUR_LOGGERS = (logging.get_logger("recipes"), logging.get_logger("hf_specattn"))
 
 
 @dataclass(frozen=True)
-class Lora:
-    """Settings of LoRA.
-
-    Attributes:
-        rank: Of the update.
-        alpha: The update counts alpha / rank times.
-        dropout: On its input.
-        targets: Names of the adapted modules; None leaves them to PEFT.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
 class ModelVariant:
     """One row of the table.
 
     Attributes:
-        label: Its name.
-        path: The checkpoint, a folder or a name on the Hub.
         loading: Keyword arguments for `from_pretrained` that condition a stock checkpoint; empty otherwise.
         conditioning: How the model is conditioned, in words; None for a stock model.
-        lora: Its adapters; None trains all weights.
+        lora: Rank, alpha, dropout and targets (None leaves them to PEFT) of its adapters; None trains all weights.
         fingerprint: Tells it from other checkpoints and other conditionings.
-        tokenizer: The checkpoint's, or the one named for all.
         ignore_mismatched_sizes: Whether a head of another size is replaced.
     """
 
@@ -87,7 +67,7 @@ class ModelVariant:
     path: str
     loading: dict[str, Any]
     conditioning: str | None
-    lora: Lora | None
+    lora: dict[str, Any] | None
     fingerprint: str
     tokenizer: PreTrainedTokenizerBase
     ignore_mismatched_sizes: bool = False
@@ -102,7 +82,7 @@ class ModelVariant:
         return {
             "model_fingerprint": self.fingerprint,
             "conditioning": self.conditioning,
-            "lora": None if self.lora is None else asdict(self.lora),
+            "lora": self.lora,
         }
 
 
@@ -164,8 +144,7 @@ def _variant(
     check_tokens(path, config, arguments.resolved_protocol.max_seq_length, tokenizer)
     lora = None
     if arguments.peft == "lora":
-        targets = None if arguments.lora_targets is None else tuple(arguments.lora_targets)
-        lora = Lora(arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, targets)
+        lora = {name.removeprefix("lora_"): getattr(arguments, name) for name in LORA_SETTINGS}
     _build_without_memory(config, path, lora)
     conditioning = None
     if spectral.spectral_conditioning:
@@ -189,14 +168,14 @@ def _load_config(path: str, loading: dict[str, Any]) -> PreTrainedConfig:
     return load_config(path, **{name: loading[name] for name in loading if name != "spectral_init"})
 
 
-def _build_without_memory(config: PreTrainedConfig, path: str, lora: Lora | None) -> None:
+def _build_without_memory(config: PreTrainedConfig, path: str, lora: dict[str, Any] | None) -> None:
     try:
         with torch.device("meta"), quiet():
             model = AutoModelForSequenceClassification.from_config(config)
             if lora is not None:
                 add_lora(model, lora)
     except Exception as error:  # of whatever kind: what a configuration holds shows when a model is made of it
-        targets = f" with --lora_targets {' '.join(lora.targets)}" if lora is not None and lora.targets else ""
+        targets = f" with --lora_targets {' '.join(lora['targets'])}" if lora is not None and lora["targets"] else ""
         raise ModelError(f"{path} cannot be fine-tuned here{targets}: {one_line(error)}") from error
 
 
@@ -233,13 +212,8 @@ def load_model(
 ) -> nn.Module:
     """Load a model in float32 with a head for a task, and put its adapters on.
 
-    The layers that the checkpoint lacks are drawn from torch's global generator.
-
-    Args:
-        variant: From `plan_variants`.
-        task: Decides the number of classes and their names.
-        protocol: Decides the dropout.
-        loading_path: A conditioned copy of the checkpoint to load instead (see `save_base`).
+    The layers that the checkpoint lacks are drawn from torch's global generator. `loading_path` is a conditioned copy of the
+    checkpoint to load instead (see `save_base`).
 
     Raises:
         ModelError: for a checkpoint whose classifier has another size, unless the variant replaces it.
@@ -306,7 +280,7 @@ def check_models(variants: Iterable[ModelVariant], tasks: Iterable[GlueTask], pr
                     )
 
 
-def add_lora(model: Any, lora: Lora) -> nn.Module:
+def add_lora(model: Any, lora: dict[str, Any]) -> nn.Module:
     """Put adapters on a model for sequence classification; its head stays trainable.
 
     Raises:
@@ -321,10 +295,10 @@ def add_lora(model: Any, lora: Lora) -> nn.Module:
         ) from error
     config = peft.LoraConfig(
         task_type=peft.TaskType.SEQ_CLS,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a quotient's numerator need not be whole
-        lora_dropout=lora.dropout,
-        target_modules=None if lora.targets is None else list(lora.targets),
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],  # a quotient's numerator need not be whole
+        lora_dropout=lora["dropout"],
+        target_modules=lora["targets"],
     )
     return peft.get_peft_model(model, config)
 
@@ -332,10 +306,7 @@ def add_lora(model: Any, lora: Lora) -> nn.Module:
 def save_base(variant: ModelVariant, directory: str | Path) -> str:
     """Save what adapters are put on, where that is in memory only: a stock checkpoint conditioned while loading.
 
-    An adapter then names it as its base model, so that `AutoPeftModel` rebuilds the conditioned model.
-
-    Returns:
-        The path to load instead of the variant's.
+    An adapter then names it as its base model, so that `AutoPeftModel` rebuilds the conditioned model. Returns the path.
     """
     with quiet():
         model = AutoModel.from_pretrained(variant.path, dtype=torch.float32, **variant.loading)

@@ -116,13 +116,9 @@ def best_constant_score(task: GlueTask, labels: NDArray[Any]) -> float | None:
 
 
 def predictions_from_logits(task: GlueTask, logits: NDArray[np.floating]) -> NDArray[Any]:
-    """Return what a model predicts, `(examples,)`: the class of the largest logit, or the score within its range.
+    """Return what a model predicts, `(examples,)`, from `(examples, outputs)`: the class of the largest logit, or the score.
 
     Scores of a regression are cut to the range of its labels, as submissions must be.
-
-    Args:
-        task: From `TASKS`.
-        logits: `(examples, outputs)`.
     """
     if task.is_regression:
         return np.clip(logits[:, 0].astype(np.float64), LOWEST_SIMILARITY, HIGHEST_SIMILARITY)

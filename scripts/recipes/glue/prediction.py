@@ -74,12 +74,7 @@ def write_submission(
     """Write the predictions for a test set in the format of GLUE's server, such as `SST-2.tsv`; returns the file.
 
     Classes are written as they are spelled in the official files, scores of STS-B with three decimals, within their range.
-
-    Args:
-        folder: Created if missing.
-        task, split: From `TASKS`; a test set.
-        indices: Of the rows, in their order.
-        logits: `(examples, outputs)`.
+    `indices` number the rows of the logits, `(examples, outputs)`.
     """
     predictions = predictions_from_logits(task, logits)
     spelled = [f"{value:.3f}" if task.is_regression else task.labels[value] for value in predictions]

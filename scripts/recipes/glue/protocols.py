@@ -13,18 +13,10 @@ SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 class Protocol:
     """The settings of a fine-tuning.
 
-    Attributes:
-        learning_rate: The peak.
-        num_train_epochs: Passes over the training set.
-        train_batch_size: Examples per optimizer step, over all processes.
-        lr_scheduler_type: How the rate falls after the warmup: to 0 as a cosine or a line, or not at all.
-        warmup_ratio: Share of the steps over which the rate rises from 0.
-        weight_decay: Decoupled; biases and norms are exempt.
-        adam_beta1, adam_beta2, adam_epsilon: Of AdamW.
-        max_grad_norm: The gradient's norm is clipped here; 0 is never.
-        max_seq_length: Tokens per example, special ones included.
-        dropout: Of hidden states and attention probabilities.
-        empty_second: Whether a single text is fed as a pair with an empty second one.
+    The learning rate rises from 0 over `warmup_ratio` of the steps, and falls as a cosine or a line to 0, or not at all.
+    Weight decay is decoupled; biases and norms are exempt. The gradient's norm is clipped at `max_grad_norm`; 0 is never.
+    `dropout` is that of hidden states and attention probabilities; `empty_second` feeds a single text as a pair with an
+    empty second one.
 
     Raises:
         ValueError: for values that cannot be, with what is allowed.

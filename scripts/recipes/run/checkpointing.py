@@ -104,9 +104,6 @@ class Checkpoints:
         free_to_change: Names in `description` that are recorded but not compared.
         keep_last: How many checkpoints to keep, at least 1.
 
-    Raises:
-        ValueError: for `keep_last` below 1.
-        TypeError: for a description that JSON does not hold.
     """
 
     def __init__(
@@ -119,8 +116,6 @@ class Checkpoints:
         free_to_change: Collection[str] = (),
         keep_last: int = 2,
     ) -> None:
-        if keep_last < 1:
-            raise ValueError(f"keep_last={keep_last} would keep no checkpoint; give 1 or more.")
         self.directory = Path(directory)
         self.accelerator = accelerator
         self.parts = parts
@@ -135,9 +130,6 @@ class Checkpoints:
         """Refuse, before training, a disk that has no space for the model and as many checkpoints as are kept at once.
 
         Those of an earlier run in the folder count as room. AdamW's two moments count, which come with the first step.
-
-        Args:
-            with_checkpoints: Whether any is written; else the model alone is reckoned with.
 
         Raises:
             DiskFullError: naming both figures.
@@ -170,18 +162,14 @@ class Checkpoints:
         run_on_main_process(self.accelerator, remove_all)
 
     def save(self, progress: Progress) -> Path:
-        """Write `checkpoint-<step>`, then remove all but the last `keep_last`.
+        """Write `checkpoint-<step>`, durable on the disk, then remove all but the last `keep_last`; returns its folder.
 
-        A second call for the same step does nothing, so a run that is stopped just after a checkpoint need not ask.
-
-        Returns:
-            The checkpoint's folder, durable on the disk.
+        A second call for the same step does nothing. Of a failure nothing is left, and earlier checkpoints stay.
 
         Raises:
-            DiskFullError: if there is too little space; nothing is left of the attempt, earlier checkpoints stay.
-            OSError: if the folder cannot be written for another reason; the same holds.
-            TypeError: for a part whose state has other things than numbers, text and tensors, and a record that JSON does
-                not hold; the same holds.
+            DiskFullError: if there is too little space.
+            OSError: if the folder cannot be written for another reason.
+            TypeError: for a state of other things than numbers, text and tensors, and a record that JSON does not hold.
         """
         folder = self.directory / checkpoint_name(progress.step)
         if self._saved == folder:
@@ -194,14 +182,14 @@ class Checkpoints:
     def resume(self) -> Progress | None:
         """Restore the newest undamaged checkpoint into the parts, and this process's random number generators.
 
-        Call it last before the loop: whatever draws random numbers afterwards moves the generators on. A damaged
-        checkpoint is skipped with a warning. Each process holds a whole copy of the state for a moment.
+        Call it last before the loop: whatever draws random numbers afterwards moves the generators on. A damaged checkpoint
+        is skipped with a warning.
 
         Returns:
             How far the run had come; None where there is no checkpoint at all.
 
         Raises:
-            DifferentRunError: (a ValueError) if the checkpoint's description differs; lists each difference.
+            DifferentRunError: if the checkpoint's description differs; lists each difference.
             CheckpointError: if there are checkpoints and all are damaged; names each and why.
         """
         tensors: Tensors = {}

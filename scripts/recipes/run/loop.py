@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ from hf_specattn.conditioning import refresh_interval
 from .checkpointing import Checkpoints, Progress
 from .conditioned_model import ConditioningError
 from .interruption import stop_on_signals
+from .run_arguments import RunArguments
 from .run_metrics import RunMetrics, require_finite_gradient, require_finite_loss
 from .schedules import Budget, BudgetSchedule, ramped_micro_steps
 from .throughput import LossWindow
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
     from hf_specattn.diagnostics.monitor import SpectralMonitor
 
 logger = logging.getLogger(__name__)
-
-
-class LoopArguments(Protocol):
-    """The arguments that the loop reads."""
-
-    output_dir: str
-    max_grad_norm: float
-    logging_steps: int
-    save_steps: int
-    disable_tqdm: bool
 
 
 @dataclass(frozen=True)
@@ -203,7 +194,7 @@ class Training:
 def train(
     task: Task,
     training: Training,
-    arguments: LoopArguments,
+    arguments: RunArguments,
     accelerator: Accelerator,
     metrics: RunMetrics,
     begun: Progress,

@@ -21,17 +21,10 @@ ADAMW_STEP_COUNT = 4  # bytes of a float32 scalar for each parameter
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What training with AdamW holds when the backward pass begins, in bytes; `estimate_training_memory` says what is not
-    counted.
+    """What training with AdamW holds when the backward pass begins, in bytes.
 
-    Attributes:
-        parameters: of the model, frozen ones included.
-        gradients: of the trainable parameters.
-        optimizer: AdamW's two moments and step count for each trainable parameter.
-        buffers: of the model, such as stored corrections.
-        activations_per_sequence: what each sequence of a batch adds to the tensors kept for the backward pass.
-        activations_fixed: kept for the backward pass whatever the batch, such as weights cast by autocast.
-        sequences: of the batch that `activations` and `total` are for.
+    `activations_per_sequence` is what each sequence adds to the tensors kept for the backward pass, `activations_fixed` what
+    is kept whatever the batch, such as weights cast by autocast.
     """
 
     parameters: int
@@ -90,35 +83,23 @@ def estimate_training_memory(
     """Estimate what training a model with AdamW needs on one device.
 
     The forward pass runs on one and on two sequences, on the model's device and in training mode; what it saves for the
-    backward pass is counted, each storage once, and continued linearly to the batch. Parameters, gradients, buffers,
-    training modes and random states are as before afterwards.
-
-        def run_batch(sequences):
-            indices = np.arange(sequences)
-            batch = rule.apply(data.train[indices], indices, seed=0, epoch=0)
-            return model(**batch.model_inputs(device, sparse=accepts_masked_positions(model))).loss
-
-        estimate_training_memory(model, run_batch, 512, autocast=accelerator.autocast).total
+    backward pass is counted, each storage once, and continued linearly to the batch. The model is left as it was.
 
     Not counted, so that the peak lies above: temporaries of the forward, backward and optimizer pass (large ones are the
-    gradient of the logits and, under gradient checkpointing, the activations of one layer at a time, which are computed
-    again), memory that the allocator holds in fragments, the CUDA context and the workspaces of libraries, and the
-    buckets of distributed data parallel (once the gradients). Compiled graphs are not seen either: they usually keep less
-    for the backward pass, because they compute cheap operations again.
+    gradient of the logits and, under gradient checkpointing, the activations of one layer at a time), fragments, the CUDA
+    context, and the buckets of distributed data parallel (once the gradients). Compiled graphs are not seen: they usually
+    keep less for the backward pass.
 
     Args:
-        model: on the device that it will be trained on, or on the meta device, where attention may take another kernel;
+        model: On the device that it will be trained on, or on the meta device, where attention may take another kernel;
             not wrapped, sharded or compiled.
-        run_batch: runs the forward pass up to the loss, as training does, on so many sequences of the usual length.
-        per_device_batch_size: sequences per forward pass on one device.
-        autocast: makes the context of the forward pass, such as `accelerator.autocast`.
+        run_batch: Runs the forward pass up to the loss, as training does, on so many sequences of the usual length.
+        per_device_batch_size: Sequences per forward pass on one device.
+        autocast: Makes the context of the forward pass, such as `accelerator.autocast`.
 
     Raises:
-        ValueError: for a batch below 1, and if two sequences do not keep more than one, as where `run_batch` ignores
-            its argument or no parameter is trainable.
+        ValueError: if two sequences do not keep more than one, as where `run_batch` ignores its argument.
     """
-    if per_device_batch_size < 1:
-        raise ValueError(f"per_device_batch_size={per_device_batch_size} must be at least 1.")
     with _restored(model):
         model.train()
         one, two = (_kept_for_backward(model, run_batch, sequences, autocast) for sequences in (1, 2))

@@ -50,11 +50,7 @@ def find_preset(name: str, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[
 
 
 def as_defaults(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a preset as defaults of a parser; numbers as text, which it reads as that of a flag.
-
-    Args:
-        values: By the names of flags.
-        known: The parser's own defaults.
+    """The values of a preset as defaults of a parser, which has those `known`; numbers as text, which it reads as a flag's.
 
     Raises:
         ValueError: for a name that is no flag, and for a value that no flag has.

@@ -23,13 +23,7 @@ class Purpose(IntEnum):
 
 
 def random_words(seed: int, epoch: int, purpose: Purpose, index: int, count: int) -> NDArray[np.uint64]:
-    """Return `count` uniform 64-bit words that depend on the arguments before `count` alone.
-
-    Args:
-        seed, epoch, index: Integers in [0, 2**64).
-        purpose: What the words are for.
-        count: How many words; a longer draw begins with the shorter one.
-    """
+    """Return `count` uniform 64-bit words, a function of the arguments before it; a longer draw begins with a shorter."""
     key = np.array([seed, epoch], dtype=np.uint64)
     # The generator counts up in the first word; with the others fixed, streams cannot meet within 2**64 blocks.
     counter = np.array([0, 0, purpose, index], dtype=np.uint64)

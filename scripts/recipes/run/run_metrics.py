@@ -36,10 +36,9 @@ class RunMetrics:
     Attributes:
         arguments: Every argument of the run by its flag's name.
         facts: What was derived from them: data, model, hardware.
-        history: Per logged step `step`, `epoch`, `train_loss` (nats per predicted token, mean since the entry before),
-            `learning_rate`, `tokens_per_second`.
-        validation: Per evaluation `step`, `validation_loss` (nats per predicted token), `validation_perplexity`.
-        final: The same keys for the saved model, and `seconds` of training.
+        history: Per logged step `step`, `epoch`, `train_loss` (the mean since the entry before), `learning_rate`, the speed.
+        validation: Per evaluation `step`, and what the task measures.
+        final: The same for the saved model, and `seconds` of training.
     """
 
     arguments: dict[str, Any]
@@ -49,12 +48,7 @@ class RunMetrics:
     final: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: str | Path, loss_name: str = MLM_LOSS_NAME) -> None:
-        """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` into `directory`.
-
-        Args:
-            directory: Where to.
-            loss_name: What the curves show, with its unit.
-        """
+        """Write `metrics.json` and, where matplotlib is installed, `loss_curve.png` of losses named with their unit."""
         directory = Path(directory)
         try:
             picture = loss_curve(self.history, self.validation, loss_name)
@@ -108,23 +102,12 @@ def perplexity(loss: float) -> float | None:
 
 
 def require_finite_loss(loss: float, step: int, kind: str = "training") -> None:
-    """Raise `NonFiniteLossError` if the loss is nan or infinite.
-
-    Args:
-        loss: The loss to check, in nats.
-        step: The optimizer step it belongs to, counted from 1.
-        kind: Which loss, for the message.
-    """
+    """Raise `NonFiniteLossError` if the loss of a step, counted from 1, is nan or infinite."""
     _require_finite(loss, f"{kind} loss", step)
 
 
 def require_finite_gradient(norm: float, step: int) -> None:
-    """Raise `NonFiniteLossError` if the gradient's norm is nan or infinite, though the loss was not.
-
-    Args:
-        norm: Norm of the whole gradient, before clipping.
-        step: The optimizer step it belongs to, counted from 1.
-    """
+    """Raise `NonFiniteLossError` if the norm of the whole gradient, before clipping, is, though the loss was not."""
     _require_finite(norm, "gradient's norm", step)
 
 
@@ -139,14 +122,7 @@ def _require_finite(value: float, name: str, step: int) -> None:
 def loss_curve(
     history: list[dict[str, Any]], validation: list[dict[str, Any]], loss_name: str = MLM_LOSS_NAME
 ) -> bytes:
-    """Draw training and validation loss over optimizer steps.
-
-    Args:
-        history, validation: As in `RunMetrics`.
-        loss_name: For the axis, with its unit.
-
-    Returns:
-        A PNG image.
+    """Draw training and validation loss over optimizer steps, the records of `RunMetrics`; returns a PNG image.
 
     Raises:
         ImportError: if matplotlib is missing.

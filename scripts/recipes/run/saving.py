@@ -28,9 +28,8 @@ def save_pretrained(
     """Save model and processor into `directory`, from which the Auto classes load them.
 
     All files are written to a temporary folder inside it first and renamed then, the configuration last. What processes
-    that were killed while they wrote there left is removed.
-
-    Where that folder cannot be written any more, what was trained is written elsewhere.
+    that were killed while they wrote there left is removed. Where the folder cannot be written any more, what was trained is
+    written elsewhere.
 
     Args:
         model: The unwrapped model.

@@ -19,19 +19,12 @@ def will_shard(accelerator: Accelerator) -> bool:
 
 
 def configure_sharding(accelerator: Accelerator, model: PreTrainedModel) -> bool:
-    """Make accelerate's FSDP ready for `model`; call it before `accelerator.prepare`.
+    """Make accelerate's FSDP ready for `model`, which is not yet prepared; returns whether it will be sharded.
 
     - The layers become the units of sharding unless the configuration names others. (accelerate would take
       `_no_split_modules`, of which the embeddings' module holds the tied weight that it then shards a second time.)
     - On CPU processes accelerate leaves FSDP out without a word. It works there all the same, over gloo, so that what
       a cluster will run can be tried and tested.
-
-    Args:
-        accelerator: Of the run.
-        model: Not yet prepared.
-
-    Returns:
-        Whether the model will be sharded.
 
     Raises:
         ValueError: for FSDP of version 1, which shards flattened weights and so cannot condition them.

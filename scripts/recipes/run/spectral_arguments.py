@@ -177,12 +177,7 @@ def parse_lambda(text: str | None) -> float | dict[str, float] | None:
 
 
 def parse_numbers(text: str, flag: str, examples: Sequence[str]) -> float | dict[str, float]:
-    """Read a number, or one per projection.
-
-    Args:
-        text: To read.
-        flag: Whose value it is.
-        examples: Of both forms, and words that the flag takes besides.
+    """Read a number, or one per projection; `examples` are of both forms, and words that the flag takes besides.
 
     Raises:
         ValueError: for text of neither form, and for a name that stands twice.

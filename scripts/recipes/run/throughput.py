@@ -18,13 +18,7 @@ class LossWindow:
         self._units += units
 
     def take(self) -> tuple[float, float]:
-        """Return the mean loss and the units per second of the steps since the last call, and begin again.
-
-        Raises:
-            ValueError: if no step was added.
-        """
-        if not self._losses:
-            raise ValueError("No step was added since the last entry.")
+        """Return the mean loss and the units per second of the steps since the last call, of which there are some."""
         # A clock may stand still between two fast steps.
         seconds = max(time.perf_counter() - self._started, 1e-9)
         loss = sum(self._losses) / len(self._losses)

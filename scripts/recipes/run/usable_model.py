@@ -34,13 +34,7 @@ def load_config(path: str, **kwargs: Any) -> PreTrainedConfig:
 
 
 def load_model(auto_class: Any, path: str, *, with_head: bool = False, **kwargs: Any) -> Any:
-    """Load a checkpoint with an Auto class; its head may be missing, and is drawn then.
-
-    Args:
-        auto_class: Says for what.
-        path: A folder, or a name on the Hub.
-        with_head: Whether the head must be there, too, because nothing will train it.
-        kwargs: Those of `from_pretrained`.
+    """Load a checkpoint with an Auto class; its head may be missing, and is drawn then, but under `with_head`.
 
     Raises:
         ModelError: for weights that are missing, damaged or of another model, and for a model that has no such head.
@@ -98,13 +92,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def check_tokens(path: str, config: PreTrainedConfig, length: int, tokenizer: Any = None) -> None:
-    """Refuse sequences that are too long for a model, and a tokenizer with more tokens than it.
-
-    Args:
-        path: The model, for the message.
-        config: Its configuration.
-        length: Tokens of a sequence, from `--max_seq_length`.
-        tokenizer: What makes the token ids; None: not known yet.
+    """Refuse sequences that are too long for a model, and a tokenizer, where it is known, with more tokens than it.
 
     Raises:
         ModelError: naming both numbers.

@@ -49,9 +49,3 @@ def test_groups_are_drawn_anew_in_every_epoch():
         batches = epoch_batches(lengths, 16, seed=0, epoch=epoch)
         neighbours.append(next(set(batch.tolist()) for batch in batches if 100 in batch))
     assert len(neighbours[0] & neighbours[1]) < 14
-
-
-@pytest.mark.parametrize(("count", "size"), [(0, 16), (5, 0)])
-def test_refusals(count, size):
-    with pytest.raises(ValueError, match=f"{count} examples make no batches of {size}"):
-        epoch_batches(LENGTHS[:count], size, seed=0, epoch=0)

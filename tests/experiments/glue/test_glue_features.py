@@ -99,11 +99,6 @@ def test_a_tokenizer_that_drops_an_empty_second_text_is_refused(tokenizer, monke
     assert len(tokenize(examples_of(("the", "cat")), tokenizer, 16, empty_second=True)) == 1
 
 
-def test_too_short_a_length(tokenizer):
-    with pytest.raises(GlueDataError, match="--max_seq_length 7 is too short for a pair of texts; give at least 8"):
-        tokenize(examples_of("the cat"), tokenizer, 7)
-
-
 @pytest.mark.parametrize("empty_second", [False, True])
 def test_real_texts_as_the_tokenizer_itself_does_them(minilm_path, empty_second):
     tokenizer = AutoTokenizer.from_pretrained(minilm_path)

@@ -79,14 +79,6 @@ def test_impossible_budgets_are_refused(values):
         Budget(**values)
 
 
-def test_impossible_schedules_are_refused():
-    for warmup in (5, -1):
-        with pytest.raises(ValueError, match=f"A warmup of {warmup} in a budget of 4 is impossible"):
-            learning_rate_factor("linear", Budget(steps=4), warmup)
-    with pytest.raises(ValueError, match="'cosine' is unknown; allowed are linear, triangle"):
-        learning_rate_factor("cosine", Budget(steps=4), 0)
-
-
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_cosine_is_timms(warmup):
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -97,5 +89,3 @@ def test_cosine_is_timms(warmup):
         expected = optimizer.param_groups[0]["lr"]
         assert 0.4 * cosine_factor(step, warmup, 40, start=0.05, floor=0.1) == pytest.approx(expected, rel=1e-12)
     assert cosine_factor(40, warmup, 40, floor=0.1) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="warmup of 41"):
-        cosine_factor(0, 41, 40)
