@@ -79,6 +79,7 @@ class Sweep:
         tuning_flags: Of the runs of every tuning besides, such as other data to choose by.
         second_references: Labels of other variants; differences are taken to the best of them, too.
         published: The paper's table, as header and rows, with a caption; None where it has none.
+        draws_monitor: Whether its report has the papers' figures of what the monitor saw.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Sweep:
     tuning_flags: Flags = ()
     second_references: tuple[str, ...] = ()
     published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
+    draws_monitor: bool = False
 
     def __post_init__(self) -> None:
         for kind, items in (("settings", self.settings), ("variants", self.variants)):

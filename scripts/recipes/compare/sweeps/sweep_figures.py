@@ -28,13 +28,15 @@ OUTPUT, PRECONDITIONED = "kappa_head_output", "kappa_head_output_preconditioned"
 
 
 def monitor_figures(results: Results) -> dict[str, dict[str, bytes]]:
-    """Draw what the monitor saw: name of a figure -> file ending -> image; empty where it saw no setting's runs.
+    """Draw what the monitor saw: name of a figure -> file ending -> image; empty where it saw nothing that the sweep draws.
 
     `<setting>-training` and `<setting>-spectra` are figures 4 and 13 to 16 of the conditioning paper, and their like;
     `heads` is figure 4 of the preconditioning paper.
     """
-    figures = {}
+    figures: dict[str, Any] = {}
     preconditioned: dict[str, dict[str, list[Records]]] = {}
+    if not results.sweep.draws_monitor:
+        return {}
     for setting in results.sweep.settings:
         groups = _monitored(results, setting)
         conditioned = _beside_reference(results, groups, _is_conditioned)

@@ -403,7 +403,7 @@ def _rows(results: Results) -> Any:
         for index, reference in enumerate(references):
             if reference.runs:
                 panel.axvline(reference.mean(metric), color=COLORS[index], linewidth=0.8, linestyle="--")
-        panel.set(title=setting.label, xlabel=f"{metric.final_name} ({metric.unit}), mean and deviation")
+        panel.set_title(setting.label)
         panel.set_yticks(range(len(rows)), rows, fontsize=8)
         panel.grid(alpha=0.3)
     for panel in list(grid.flat)[len(sweep.settings) :]:
@@ -411,6 +411,7 @@ def _rows(results: Results) -> Any:
     grid.flat[0].invert_yaxis()
     for row in grid:
         row[0].set_ylabel("variant")
+    figure.supxlabel(f"{metric.final_name} ({metric.unit}), mean and deviation", fontsize="medium")
     if len(starts) > 1:
         grid.flat[0].legend(fontsize=8)
     return figure

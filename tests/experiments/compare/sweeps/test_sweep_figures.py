@@ -1,6 +1,7 @@
 """The papers' figures of monitored runs, from records by hand: what is drawn, of which variants, and steps to a result."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from recipes.run.run_metrics import RunMetrics
 
 TEXT, IMAGE = Setting("Text"), Setting("Image, grey")
 STOCK, IDENTITY, ROW = Variant("stock"), Variant("identity"), Variant("row")
-SWEEP = Sweep("example", "An example", Path("train.py"), (TEXT, IMAGE), (STOCK, IDENTITY, ROW), (0, 1))
+VARIANTS = (STOCK, IDENTITY, ROW)
+SWEEP = Sweep("example", "An example", Path("train.py"), (TEXT, IMAGE), VARIANTS, (0, 1), draws_monitor=True)
 # Validation accuracies at steps 2, 4 and 6 of each seed, and of the weights that were saved.
 CURVES = {
     "stock": {0: ([0.2, 0.5, 0.4], 0.5), 1: ([0.2, 0.3, 0.6], 0.6)},
@@ -87,6 +89,7 @@ def test_figures_are_of_monitored_settings_and_of_the_variants_that_they_are_abo
 
 
 def test_nothing_is_drawn_without_a_variant_to_draw(results):
+    assert monitor_figures(replace(results, sweep=replace(SWEEP, draws_monitor=False))) == {}
     for place, run in enumerate(run for arm in results.arms.values() for run in arm.runs.values()):
         run.record.arguments["spectral_monitor_every"] = 0 if place < 2 else 4  # the reference of Text has none
     assert set(monitor_figures(results)) == {"image-grey-training", "image-grey-spectra", "heads"}
