@@ -27,6 +27,7 @@ from bench_step import (
     peak_memory,
     ratios,
     time_rounds,
+    variants_of,
 )
 from gpu_parts import NOT_HERE, Options, Outcome, Part, free_memory, one_line
 from torch.profiler import ProfilerActivity, profile
@@ -295,9 +296,7 @@ def families(options: Options) -> list[Part]:
             StepTimings(options), [(Case("deit", "eager"), "identity"), (Case("xcit", "eager"), "svd, products")]
         )
     cases = [(Case(model, mode), group) for mode in ("eager", "compile") for model in TIMM for group in GROUPS]
-    return listed(StepTimings(options), [each for each in cases if each[1] not in FEW_ROUNDS and _exists(*each)])
-
-
-def _exists(case: Case, group: str) -> bool:
-    # XCiT and DaViT attend between channels, which leaves no heads to precondition.
-    return case.model not in ("xcit", "davit") or "preconditioned" not in GROUPS[group]
+    exist = [
+        (case, group) for case, group in cases if variants_of(case.model, GROUPS[group]) and group not in FEW_ROUNDS
+    ]
+    return listed(StepTimings(options), exist)

@@ -267,6 +267,23 @@ def test_identity_under_autocast_adds_in_place(bench, step_of):
     assert conditioned_elements - elements == 3 * LAYERS * (BATCH * LENGTH * WIDTH + WIDTH**2 + WIDTH)
 
 
+@pytest.mark.parametrize(("dtype", "writes"), [("fp32", 1), ("bf16", 3)])
+def test_what_a_preconditioner_writes_in_each_direction(bench, step_of, dtype, writes):
+    """The heads' output; in half precision it is cast to float32 before, and back after."""
+    flops, elements = bench.count_work(step_of(dtype=dtype))
+    own_flops, own_elements = bench.count_work(step_of("preconditioned", dtype))
+    assert own_flops == flops
+    tokens, heads = BATCH * LENGTH, 4
+    # The norm of each head's row in float32, its bound by eps, and what divides: four numbers a row.
+    assert own_elements - elements == LAYERS * (2 * writes * tokens * WIDTH + 4 * tokens * heads)
+
+
+def test_variants_that_a_model_cannot_be_are_left_out(bench):
+    assert bench.variants_of("bert", ["svd", "preconditioned"]) == ["svd", "preconditioned"]
+    assert bench.variants_of("xcit", ["svd", "preconditioned"]) == ["svd"]
+    assert bench.variants_of("davit", ["preconditioned"]) == []
+
+
 def test_copies_that_products_make_are_counted(bench):
     a, b, added = torch.ones(3, 4), torch.ones(4, 5), torch.ones(3, 5)
     assert bench.copied_by_products(lambda: a @ b) == 0
