@@ -32,7 +32,6 @@ The output folder holds the model and its tokenizer (for the Auto classes), `met
 
 import logging
 import sys
-from contextlib import nullcontext
 
 import torch
 from accelerate import Accelerator
@@ -59,15 +58,8 @@ def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, acceler
     """Log what the run will do, before any of it is done."""
     if not accelerator.is_main_process:
         return
-    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision)
-    plan = describe_plan(
-        arguments,
-        spectral,
-        processes=accelerator.num_processes,
-        mixed_precision=accelerator.mixed_precision,
-        autocast=lambda: torch.autocast("cpu", half_precision) if half_precision else nullcontext(),
-    )
-    for line in plan:
+    precision = accelerator.mixed_precision
+    for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
         logger.info(line)
 
 
@@ -98,14 +90,9 @@ def load_checked(arguments: PretrainArguments, spectral: SpectralArguments) -> P
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
     with started(arguments, LOGGERS, CorpusError) as accelerator:
-        if arguments.spectral_monitor_every and will_shard(accelerator):
-            raise CorpusError(
-                "--spectral_monitor_every needs whole weights, and FSDP shards them; leave it out, or use DDP."
-            )
-        if arguments.decay_toward_start_on and will_shard(accelerator):
-            raise CorpusError(
-                "--decay_toward_start_on needs whole weights, and FSDP shards them; leave it out, or use DDP."
-            )
+        for name in ("spectral_monitor_every", "decay_toward_start_on"):
+            if getattr(arguments, name) and will_shard(accelerator):
+                raise CorpusError(f"--{name} needs whole weights, and FSDP shards them; leave it out, or use DDP.")
         # What is wrong with a checkpoint shows before the corpus is prepared.
         loaded = None if arguments.model_name_or_path is None else load_checked(arguments, spectral)
         if arguments.eval_only:

@@ -1,13 +1,13 @@
 """What a training run is about to do, in sentences, before any image is read."""
 
-from contextlib import nullcontext
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from ..run.memory import estimate_training_memory
+from ..run.memory import autocast_on_cpu, estimate_training_memory
 from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .image_arguments import ImageArguments
@@ -112,19 +112,13 @@ def _steps_line(arguments: ImageArguments, images: int, batch: int) -> str:
 def _memory_line(
     model: PreTrainedModel, batch_size: int, channels: int, size: int, classes: int, mixed_precision: str
 ) -> str:
-    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
-
     def run_batch(images: int) -> Any:
         # Two images are the least that a batch norm takes.
         logits = model(pixel_values=torch.zeros(2 * images, channels, size, size)).logits
         return F.cross_entropy(logits.float(), torch.full((2 * images, classes), 1 / classes))
 
-    estimate = estimate_training_memory(
-        model,
-        run_batch,
-        max(1, batch_size // 2),
-        autocast=lambda: torch.autocast("cpu", half_precision) if half_precision else nullcontext(),
-    )
+    autocast = functools.partial(autocast_on_cpu, mixed_precision)
+    estimate = estimate_training_memory(model, run_batch, max(1, batch_size // 2), autocast=autocast)
     weights = estimate.parameters + estimate.gradients + estimate.optimizer
     return (
         f"Memory of a process, expected at least (uncompiled, mixed precision {mixed_precision}): "

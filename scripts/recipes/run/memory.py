@@ -46,6 +46,12 @@ class MemoryEstimate:
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations
 
 
+def autocast_on_cpu(mixed_precision: str) -> AbstractContextManager[Any]:
+    """The context of a forward pass on a CPU, where a run's memory is estimated."""
+    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    return torch.autocast("cpu", half_precision) if half_precision else nullcontext()
+
+
 def storages_of(tensors: Iterable[Tensor]) -> Storages:
     """Return the distinct storages of tensors: views of one tensor and tied parameters have theirs in common."""
     return {tensor.untyped_storage() for tensor in tensors}

@@ -27,8 +27,7 @@ def hub_stream(
 ) -> CorpusStream:
     """Stream one split of a dataset; each row whose text is not empty is a document, `<dataset>:<split>:<row>`.
 
-    Long ones come in parts.
-    The revision is resolved here, once: a reading sees the files that the ingredients name.
+    Long ones come in parts. The revision is resolved here, once: a reading sees the files that the ingredients name.
 
     Args:
         dataset_name: A dataset of the Hub (`owner/name`) or a folder of Parquet, JSON, CSV or text files.

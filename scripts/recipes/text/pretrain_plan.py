@@ -1,5 +1,6 @@
 """What a pretraining run is about to do, in sentences, before any data is read."""
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +13,7 @@ from hf_specattn.config import SpectralConfig
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from hf_specattn.layers import spectral_layers
 
-from ..run.memory import MemoryEstimate, estimate_training_memory
+from ..run.memory import MemoryEstimate, autocast_on_cpu, estimate_training_memory
 from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .crammed_recipe import PRESETS, deviations
@@ -26,17 +27,11 @@ def describe_plan(
     *,
     processes: int,
     mixed_precision: str,
-    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[str]:
     """Say what the run will do: one sentence or two for each of model, steps, schedule, data and memory.
 
-    For the presets of the published recipe the deviations from it follow, one line each.
-
-    Args:
-        arguments, spectral: Of the run.
-        processes: How many share the work.
-        mixed_precision: As accelerate resolved it.
-        autocast: The context of the forward pass on a CPU, where the memory is estimated.
+    For the presets of the published recipe the deviations from it follow, one line each. `processes` share the work, and the
+    precision is as accelerate resolved it.
     """
     model = stock_model(arguments)
     micro_batch = arguments.per_device_train_batch_size * processes
@@ -45,7 +40,7 @@ def describe_plan(
         _steps_line(arguments, micro_batch),
         _schedule_line(arguments),
         _data_line(arguments),
-        _memory_line(arguments, spectral, model, mixed_precision, autocast),
+        _memory_line(arguments, spectral, model, mixed_precision),
     ]
     if PRESETS.get(arguments.preset or "demo"):
         changed = deviations(vars(arguments), micro_batch * arguments.gradient_accumulation_steps)
@@ -123,9 +118,8 @@ def _memory_line(
     spectral: SpectralArguments,
     model: PreTrainedModel,
     mixed_precision: str,
-    autocast: Callable[[], AbstractContextManager[Any]],
 ) -> str:
-    estimate = expected_memory(arguments, model, autocast)
+    estimate = expected_memory(arguments, model, functools.partial(autocast_on_cpu, mixed_precision))
     extra = added_correction_bytes(model, spectral.to_config())
     corrections = f", stored corrections {extra / 1e9:.2f} GB" if extra else ""
     return (

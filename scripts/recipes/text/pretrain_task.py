@@ -107,20 +107,12 @@ class MaskingRule:
 
         Args:
             tokens: `(batch, length)`, the rows at `indices` of the packed corpus.
-            indices: `(batch,)`, each row's index in the corpus: with seed and epoch it decides the row's corruption,
-                whatever else is in the batch.
+            indices: `(batch,)`: with seed and epoch it decides the row's corruption, whatever else is in the batch.
             seed: The run's seed.
-            epoch: How often the corpus has been passed, one number or `(batch,)`; each pass is corrupted anew.
-
-        Raises:
-            ValueError: if no position would be predicted.
+            epoch: How often the corpus has been passed, one number or `(batch,)`; each pass is corrupted another way.
         """
         length = tokens.shape[1]
         count = self.predictions(length)
-        if count < 1:
-            raise ValueError(
-                f"Masking {self.probability} of {length} tokens predicts none; raise the probability or the length."
-            )
         rows = zip(*np.broadcast_arrays(epoch, indices))
         words = np.stack(
             [random_words(seed, int(passed), Purpose.MASKING, int(row), length + 2 * count) for passed, row in rows]
@@ -152,10 +144,6 @@ class MlmTask(Task):
     """Predict masked tokens of packed sequences.
 
     Every process asks for the data: behind a lock the first one on each machine makes them.
-
-    Args:
-        arguments: Of the run.
-        accelerator: The processes that share it.
     """
 
     name = "pretrain_mlm"
@@ -338,23 +326,18 @@ def evaluate_mlm(
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
 ) -> MlmEvaluation:
-    """Measure the masked-LM loss over packed sequences, each used exactly once.
+    """Measure the masked-LM loss over packed sequences, `(sequences, length)`, each used exactly once.
 
-    The corruption is that of a fixed seed. Sums are weighted by predicted tokens and kept in float64, so a last batch
-    of another size or on one process only changes nothing.
+    The corruption is that of a fixed seed. Sums are weighted by predicted tokens and kept in float64, so the batch size and
+    the number of processes change nothing.
 
     Args:
-        model: A masked language model, wrapped by `accelerator.prepare` or not; its training mode is left as it was.
-        sequences: Token ids, `(sequences, length)`.
+        model: Wrapped by `accelerator.prepare` or not; its training mode is left as it was.
+        sequences: Token ids; at least one row.
         rule: As in training.
         batch_size: Sequences per process and forward pass.
         accelerator: The processes to share the work among; None evaluates in this one, on the model's device.
-
-    Raises:
-        ValueError: without any sequence.
     """
-    if len(sequences) == 0:
-        raise ValueError("There is no validation sequence to evaluate; give a longer validation corpus.")
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device if accelerator is None else accelerator.device
     sparse = accepts_masked_positions(model)

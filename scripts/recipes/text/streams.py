@@ -38,8 +38,7 @@ class CorpusStream:
     """Documents that can be read again and again without being held.
 
     Attributes:
-        documents: Starts a new reading. A long document may come in parts cut at line ends: neighbours of one name are
-            one document.
+        documents: Starts a new reading. A long document may come in parts: neighbours of one name are one document.
         ingredients: What decides the documents, as JSON values; equal ingredients promise equal documents.
         origin: Where they come from, for messages.
         characters: About how many there are; None if nothing is known before reading.
@@ -54,13 +53,10 @@ class CorpusStream:
 def file_stream(
     paths: Iterable[str | Path], text_column: str = "text", max_documents: int | None = None
 ) -> CorpusStream:
-    """Stream the documents of one or several files, in the order given.
+    """Stream the documents of one or several files as `file_documents` reads them, in the order given.
 
-    Args:
-        paths: Files as `file_documents` reads them. Documents are named by their file; where several files share a
-            name, those after the first are told apart by their place in the list.
-        text_column: The key or column with the text, for JSON and Parquet.
-        max_documents: Stop after so many documents; None reads all.
+    Documents are named by their file; where several files share a name, those after the first are told apart by their place
+    in the list. None of `max_documents` reads all.
 
     Raises:
         CorpusError: for a file that does not exist, here; for other faults, while the stream is read.
@@ -133,14 +129,10 @@ def limit_documents(documents: Iterable[Document], max_documents: int | None) ->
 
 
 def split_stream(stream: CorpusStream, validation_fraction: float) -> tuple[CorpusStream, CorpusStream]:
-    """Hold out the documents whose name hashes below `validation_fraction`; at least one, never all.
+    """Hold out the documents whose name hashes below `validation_fraction`, in (0, 1); at least one, never all.
 
     The decision looks at one name at a time, so it stays the same when other documents come or go. Only where it would
     leave a side empty, the document with the smallest hash is held out (or the largest kept).
-
-    Args:
-        stream: Of the whole corpus.
-        validation_fraction: The expected share of documents held out, in (0, 1).
 
     Returns:
         The training stream and the validation stream; each reads the whole corpus and passes on its documents.
@@ -181,10 +173,6 @@ def name_hash(name: str) -> float:
 
 def split_first(stream: CorpusStream, validation_documents: int) -> tuple[CorpusStream, CorpusStream]:
     """Hold out the first documents: where reading is a download, the validation part then costs no second one.
-
-    Args:
-        stream: Of the whole corpus.
-        validation_documents: How many to hold out, at least 1.
 
     Returns:
         The training stream, without them, and the validation stream, which reads one document further than them.

@@ -53,8 +53,8 @@ class TokenCache:
 
     Args:
         folder: As `prepare_tokens` made it.
-        order: "published" numbers the sequences by their count of "." tokens, most first, ties as in the corpus;
-            "shuffled" numbers them as they stand in the corpus, for a batch order that shuffles.
+        order: One of `ORDERS`. "published" numbers the sequences by their count of "." tokens, most first, ties as in the
+            corpus; "shuffled" numbers them as they stand in the corpus, for a batch order that shuffles.
 
     Attributes:
         tokens: Token ids, `(sequences, length)`, a read-only memory map, in the corpus's order.
@@ -64,12 +64,9 @@ class TokenCache:
         FileNotFoundError: if the folder does not exist.
         DamagedFolderError: if a file is missing, unreadable or of the wrong size.
         CorpusError: for the published order where the tokenizer has no ".".
-        ValueError: for an unknown order.
     """
 
     def __init__(self, folder: str | Path, order: str = "shuffled") -> None:
-        if order not in ORDERS:
-            raise ValueError(f"The order {order!r} is unknown; allowed are {', '.join(ORDERS)}.")
         self.folder, self.order = Path(folder), order
         self.manifest = _read_manifest(self.folder)
         shape = (self.manifest["sequences"], self.manifest["length"])
@@ -123,10 +120,10 @@ def prepare_tokens(
     description: str = "Tokenizing",
     show_progress: bool = False,
 ) -> TokenCache:
-    """Return the packed sequences of a corpus, from the cache if they are in it.
+    """Return the packed sequences of a corpus, from the cache if they are in it; only otherwise the stream is read.
 
     Args:
-        stream: The documents; read only if the cache does not hold them.
+        stream: The documents.
         tokenizer: A fast tokenizer with a separator token.
         max_seq_length: Tokens per sequence.
         cache_dir: The folder of all caches; made if it does not exist.
@@ -191,11 +188,9 @@ def _load_sequences(folder: Path) -> TokenCache:
 
 
 def text_pieces(text: str, cut: bool) -> Iterator[tuple[str, bool]]:
-    """Cut a long text after whitespace; yields each piece and whether it is the last one.
+    """Cut a text, if it is long, after whitespace; yields each piece and whether it is the last one.
 
-    Args:
-        text: A document, or a part of it.
-        cut: False leaves it whole, for a tokenizer that does not work word by word.
+    Without `cut` it stays whole, for a tokenizer that does not work word by word.
     """
     start = 0
     while cut and len(text) - start > PIECE_CHARACTERS:

@@ -114,18 +114,15 @@ def train_wordpiece(
 ) -> PreTrainedTokenizerBase:
     """Train an uncased BERT tokenizer: WordPiece over lowercased text without accents, split at punctuation.
 
-    The same documents give the same vocabulary with the same ids. (The `tokenizers` trainer alone does not: it numbers
-    the characters in the order of a hash table seeded per process, and breaks ties among merges by those numbers. Here
-    both alphabets are counted first and handed to it in a fixed order.)
+    The same documents, which are read once, give the same vocabulary with the same ids. (The `tokenizers` trainer alone does
+    not: it numbers the characters in the order of a hash table seeded per process, and breaks ties among merges by those
+    numbers. Here both alphabets are counted first and handed to it in a fixed order.)
 
     Args:
-        documents: Read once.
+        documents: To learn from.
         vocab_size: The largest size of the vocabulary; a small corpus may give fewer tokens.
         max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
         show_progress: Whether to draw a progress bar.
-
-    Returns:
-        transformers' BERT tokenizer, whose pairs are `[CLS] A [SEP] B [SEP]`.
 
     Raises:
         CorpusError: if the vocabulary is too small to hold the special tokens and the characters of the corpus.

@@ -103,8 +103,3 @@ def test_model_inputs_name_the_positions_only_where_wanted(tokens):
     batch = RULE.apply(tokens[:2], [0, 1], seed=0, epoch=0)
     assert set(batch.model_inputs(torch.device("cpu"), sparse=False)) == {"input_ids", "labels"}
     assert batch.model_inputs(torch.device("cpu"), sparse=True)["masked_positions"] is batch.masked_positions
-
-
-def test_a_length_without_predictions_is_refused():
-    with pytest.raises(ValueError, match=r"Masking 0.25 of 2 tokens predicts none"):
-        RULE.apply(np.zeros((1, 2), dtype=np.uint16), [0], seed=0, epoch=0)

@@ -88,8 +88,3 @@ def test_training_mode_is_left_as_it_was_and_dropout_is_off(model, sequences, tr
 def test_only_crammed_bert_takes_positions():
     assert accepts_masked_positions(ARCHITECTURES["crammed_bert"].model("AutoModelForMaskedLM"))
     assert not accepts_masked_positions(ARCHITECTURES["bert"].model("AutoModelForMaskedLM"))
-
-
-def test_no_sequence_is_refused(model):
-    with pytest.raises(ValueError, match="no validation sequence"):
-        evaluate_mlm(model, np.zeros((0, 16), dtype=np.uint16), RULE)

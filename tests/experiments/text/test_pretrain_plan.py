@@ -50,9 +50,7 @@ def lines_of():
 
     def run(*flags, processes=1, mixed_precision="no"):
         arguments, spectral = parse(*flags)
-        return describe_plan(
-            arguments, spectral, processes=processes, mixed_precision=mixed_precision, autocast=nullcontext
-        )
+        return describe_plan(arguments, spectral, processes=processes, mixed_precision=mixed_precision)
 
     return run
 
@@ -193,7 +191,11 @@ def test_the_memory_line_is_the_estimate(lines_of, monkeypatch):
         "Memory of a process, expected at least (uncompiled, unsharded, mixed precision bf16): 5.50 GB: weights, gradients "
         "and AdamW 4.00 GB, activations 1.50 GB (250.00 MB a sequence); temporary tensors come on top."
     )
-    assert asked == [(4, nullcontext)]  # of one process, whatever their number
+    ((batch, autocast),) = asked
+    assert batch == 4  # of one process, whatever their number
+    with autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
 
     monkeypatch.setattr(plan, "added_correction_bytes", lambda model, config: 7 * 10**8)
     *_, line = lines_of(*flags, *SVD)
