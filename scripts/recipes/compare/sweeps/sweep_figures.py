@@ -154,7 +154,7 @@ def heads_figure(results: Results, settings: Mapping[str, Mapping[str, Sequence[
     return figure
 
 
-def _draw_steps(axes: Any, at: float, steps: Sequence[int | None], label: str, color: str, marker: str) -> None:
+def _draw_steps(axes: Any, at: float, steps: Sequence[float | None], label: str, color: str, marker: str) -> None:
     """Each run that got there as an open marker, their median as a filled one with the number of runs."""
     reached = [step for step in steps if step is not None]
     style = {"color": color, "marker": marker, "linestyle": "none"}
@@ -165,7 +165,7 @@ def _draw_steps(axes: Any, at: float, steps: Sequence[int | None], label: str, c
                   ha="center", fontsize=7)  # fmt: skip
 
 
-def steps_to_reference(results: Results, setting: Setting, variant: Variant) -> list[int | None]:
+def steps_to_reference(results: Results, setting: Setting, variant: Variant) -> list[float | None]:
     """Return after how many steps each run's validation first reached what the reference's run of the same seed came to.
 
     Validation against validation: the result of a task may be of other data. None for a run that never did.
@@ -173,7 +173,7 @@ def steps_to_reference(results: Results, setting: Setting, variant: Variant) -> 
     metric = replace(results.metric, final_key=None)
     sign = 1 if metric.higher_is_better else -1
     targets = results.reference(setting).values(metric)
-    found: list[int | None] = []
+    found: list[float | None] = []
     for seed, run in results.arm(setting, variant).runs.items():
         if seed in targets:
             curve = run.curve(metric.key)
