@@ -74,6 +74,7 @@ class CrammedBertConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout of the attention probabilities.
         max_position_embeddings: rows of the position table, the greatest sequence length.
         initializer_range: standard deviation of every Linear and Embedding at initialization.
+        position_scale: the learned factor of the position table at initialization; None: `hidden_size**-0.5`, as published.
         layer_norm_eps: epsilon of every LayerNorm.
         attention_residual: whether attention is added to its input; false lets it replace that (the feed-forward is added as
             ever).
@@ -99,6 +100,7 @@ class CrammedBertConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.1
     max_position_embeddings: int = 128
     initializer_range: float = 0.02
+    position_scale: float | int | None = None
     layer_norm_eps: float = 1e-12
     attention_residual: bool = True
     pad_token_id: int | None = 0
@@ -106,6 +108,11 @@ class CrammedBertConfig(PreTrainedConfig):
     sparse_prediction: bool = True
     classifier_hidden_size: int = 1024
     classifier_dropout: float | int | None = None
+
+    @property
+    def first_position_scale(self) -> float:
+        """`position_scale`, resolved."""
+        return self.hidden_size**-0.5 if self.position_scale is None else float(self.position_scale)
 
     def validate_architecture(self) -> None:
         """Check the ranges of the fields; runs when a config is built and again when a model is built from it.
@@ -137,11 +144,14 @@ def _check_positive(config: CrammedBertConfig) -> None:
         "intermediate_size",
         "max_position_embeddings",
         "initializer_range",
+        "first_position_scale",
         "layer_norm_eps",
         "classifier_hidden_size",
     ):
         if not getattr(config, name) > 0:
-            raise ValueError(f"{name}={getattr(config, name)} must be positive: give a number above 0.")
+            raise ValueError(
+                f"{name.removeprefix('first_')}={getattr(config, name)} must be positive: give a number above 0."
+            )
 
 
 def _check_sizes_fit(config: CrammedBertConfig) -> None:
@@ -191,7 +201,7 @@ class CrammedBertEmbeddings(nn.Module):
             config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
         )
         # Shape (1,), not (): FSDP2 shards parameters along their first dimension.
-        self.position_scale = nn.Parameter(torch.full((1,), config.hidden_size**-0.5))
+        self.position_scale = nn.Parameter(torch.full((1,), config.first_position_scale))
         table = sinusoidal_table(config.max_position_embeddings, config.hidden_size)
         self.register_buffer("position_table", table.to(self.position_scale), persistent=False)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -365,7 +375,7 @@ class CrammedBertPreTrainedModel(PreTrainedModel):
         # Linear, Embedding: N(0, initializer_range), biases and padding row zero. LayerNorm: weight one, bias zero.
         super()._init_weights(module)
         if isinstance(module, CrammedBertEmbeddings):
-            init.constant_(module.position_scale, self.config.hidden_size**-0.5)
+            init.constant_(module.position_scale, self.config.first_position_scale)
             # Before it comes here, `from_pretrained` puts uninitialized memory in place of buffers not in checkpoints.
             init.copy_(module.position_table, sinusoidal_table(*module.position_table.shape))
 

@@ -253,6 +253,10 @@ def test_initialization():
     embeddings = model.crammed_bert.embeddings
     assert embeddings.word_embeddings.weight[0].abs().max() == 0
     assert embeddings.position_scale.item() == pytest.approx(192**-0.5, rel=1e-6)
+    louder = CrammedBertModel(
+        CrammedBertConfig(vocab_size=20, hidden_size=16, num_attention_heads=2, position_scale=2.5)
+    )
+    assert louder.embeddings.position_scale.item() == 2.5
 
 
 # Masked language modelling
@@ -642,6 +646,7 @@ def test_exports_with_any_length():
         ({"intermediate_size": 25}, "intermediate_size=25 is odd"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be positive"),
         ({"initializer_range": 0.0}, "initializer_range=0.0 must be positive"),
+        ({"position_scale": -1.0}, "position_scale=-1.0 must be positive"),
         ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 is no dropout rate"),
         ({"classifier_dropout": -0.1}, "classifier_dropout=-0.1 is no dropout rate"),
         ({"hidden_act": "gelo"}, "hidden_act='gelo' is unknown: give one of .*gelu"),

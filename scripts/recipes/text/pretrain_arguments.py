@@ -58,6 +58,11 @@ class PretrainArguments(MlmDataSettings, RunArguments):
     num_attention_heads: int = flag(4, "Attention heads of a new model.")
     # Four times the width, halved by the gate: cramming's proportions.
     intermediate_size: int = flag(1024, "Feed-forward width of a new model, gate included.")
+    position_scale: float | None = flag(
+        None,
+        "Learned factor of a new model's position table at the start. None: 1 / sqrt(hidden_size), as published; a small "
+        "model learns to look at neighbours much sooner with 1.",
+    )
 
     # Optimization: cramming's values (see recipes.run.optimization) at a batch that a CPU can do.
     max_steps: int | None = default_of(
@@ -148,6 +153,7 @@ class PretrainArguments(MlmDataSettings, RunArguments):
             num_attention_heads=self.num_attention_heads,
             intermediate_size=self.intermediate_size,
             max_position_embeddings=self.max_seq_length,
+            position_scale=self.position_scale,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             attention_residual=not self.no_attention_residual,
@@ -168,6 +174,8 @@ class PretrainArguments(MlmDataSettings, RunArguments):
         check_bounds(self, bounds)
         if self.max_train_hours is not None and not 0 < self.max_train_hours < 1e6:
             raise ValueError(f"--max_train_hours {self.max_train_hours} must be a finite number above 0.")
+        if self.position_scale is not None and not 0 < self.position_scale < 1e6:
+            raise ValueError(f"--position_scale {self.position_scale} must be a finite number above 0.")
         if not 0 < self.mlm_probability <= 1:
             raise ValueError(f"--mlm_probability {self.mlm_probability} must be above 0 and at most 1.")
 
@@ -213,7 +221,7 @@ def _refuse_contradictions(
     check_initialization(arguments, spectral)
     if arguments.model_name_or_path is not None:
         if given := explicitly_given(
-            parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS, "no_attention_residual"), argv
+            parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS, "position_scale", "no_attention_residual"), argv
         ):
             flags = ", ".join(f"--{name}" for name in sorted(given))
             raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")

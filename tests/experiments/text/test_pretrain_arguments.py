@@ -193,6 +193,7 @@ REFUSALS = [
     ("--max_grad_norm -0.5", "--max_grad_norm -0.5 must be at least 0"),
     ("--mlm_probability 0", "--mlm_probability 0.0 must be above 0 and at most 1"),
     ("--mlm_probability nan", "--mlm_probability nan must be above 0"),
+    ("--position_scale 0", "--position_scale 0.0 must be a finite number above 0"),
     ("--mlm_probability 0.003", "--mlm_probability 0.003 of --max_seq_length 128 predicts no token"),
     ("--validation_fraction 0", "--validation_fraction 0.0 must lie between 0 and 1"),
     ("--validation_fraction nan", "--validation_fraction nan must lie between 0 and 1"),
