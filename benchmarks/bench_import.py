@@ -1,17 +1,19 @@
 """What `import hf_specattn` costs beyond `from transformers import PreTrainedModel, AutoModel`: time and resident memory.
 
-    python benchmarks/bench_import.py
+    python benchmarks/bench_import.py                                                      # and what commands cost to start
     python benchmarks/bench_import.py --package_roots ../before . --labels before after    # another checkout beside it
 
 Every measurement is a process of its own that imports what the baseline does, and then the package. The control imports
 the baseline and then nothing new. All of them take turns, in each round once. Two differences are reported: what the second
 import added within the process, and the time of both against the time of the baseline alone in the same round; there the
-control is the baseline against itself, and what its spread leaves open this machine cannot tell. Writes `import.json` and
-`import.md`.
+control is the baseline against itself, and what its spread leaves open this machine cannot tell. Beside that stands the
+processors' time of each command until it has shown its help, or its plan, which other work on the machine hardly changes.
+Writes `import.json` and `import.md`.
 """
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = "hf_specattn"
 BASELINE, CONTROL = "baseline", "baseline again (control)"
 DIFFERENCES = ("seconds_added", "processor_seconds_added", "resident_bytes_added")
+
+# Seconds of the processors in which a command should show its first line.
+COMMAND_AIM, SCRIPT_AIM = 1.0, 6.0
+PLANNED = ("pretrain_mlm", "train_image_classification", "train_detection", "train_lra")  # scripts with --show_plan
 
 MEASURE = """
 import json, sys, time
@@ -68,6 +74,7 @@ class ImportBenchArguments:
     rounds: int = field(
         default=15, metadata={"help": "Each measures everything once; one more before them is left out."}
     )
+    command_rounds: int = field(default=3, metadata={"help": "Starts of each command; 0: none is started."})
     output_dir: str = field(default=str(REPOSITORY / "benchmarks" / "results"), metadata={"help": "For the results."})
 
 
@@ -81,6 +88,8 @@ def check(arguments: ImportBenchArguments) -> None:
         raise ValueError("the memory of a process is read from /proc, which only Linux has.")
     if arguments.rounds < 2:
         raise ValueError(f"--rounds {arguments.rounds} must be at least 2, for quartiles.")
+    if arguments.command_rounds < 0:
+        raise ValueError(f"--command_rounds {arguments.command_rounds} must be at least 0.")
     names = [BASELINE, CONTROL, *arguments.labels]
     if len(arguments.labels) != len(arguments.package_roots) or len(set(names)) != len(names):
         raise ValueError(
@@ -116,6 +125,44 @@ def measure(statement: str, root: Path | None) -> dict[str, Any]:
     if (file and Path(file).resolve()) != expected:
         raise RuntimeError(f"{statement!r} imported {file} and not {expected}.")
     return numbers
+
+
+def commands(folder: str) -> dict[str, tuple[list[str], float]]:
+    """Each command by the name that users know, with its arguments and its aim in seconds.
+
+    Args:
+        folder: an empty one, for scripts that look whether they could write there.
+    """
+    scripts = sorted((REPOSITORY / "scripts").glob("*.py"))
+    started = {"specattn --help": ([str(Path(sys.executable).with_name("specattn")), "--help"], COMMAND_AIM)}
+    started |= {f"{file.name} --help": ([sys.executable, str(file), "--help"], SCRIPT_AIM) for file in scripts}
+    plan = ["--show_plan", "--output_dir", folder]
+    planned = [file for file in scripts if file.stem in PLANNED]
+    return started | {f"{file.name} --show_plan": ([sys.executable, str(file), *plan], SCRIPT_AIM) for file in planned}
+
+
+def processor_seconds(command: Sequence[str]) -> float:
+    """Run a command to its end; the seconds that it took of the processors.
+
+    Raises:
+        RuntimeError: if it failed.
+    """
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def start_commands(rounds: int) -> dict[str, dict[str, Any]]:
+    """Seconds of the processors of each command, started so often in turns; once more before that, to be compiled."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = commands(folder)
+        steps = {name: partial(processor_seconds, command) for name, (command, _) in started.items()}
+        time_rounds(steps, 1, seed=0)
+        seconds = time_rounds(steps, rounds, seed=1)
+    return {name: {"aim": aim, "processor_seconds": seconds[name]} for name, (_, aim) in started.items()}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -183,8 +230,22 @@ def report(content: Mapping[str, Any]) -> str:
         + markdown_table(COLUMNS, rows)
         + "\nAdded: by the second import within the process; the processors' time leaves out what it waited for other work. "
         "Against the baseline alone: the time of both imports less that of the baseline's in another process of the same "
-        "round.\n"
+        "round.\n" + command_lines(content["commands"])
     )
+
+
+def command_lines(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of the commands; nothing where none was started."""
+    if not found:
+        return ""
+    rows = []
+    for name, numbers in found.items():
+        seconds = numbers["processor_seconds"]
+        rows.append(
+            [f"`{name}`", f"{median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}", f"{numbers['aim']:g}"]
+        )
+    columns = ("command", "seconds of the processors, median", "least to most", "aim")
+    return "\n## Starting a command\n\n" + markdown_table(columns, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -203,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         variant()  # compiles the modules and brings them into the page cache
     results = summarize(time_rounds(variants, arguments.rounds, seed=0))
     content = {"machine": machine, "load_before": load, "rounds": arguments.rounds, "results": results}
+    content["commands"] = start_commands(arguments.command_rounds) if arguments.command_rounds else {}
     text, output = report(content), Path(arguments.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / "import.json", content)
