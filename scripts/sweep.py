@@ -8,8 +8,9 @@
 
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
 conditioning's or the initialization scale's; `precondition` sets preconditioned attention beside both and its controls;
-`residual_free`, `strong_decay` and `dynamic` look for the regimes in which conditioning pays; `grid` takes the product of the
-values given. Other flags, and all that follows `--`, are given to every run.
+`residual_free`, `strong_decay` and `dynamic` look for the regimes in which conditioning pays; `precondition_text` and
+`residual_free_text` ask the same of a masked language model; `grid` takes the product of the values given. Other flags, and
+all that follows `--`, are given to every run.
 
 As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
 interrupted sweep goes on when its command is repeated.
@@ -43,19 +44,22 @@ from recipes.compare.sweeps.runner import Machine
 from recipes.compare.sweeps.sweep_figures import monitor_figures
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
+from recipes.compare.sweeps.text_sweeps import TEXT_SCRIPT, TEXT_SWEEPS, text_operations
 from recipes.images.image_arguments import parse_arguments as parse_image_arguments
-from recipes.images.image_datasets import ImageDataError
 from recipes.images.image_models import ImageModelError
+from recipes.images.image_sources import ImageDataError
 from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
 from recipes.run.command_line import ScriptParser
+from recipes.text.pretrain_arguments import parse_arguments as parse_text_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
 PARSERS: dict[str, Callable[..., Any]] = {
     IMAGE_SCRIPT: parse_image_arguments,
     LRA_SCRIPT: parse_lra_arguments,
     DETECTION_SCRIPT: parse_detection_arguments,
+    TEXT_SCRIPT: parse_text_arguments,
 }
-ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS
+ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS | TEXT_SWEEPS
 NAMES = (*ALL_SWEEPS, "grid")
 
 
@@ -209,7 +213,11 @@ def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: Sw
     for setting in sweep.settings:
         runs = [run for of, run in planned if of is setting]
         parsed: Any = PARSERS[sweep.script.name]([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")[0]
-        counts = {LRA_SCRIPT: lra_operations, DETECTION_SCRIPT: detection_operations}
+        counts = {
+            LRA_SCRIPT: lra_operations,
+            DETECTION_SCRIPT: detection_operations,
+            TEXT_SCRIPT: text_operations,
+        }
         operations = counts.get(sweep.script.name, training_operations)(parsed)
         hours = gpu_hours(operations, arguments.gpu_teraflops)
         whole += hours * len(runs)

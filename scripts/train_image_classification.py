@@ -41,9 +41,9 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from recipes.images.classification_task import ImageTask
 from recipes.images.image_arguments import ImageArguments, parse_arguments
-from recipes.images.image_datasets import ImageDataError
 from recipes.images.image_models import ImageModelError, build_stock_model, check_named_model
 from recipes.images.image_plan import describe_plan
+from recipes.images.image_sources import ImageDataError
 from recipes.run.ablations import remove_attention_residuals, remove_layer_norms
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections

@@ -11,8 +11,8 @@ from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
 from ..run.spectral_arguments import SpectralArguments, check_bounds, check_heads, explicitly_given
 from .augmentation import Augmentation
 from .image_batches import Mixing
-from .image_datasets import ImageDataSettings
 from .image_models import ImageModelSettings
+from .image_sources import ImageDataSettings
 from .imagenet_recipes import PRESETS
 
 # One source of images: naming another by a flag replaces a preset's or a recorded run's.

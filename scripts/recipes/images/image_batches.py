@@ -21,7 +21,7 @@ from ..run.batching import BatchOrder
 from ..run.command_line import flag
 from ..run.randomness import Purpose
 from .augmentation import Transform, restored_generators, seed_generators
-from .image_datasets import ImageSplit
+from .image_sources import ImageSplit
 
 
 @dataclass

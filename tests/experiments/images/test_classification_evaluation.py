@@ -8,7 +8,7 @@ from torch import nn
 from recipes.images.augmentation import evaluation_transform, normalization
 from recipes.images.classification_evaluation import evaluate_images
 from recipes.images.image_batches import ValidationImages
-from recipes.images.image_datasets import ArrayImages, ImageSplit
+from recipes.images.image_sources import ArrayImages, ImageSplit
 
 
 class Brightness(nn.Module):

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from recipes.images.decoding import decode, remarks
-from recipes.images.image_datasets import ImageDataError, ImageDataSettings, load_image_data
+from recipes.images.image_datasets import load_image_data
+from recipes.images.image_sources import ImageDataError, ImageDataSettings
 
 RAMP = np.tile(np.linspace(0, 65535, 16).astype(np.uint16), (8, 1))
 EIGHT_BITS = np.arange(16, dtype=np.uint8) * 17
@@ -135,7 +136,7 @@ def test_hidden_files_links_and_other_endings(tmp_path, warning_log):
     (root / "red" / "photo.heic").write_bytes(b"heic")
     (root / "loose.png").write_bytes(b"png")
     data = load_image_data(settings)
-    names = [data.train.images.name(index) for index in range(len(data.train))]
+    names = [data.train.name(index) for index in range(len(data.train))]
     assert len(names) == 7
     assert [name for name in names if "linked" in name] == [str(root / "red" / "more" / "linked.jfif")]
     assert not any("copy" in name or "._" in name for name in names)
@@ -192,7 +193,8 @@ def test_whatever_a_decoder_raises_names_the_image(tmp_path, monkeypatch):
     def broken(image, mode):
         raise IndexError("index out of range")
 
-    monkeypatch.setattr("recipes.images.image_datasets.decode", broken)
+    for module in ("image_datasets", "image_sources"):
+        monkeypatch.setattr(f"recipes.images.{module}.decode", broken)
     with pytest.raises(ImageDataError, match=r"plain\.png cannot be read \(IndexError: index out of range\)"):
         data.train.load(0, "RGB")
     with pytest.raises(ImageDataError, match=r"2 of the 2 training images cannot be read(?s:.*)IndexError"):

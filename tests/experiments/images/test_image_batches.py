@@ -12,7 +12,7 @@ from recipes.images.image_batches import (
     load_batches,
     smooth_targets,
 )
-from recipes.images.image_datasets import ArrayImages, ImageSplit
+from recipes.images.image_sources import ArrayImages, ImageSplit
 from recipes.run.batching import REPEATED_BLOCK, BatchOrder, epoch_permutation
 
 

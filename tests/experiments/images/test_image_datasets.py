@@ -5,15 +5,8 @@ from image_files import idx_bytes, write_folders, write_idx
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from recipes.images.image_datasets import (
-    ImageDataError,
-    ImageDataSettings,
-    find_images,
-    limit_samples,
-    load_image_data,
-    read_digits,
-    read_idx,
-)
+from recipes.images.image_datasets import find_images, limit_samples, load_image_data
+from recipes.images.image_sources import ImageDataError, ImageDataSettings, read_digits, read_idx
 
 
 @pytest.fixture
@@ -28,12 +21,12 @@ def settings_of(folders, **changes):
 def test_digits_are_those_of_scikit_learn_split_without_overlap():
     data, digits = read_digits(), load_digits()
     assert (len(data.train), len(data.validation), data.size, data.channels) == (1437, 360, (8, 8), 1)
-    rows = np.concatenate([data.train.images.indices, data.validation.images.indices])
+    rows = np.concatenate([data.train.rows, data.validation.rows])
     assert sorted(rows) == list(range(1797))
     for split in (data.train, data.validation):
         assert np.bincount(split.labels).min() > len(split) // 14
         for index in (0, 7):
-            row = split.images.indices[index]
+            row = split.rows[index]
             assert split.labels[index] == digits.target[row]
             pixels = np.asarray(split.load(index, "L"))
             np.testing.assert_array_equal(pixels, np.round(digits.images[row] * 255 / 16))
@@ -116,7 +109,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path, ending, warning_log):
     assert set(data.skipped) == {str(cut), str(text)}
     assert "2 of the 13 training images" in warning_log.messages[-1]
     assert str(cut) in warning_log.messages[-1]
-    assert {data.train.images.name(index) for index in range(11)}.isdisjoint(data.skipped)
+    assert {data.train.name(index) for index in range(11)}.isdisjoint(data.skipped)
 
 
 def test_an_image_that_fails_while_training_is_named(folders):
@@ -150,7 +143,7 @@ def test_limits_take_the_first_of_each_class_in_turn():
     limited = limit_samples(data.train, 25, "--max_train_samples", 10)
     assert sorted(np.bincount(limited.labels)) == [2] * 5 + [3] * 5
     firsts = np.sort([np.flatnonzero(data.train.labels == label)[0] for label in range(10)])
-    assert set(firsts) <= set(limited.images.indices)
+    assert set(data.train.rows[firsts]) <= set(limited.rows)
     with pytest.raises(ImageDataError, match="--max_train_samples 9 leaves some of the 10 classes"):
         limit_samples(data.train, 9, "--max_train_samples", 10)
 
