@@ -18,22 +18,22 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 QUERY_KEY, VALUE_OUTPUT, ALL = ("query", "key"), ("value", "output"), ("query", "key", "value")
 
 
-def _scaled(query_key: str, value_output: str) -> Flags:
+def scaled(query_key: str, value_output: str) -> Flags:
     numbers = f"query={query_key},key={query_key},value={value_output},output={value_output}"
     return ("--initialization_scale", numbers)
 
 
 # Without the residual connection the usual start stays at chance: the signal shrinks in every layer.
 TUNINGS = (
-    Tuning("vo", (4.0, 8.0, 12.0, 16.0, 20.0, 28.0), (*NO_RESIDUAL, *_scaled("8", "{value}"))),
-    Tuning("qk", (1.0, 4.0, 8.0, 14.0, 20.0), (*NO_RESIDUAL, *_scaled("{value}", "{vo}"))),
-    Tuning("rate", RATES, (*NO_RESIDUAL, *_scaled("{qk}", "{vo}"), "--learning_rate", "{value}")),
+    Tuning("vo", (4.0, 8.0, 12.0, 16.0, 20.0, 28.0), (*NO_RESIDUAL, *scaled("8", "{value}"))),
+    Tuning("qk", (1.0, 4.0, 8.0, 14.0, 20.0), (*NO_RESIDUAL, *scaled("{value}", "{vo}"))),
+    Tuning("rate", RATES, (*NO_RESIDUAL, *scaled("{qk}", "{vo}"), "--learning_rate", "{value}")),
 )
-TUNED: Flags = (*_scaled("{qk}", "{vo}"), "--learning_rate", "{rate}")
+TUNED: Flags = (*scaled("{qk}", "{vo}"), "--learning_rate", "{rate}")
 MONITORED: Flags = ("--spectral_monitor_every", "90")
 
 
-def _orthogonal(*targets: str) -> Flags:
+def orthogonal(*targets: str) -> Flags:
     return ("--projection_init", "orthogonal", "--projection_init_targets", *targets)
 
 
@@ -43,10 +43,10 @@ def residual_free(scale: str, scripts: Path) -> Sweep:
     at_norm = ("--match_norm_of", "stock")
     value_output = ("--spectral_targets", *VALUE_OUTPUT)
     treated = (
-        Variant("orthogonal V", _orthogonal("value")),
-        Variant("orthogonal V and O", _orthogonal(*VALUE_OUTPUT)),
-        Variant("orthogonal Q and K", _orthogonal(*QUERY_KEY)),
-        Variant("orthogonal Q, K, V", _orthogonal(*ALL)),
+        Variant("orthogonal V", orthogonal("value")),
+        Variant("orthogonal V and O", orthogonal(*VALUE_OUTPUT)),
+        Variant("orthogonal Q and K", orthogonal(*QUERY_KEY)),
+        Variant("orthogonal Q, K, V", orthogonal(*ALL)),
         svd(*value_output, *at_norm, label=" on V and O"),
         svd(*at_norm, label=" on Q, K, V"),
         svd("--spectral_refresh_every", "20", *at_norm, label=" on Q, K, V, every 20 steps"),
@@ -60,7 +60,7 @@ def residual_free(scale: str, scripts: Path) -> Sweep:
         *(replace(item, flags=(*NO_RESIDUAL, *TUNED, *item.flags)) for item in treated),
         replace(start, flags=(*NO_RESIDUAL, "--learning_rate", "{rate}", *start.flags)),
         Variant("with the residual", TUNED),
-        Variant("with the residual, orthogonal V and O", (*TUNED, *_orthogonal(*VALUE_OUTPUT))),
+        Variant("with the residual, orthogonal V and O", (*TUNED, *orthogonal(*VALUE_OUTPUT))),
         Variant("with the residual, its own start"),
     )
     title = "Attention without its residual connection"
