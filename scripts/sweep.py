@@ -46,10 +46,10 @@ from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
 from recipes.compare.sweeps.text_sweeps import TEXT_SCRIPT, TEXT_SWEEPS, text_operations
 from recipes.images.image_arguments import parse_arguments as parse_image_arguments
-from recipes.images.image_models import ImageModelError
 from recipes.images.image_sources import ImageDataError
 from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
 from recipes.run.command_line import ScriptParser
+from recipes.run.usable_model import ModelError
 from recipes.text.pretrain_arguments import parse_arguments as parse_text_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(arguments.output_dir or arguments.runs_dir, "--output_dir")
         check_runs(sweep, Path(arguments.runs_dir))
         complete = sweep_and_report(sweep, arguments, shlex.join(["python", "scripts/sweep.py", *argv]))
-    except (SweepError, CannotWriteError, ComparisonError, ImageDataError, ImageModelError, ImportError) as error:
+    except (SweepError, CannotWriteError, ComparisonError, ImageDataError, ModelError, ImportError) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where this stopped.", file=sys.stderr)

@@ -41,7 +41,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from recipes.images.classification_task import ImageTask
 from recipes.images.image_arguments import ImageArguments, parse_arguments
-from recipes.images.image_models import ImageModelError, build_stock_model, check_named_model
+from recipes.images.image_models import build_stock_model, check_named_model
 from recipes.images.image_plan import describe_plan
 from recipes.images.image_sources import ImageDataError
 from recipes.run.ablations import remove_attention_residuals, remove_layer_norms
@@ -49,7 +49,7 @@ from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, started
 from recipes.run.spectral_arguments import SpectralArguments
-from recipes.run.usable_model import check_conditioning, load_model
+from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
 logger = logging.getLogger("train_image_classification")
 LOGGERS = ("train_image_classification", "recipes", "hf_specattn")
@@ -80,15 +80,15 @@ def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
                 f"Took {remove_attention_residuals(model)} residual connections of attention out of the model."
             )
     except ValueError as error:
-        raise ImageModelError(str(error)) from error
+        raise ModelError(str(error)) from error
     return model
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
-    with started(arguments, LOGGERS, ImageDataError, ImageModelError) as accelerator:
+    with started(arguments, LOGGERS, ImageDataError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
-            raise ImageModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
+            raise ModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
         # What is wrong with a model that is named shows before the images are looked at.
         if arguments.eval_only:
             load_model(AutoModelForImageClassification, str(arguments.model_name_or_path), with_head=True)

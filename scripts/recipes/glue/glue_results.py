@@ -27,19 +27,14 @@ class RunRecord:
     """One model, fine-tuned on one task with one seed.
 
     Attributes:
-        model: The name of the model in the table.
-        task: Name of the task, as in `TASKS`.
-        seed: Of the new layers, the order of the batches, and dropout.
         settings: Everything about the model and its training that decides the scores.
         data: Everything about the task's data that decides them; equal for all models.
-        status: "finished" or "failed".
         scores: Development set -> metric -> value, as fractions of 1; of a finished run.
         failure: Its `kind` and a `message`; of a failed run.
         first_loss: Mean loss of the first step's examples, before any change of the weights.
         epoch_losses: Mean loss of each epoch's examples, while training.
         facts: What else was found: steps, speed, parameters, hardware, ...
         seconds: Wall-clock time of `training`, `evaluation`, and the whole run as `total`.
-        versions: Of the packages.
         outputs: What was written beside the record, below the results' folder: predictions, the model.
     """
 

@@ -34,7 +34,6 @@ class GlueSplit:
     Attributes:
         name: As on the Hub, such as "validation_matched".
         stem: Name of the official file without `.tsv`, such as "dev_matched".
-        kind: What it is for.
         title: Heading of its column in tables, such as "MNLI-mm"; of a test set, the name of its file in a submission.
     """
 

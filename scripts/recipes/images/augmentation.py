@@ -61,13 +61,8 @@ def training_transform(
 ) -> Transform:
     """Return the function from an image to a `(channels, size, size)` tensor, augmented.
 
-    In the order of timm's training: crop, mirror, RandAugment, normalize, erase.
-
-    Args:
-        augmentation: What to do.
-        size: Height and width that the model reads.
-        mean, std: Of each channel; their number is that of the channels.
-        crop_share: Without a random crop, as in `evaluation_transform`.
+    In the order of timm's training: crop, mirror, RandAugment, normalize (by a mean and deviation for each channel), erase.
+    Without a random crop the middle is taken as in `evaluation_transform`.
 
     Raises:
         ValueError: for a policy that timm does not know.
@@ -93,10 +88,7 @@ def training_transform(
 def evaluation_transform(size: int, mean: Sequence[float], std: Sequence[float], crop_share: float = 1.0) -> Transform:
     """Return the function from an image to a `(channels, size, size)` tensor, without chance.
 
-    Args:
-        size: Height and width that the model reads.
-        mean, std: Of each channel.
-        crop_share: The shorter side is resized to `size / crop_share`, then the middle is taken.
+    The shorter side is resized to `size / crop_share`, then the middle is taken.
     """
     return transforms.Compose(
         [*resizing(size, len(mean), crop_share), transforms.ToTensor(), transforms.Normalize(mean, std)]

@@ -31,13 +31,8 @@ def evaluate_images(
 ) -> ImageEvaluation:
     """Measure accuracy and loss, each image used exactly once; a last batch of another size changes nothing.
 
-    Args:
-        model: A classifier with `logits` in its output, wrapped by `accelerator.prepare` or not; its training mode is left
-            as it was.
-        images: What to classify.
-        batch_size: Images per process and forward pass.
-        workers: Processes that read images.
-        accelerator: The processes to share the work among; None evaluates in this one, on the model's device.
+    The model's training mode is left as it was. The processes of `accelerator` share the work; None evaluates in this one, on
+    the model's device.
     """
     rank, processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     device = next(model.parameters()).device if accelerator is None else accelerator.device

@@ -21,12 +21,13 @@ from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
 from ..run.schedules import Budget, cosine_factor
 from ..run.spectral_arguments import SpectralArguments
+from ..run.usable_model import ModelError
 from .augmentation import Augmentation, evaluation_transform, normalization, training_transform
 from .classification_evaluation import evaluate_images
 from .image_arguments import MODEL_SOURCES, ImageArguments
 from .image_batches import Batches, Mixing, TrainingImages, ValidationImages, load_batches
 from .image_datasets import load_image_data
-from .image_models import DEFAULT_IMAGE_SIZE, ImageModelError, image_processor, model_input, save_classifier
+from .image_models import DEFAULT_IMAGE_SIZE, image_processor, model_input, save_classifier
 from .vision_optimization import AveragedWeights, not_decayed
 
 logger = logging.getLogger(__name__)
@@ -52,12 +53,8 @@ RUN_SETTINGS = (
 class ImageTask(Task):
     """Say which class an image is of.
 
-    Every process finds the images; the main one looks whether they can be read.
-
-    Args:
-        arguments: Of the run.
-        spectral: How the model is conditioned, which not every model's configuration says.
-        accelerator: The processes that share it.
+    Every process finds the images; the main one looks whether they can be read. `spectral` says how the model is conditioned,
+    which not every model's configuration does.
     """
 
     name = "train_image_classification"
@@ -220,7 +217,7 @@ class ImageTask(Task):
         model = AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32)
         classes = [model.config.id2label[index] for index in range(model.config.num_labels)]
         if classes != list(self.data.class_names):
-            raise ImageModelError(
+            raise ModelError(
                 f"{path} knows {len(classes)} classes ({', '.join(classes[:5])}, ...), and the images are of "
                 f"{len(self.data.class_names)} ({', '.join(self.data.class_names[:5])}, ...); give the images of its classes."
             )

@@ -51,13 +51,9 @@ class TrainingImages(Dataset):
     """Batches by the places in the stream that they hold: positions in, `(images, targets)` out.
 
     Args:
-        split: The images.
-        order: Their stream.
         mode: PIL's, "L" or "RGB".
-        transform: Of one image; it may draw from the global generators.
-        is_random: Whether it does.
+        transform: Of one image; it may draw from the global generators, and does if `is_random`.
         mixing: Of neighbours.
-        classes: The number of classes.
     """
 
     def __init__(
@@ -116,13 +112,9 @@ class ValidationImages(Dataset):
 
 
 class Batches(Sampler):
-    """The places of each batch that one process reads, in order.
+    """The places of each batch that one process reads, in order, from one optimizer step to before another.
 
-    Args:
-        begin, end: Optimizer steps, the first and one past the last.
-        micro_steps: Batches of a step, one after another.
-        rank, processes: Of this process, and how many share each batch.
-        batch_size: Of one process.
+    A step has `micro_steps` batches, one after another, each of which the processes share.
     """
 
     def __init__(self, begin: int, end: int, micro_steps: int, rank: int, processes: int, batch_size: int) -> None:

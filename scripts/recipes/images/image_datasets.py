@@ -33,10 +33,7 @@ def load_image_data(
 ) -> ImageData:
     """Find the images, refuse what cannot be trained on, and leave unreadable ones out where that is asked for.
 
-    Args:
-        settings: Which images.
-        show_progress: Whether to draw a bar while they are checked.
-        once: Calls a function on one of several processes and returns its result on all; None calls it.
+    `once` calls a function on one of several processes and returns its result on all; None calls it.
 
     Raises:
         ImageDataError: as in `find_images`, and for unreadable images, all of which are counted.
@@ -147,10 +144,8 @@ def look_at_images(
 ) -> tuple[dict[int, str], dict[str, list[int]]]:
     """Return which images cannot be read, and why; and which are read with something taken from them, in words.
 
-    Args:
-        split: Whose images to read, in several threads: decoders leave Python's lock.
-        how: "decode" decodes each image, JPEG at an eighth of its size, which is where its time goes; "header" only
-            opens it.
+    Several threads read them: decoders leave Python's lock. "decode" decodes each image, JPEG at an eighth of its size, which
+    is where its time goes; "header" only opens it.
     """
 
     def look(index: int) -> str | list[str]:

@@ -11,7 +11,6 @@ import safetensors.torch
 import timm
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageClassification,
     CLIPImageProcessor,
     PreTrainedConfig,
@@ -29,18 +28,13 @@ from hf_specattn.preconditioner import preconditioned_layers
 
 from ..run.ablations import is_ablated
 from ..run.command_line import flag
-from ..run.messages import one_line
 from ..run.saving import save_pretrained
-from ..run.usable_model import load_model
+from ..run.usable_model import ModelError, check_forward, load_config, load_model
 
 TIMM_PREFIX = "timm/"
 
 MOST_PATCHES = 256  # that a small ViT cuts an image into by default
 DEFAULT_IMAGE_SIZE = 224  # of files of any size, for a model of any size
-
-
-class ImageModelError(ValueError):
-    """The model asked for cannot be built, loaded, conditioned or given these images; the message says what to do."""
 
 
 @dataclass
@@ -99,7 +93,7 @@ def model_input(settings: ImageModelSettings) -> tuple[int | None, int | None]:
     """Return the height (and width) and the channels that a named model is made for; None where it does not say.
 
     Raises:
-        ImageModelError: if the model or its configuration does not exist.
+        ModelError: if the model or its configuration does not exist.
     """
     if settings.is_small_vit:
         return None, None
@@ -121,11 +115,11 @@ def default_patch_size(size: int) -> int:
     """Return the smallest power of two above one pixel that cuts an image into whole patches, at most 256; else any number.
 
     Raises:
-        ImageModelError: if that leaves a single patch: for prime numbers of pixels.
+        ModelError: if that leaves a single patch: for prime numbers of pixels.
     """
     fitting = [patch for patch in range(2, size) if size % patch == 0 and (size // patch) ** 2 <= MOST_PATCHES]
     if not fitting:
-        raise ImageModelError(
+        raise ModelError(
             f"Images of {size} x {size} cannot be cut into 2 to {MOST_PATCHES} equal patches. Give another --image_size, to "
             "which they are resized, or a --patch_size."
         )
@@ -133,7 +127,7 @@ def default_patch_size(size: int) -> int:
 
 
 def tokens_per_image(config: PreTrainedConfig, size: int) -> int | None:
-    """Return how many tokens each of which attends to all an image becomes, special ones apart; None: it cannot be told."""
+    """Return how many tokens that attend to all of an image it becomes, special ones apart; None: it cannot be told."""
     patch = getattr(config, "patch_size", None)
     if not isinstance(patch, int) or getattr(config, "window_size", None) is not None:
         return None
@@ -141,11 +135,7 @@ def tokens_per_image(config: PreTrainedConfig, size: int) -> int | None:
 
 
 def check_named_model(settings: ImageModelSettings, image_size: int | None) -> PreTrainedModel | None:
-    """Build or load a model that is named, for two classes, before any image is looked at; the small ViT needs the images.
-
-    Raises:
-        ImageModelError, ModelError: as `build_stock_model`.
-    """
+    """Build or load a model that is named, for two classes, before any image is looked at; the small ViT needs the images."""
     if settings.is_small_vit:
         return None
     own_size, own_channels = model_input(settings)
@@ -159,13 +149,8 @@ def build_stock_model(
 
     Random weights come from torch's global generator: a stock and a conditioned model of one seed start from the same.
 
-    Args:
-        settings: Which.
-        class_names: For the head and the configuration.
-        size, channels: Of the images.
-
     Raises:
-        ImageModelError: for a model that does not exist or does not take these images.
+        ModelError: for a model that does not exist or does not take these images.
     """
     labels: dict[str, Any] = {
         "num_labels": len(class_names),
@@ -178,20 +163,8 @@ def build_stock_model(
         model = _new_timm_model(settings, labels, size, channels)
     else:
         model = _new_model(settings, labels, size, channels)
-    _check_forward(model, size, channels, len(class_names))
+    _check_model(model, size, channels, len(class_names))
     return model
-
-
-def load_config(path: str) -> PreTrainedConfig:
-    """Load a model's configuration.
-
-    Raises:
-        ImageModelError: if there is none, naming where it was looked for.
-    """
-    try:
-        return AutoConfig.from_pretrained(path)
-    except Exception as error:  # of whatever kind a damaged file leads to
-        raise ImageModelError(f"No model configuration at {path!r}: {one_line(error)}") from error
 
 
 def image_processor(size: int, mean: Sequence[float], std: Sequence[float], crop_share: float) -> Any:
@@ -238,17 +211,15 @@ def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, 
         try:
             return AutoModelForImageClassification.from_config(_with_labels(config, labels))
         except (ValueError, ImportError) as error:
-            raise ImageModelError(
-                f"--config_name {settings.config_name}: no such model can be built ({error})."
-            ) from error
+            raise ModelError(f"--config_name {settings.config_name}: no such model can be built ({error}).") from error
     patch_size = default_patch_size(size) if settings.patch_size is None else settings.patch_size
     if size % patch_size:
-        raise ImageModelError(
+        raise ModelError(
             f"Images of {size} x {size} cannot be cut into patches of --patch_size {patch_size}; it must divide {size} "
             "(--image_size)."
         )
     if settings.drop_path_rate:
-        raise ImageModelError(
+        raise ModelError(
             f"--drop_path_rate {settings.drop_path_rate}: transformers' ViT has no stochastic depth. Take one of timm, such "
             "as --timm_model vit_tiny_patch16_224, or leave it out."
         )
@@ -278,12 +249,12 @@ def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: 
             name, labels["num_labels"], given, size if size != default_size else None
         )
     except TypeError as error:
-        raise ImageModelError(
+        raise ModelError(
             f"timm's {name} takes none of these arguments, or not all: {json.dumps(given)} ({error}). Leave out of "
             "--timm_model_args and --drop_path_rate what it has not."
         ) from error
     except (RuntimeError, ValueError, AssertionError) as error:
-        raise ImageModelError(f"timm's {name} cannot be built with {json.dumps(given)}: {error}") from error
+        raise ModelError(f"timm's {name} cannot be built with {json.dumps(given)}: {error}") from error
     config = _with_labels(TimmWrapperConfig(architecture=name, model_args=given), labels)
     generator = torch.get_rng_state()
     model = TimmWrapperForImageClassification(config)
@@ -295,11 +266,7 @@ def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: 
 def _create_timm_model(
     name: str, classes: int, arguments: dict[str, Any], size: int | None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """Build a model of timm for images of another size than its own; convolutional ones do not ask for it.
-
-    Returns:
-        The model, and what it was given.
-    """
+    """Build a model of timm for images of another size than its own (convolutional ones do not ask); and its arguments."""
     if size is not None and "img_size" not in arguments:
         with_size = {**arguments, "img_size": size}
         generator = torch.get_rng_state()
@@ -313,7 +280,7 @@ def _create_timm_model(
 def _timm_default_config(name: str) -> dict[str, Any]:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('_')[0]}*")[:8]
-        raise ImageModelError(
+        raise ModelError(
             f"--timm_model {name}: timm {timm.__version__} has no such model; "
             f"{'near it: ' + ', '.join(near) if near else 'timm.list_models() lists them'}. A pretrained one is loaded by "
             f"--model_name_or_path {TIMM_PREFIX}<name>."
@@ -336,29 +303,22 @@ def _set_drop_path(config: Any, settings: ImageModelSettings) -> None:
     elif hasattr(config, "drop_path_rate"):
         config.drop_path_rate = settings.drop_path_rate
     else:
-        raise ImageModelError(
+        raise ModelError(
             f"--drop_path_rate {settings.drop_path_rate}: {config.model_type} of transformers has no stochastic depth; leave "
             "it out, or take a model of timm."
         )
 
 
-@torch.no_grad()
-def _check_forward(model: PreTrainedModel, size: int, channels: int, classes: int) -> None:
+def _check_model(model: PreTrainedModel, size: int, channels: int, classes: int) -> None:
     """Let the model classify one black image, before any data are read for it."""
-    training = model.training
-    model.eval()
-    try:
-        logits = model(pixel_values=torch.zeros(1, channels, size, size)).logits
-    except (RuntimeError, ValueError, AssertionError) as error:
-        expected = getattr(model.config, "image_size", None)
-        own = "" if expected is None else f" It is made for {expected} x {expected}."
-        raise ImageModelError(
-            f"Images of {size} x {size} pixels and {channels} channel(s) do not fit {type(model).__name__}: {error}.{own} "
-            "Choose --image_size to fit the model (images are resized to it), or another model."
-        ) from error
-    model.train(training)
+    own = getattr(model.config, "image_size", None)
+    advice = "Choose --image_size to fit the model (images are resized to it), or another model."
+    if own is not None:
+        advice = f"It is made for {own} x {own}. {advice}"
+    images = torch.zeros(1, channels, size, size)
+    logits = check_forward(model, {"pixel_values": images}, type(model).__name__, advice).logits
     if logits.shape != (1, classes):
-        raise ImageModelError(
+        raise ModelError(
             f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one image of {classes} classes; name "
             "a model for image classification."
         )
@@ -371,14 +331,11 @@ BARE_WEIGHTS_FILE = "weights_alone.safetensors"
 
 
 def save_classifier(model: PreTrainedModel, processor: Any, directory: str) -> bool:
-    """Save a trained model and its processor, in a form that the Auto classes load as what it is.
+    """Save a trained model and its processor as the Auto classes load it; returns whether they can.
 
     A conditioned model that has no class of its own (one of timm) is saved folded: stock, with weights `W + C`. Of one
     without layer norms or residual connections, or of timm's with a preconditioner, which no class is, the weights alone are
     saved, as `weights_alone.safetensors`.
-
-    Returns:
-        Whether the Auto classes load it.
     """
     stock_when_folded = not is_ablated(model) and next(preconditioned_layers(model), None) is None
     if not can_be_saved(model) and next(spectral_layers(model), None) is not None and stock_when_folded:

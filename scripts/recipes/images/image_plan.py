@@ -26,15 +26,11 @@ def describe_plan(
 ) -> list[str]:
     """Say what the run will do: a sentence or two for each of model, data, steps, schedule and memory.
 
-    For the presets of published recipes the deviations from them follow, one line each.
-
-    Args:
-        arguments, spectral: Of the run.
-        processes: How many share the work.
-        mixed_precision: As accelerate resolved it.
+    For the presets of published recipes the deviations from them follow, one line each. `processes` share the work, and the
+    precision is as accelerate resolved it.
 
     Raises:
-        ImageDataError, ImageModelError: where a run would raise them.
+        ImageDataError, ModelError: where a run would raise them.
     """
     images, classes, size, channels = planned_amounts(arguments)
     state = torch.get_rng_state()

@@ -17,14 +17,7 @@ PRESETS: dict[str, dict[str, Any]] = {"digits": {}} | {
 
 
 def deviations(preset: str, settings: Mapping[str, Any], global_batch_size: int, changes: list[str]) -> list[str]:
-    """Return one line for each setting in which a run is not the published recipe.
-
-    Args:
-        preset: Whose recipe.
-        settings: The run's, by the names of the flags.
-        global_batch_size: Images per optimizer step, over all processes.
-        changes: What else the run does to the model, in words.
-    """
+    """Return one line for each setting, by flag, in which a run is not the recipe of its preset; and its changes."""
     run = dict(settings) | {"global_batch_size": global_batch_size}
     recipe = RECIPES[preset]
     lines = [f"{name}: {run[name]} (published: {value})" for name, value in recipe.items() if run[name] != value]

@@ -64,13 +64,9 @@ def build_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """Build AdamW over `parameter_groups`, with the controls asked for.
+    """Build AdamW over `parameter_groups`, with the controls asked for, of a model at the weights that the run begins with.
 
-    Args:
-        model: At the weights that the run begins with.
-        arguments: The controls.
-        not_decayed: Names of parameters that are exempt besides.
-        groups_of: Sorts the parameters in place of `parameter_groups`, with its arguments.
+    `not_decayed` are exempt besides; `groups_of` sorts the parameters in place of `parameter_groups`, with its arguments.
 
     Raises:
         ValueError: for a control on a part of a fused weight.

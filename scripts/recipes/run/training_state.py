@@ -94,10 +94,7 @@ def gather_weights(model: PreTrainedModel, accelerator: Accelerator) -> Tensors:
 
 
 def gathering(accelerator: Accelerator) -> Callable[[Any], Any]:
-    """Return the function that makes one tensor whole on the main process, and None of it on the others.
-
-    What is no tensor it returns as it is.
-    """
+    """Return the function that makes a tensor whole on the main process and None on others; what is none stays as it is."""
 
     def gathered(value: Any) -> Any:
         if not isinstance(value, Tensor):

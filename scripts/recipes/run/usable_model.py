@@ -17,6 +17,12 @@ from .spectral_arguments import SpectralArguments
 OPTIONAL_LAYERS = ("pooler",)
 
 
+TEXT_ADVICE = (
+    "Give it sequences of a length that it takes (--max_seq_length), its own tokenizer (--tokenizer_name), or take another "
+    "model."
+)
+
+
 class ModelError(ValueError):
     """A model that a script cannot use; the message says which, why, and what to do."""
 
@@ -113,7 +119,7 @@ def check_tokens(path: str, config: PreTrainedConfig, length: int, tokenizer: An
 
 
 @torch.no_grad()
-def check_forward(model: Any, inputs: Mapping[str, Tensor], path: str) -> Any:
+def check_forward(model: Any, inputs: Mapping[str, Tensor], path: str, advice: str = TEXT_ADVICE) -> Any:
     """Let a model read one batch; returns its output, and leaves it as it was.
 
     Raises:
@@ -128,8 +134,7 @@ def check_forward(model: Any, inputs: Mapping[str, Tensor], path: str) -> Any:
     except Exception as error:  # of whatever kind: shapes and lengths show in the middle of a model
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise ModelError(
-            f"{path} ({type(model).__name__}) cannot read a batch of {shapes}: {one_line(error)}. Give it sequences of a "
-            "length that it takes (--max_seq_length), its own tokenizer (--tokenizer_name), or take another model."
+            f"{path} ({type(model).__name__}) cannot read a batch of {shapes}: {one_line(error)}. {advice}"
         ) from error
     finally:
         model.train(training)

@@ -20,7 +20,7 @@ def training_operations(arguments: ImageArguments) -> float:
     Corrections, the optimizer, validation and everything that is no product are left out.
 
     Raises:
-        ImageDataError, ImageModelError: where a run would raise them.
+        ImageDataError, ModelError: where a run would raise them.
     """
     images, classes, size, channels = planned_amounts(arguments)
     state = torch.get_rng_state()
