@@ -262,12 +262,12 @@ def within_limit(effective: Tensor, sigma_max: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def correction_by_products(matrices: Tensor, continued: bool = False) -> tuple[Tensor, Tensor]:
+def correction_by_products(matrices: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`sigma_max(W) * polar(W)` of each matrix, and whether it is that; nothing here waits for the device.
 
     Args:
         matrices: `(batch, m, n)`.
-        continued: take both compositions and not the first one alone.
+        before: what this function returned for them; the second composition goes on from there. None: the first one.
 
     Returns:
         The corrections, in the shape of the matrices and at least float32; and `(batch,)`, bool: whether
@@ -277,25 +277,28 @@ def correction_by_products(matrices: Tensor, continued: bool = False) -> tuple[T
     tall = matrices.shape[1] > matrices.shape[2]
     # A power of two, which rounds nothing: the fourth power of a tiny weight would be 0.
     _, exponent = torch.frexp(matrices.abs().amax((1, 2)))
-    unit = torch.ldexp(torch.ones_like(matrices[:, 0, 0]), exponent)
+    unit = torch.ldexp(torch.ones_like(matrices[:, 0, 0]), exponent)[:, None, None]
+    wide = [(each.mT if tall else each) / unit for each in (matrices, before) if each is not None]
     with torch.autocast(matrices.device.type, enabled=False):
-        scaled = (matrices.mT if tall else matrices) / unit[:, None, None]
-        correction, good = _scaled_correction(scaled, continued)
-    return (correction.mT if tall else correction) * unit[:, None, None], good
+        correction, good = _scaled_correction(*wide)
+    return (correction.mT if tall else correction) * unit, good
 
 
-def _scaled_correction(matrices: Tensor, continued: bool) -> tuple[Tensor, Tensor]:
+def _scaled_correction(matrices: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """[`correction_by_products`] of `(batch, m, n)` matrices with `m <= n` and entries up to 1."""
     accuracy = ACCURACY[matrices.dtype]
-    first = composition(FIRST_KAPPA, accuracy)
-    exactly = first[-FULL_PRECISION_STEPS:] + (composition(SECOND_KAPPA, accuracy) if continued else ())
     with full_float32():
         gram = matrices @ matrices.mT
         sigma = largest_singular_value(gram)
     by = sigma[:, None, None]
-    polar = apply_quintics(matrices / by, first[:-FULL_PRECISION_STEPS], gram / by.square())
+    if before is None:
+        first = composition(FIRST_KAPPA, accuracy)
+        polar = apply_quintics(matrices / by, first[:-FULL_PRECISION_STEPS], gram / by.square())
+        rest = first[-FULL_PRECISION_STEPS:]
+    else:
+        polar, rest = before / by, composition(SECOND_KAPPA, accuracy)
     with full_float32():
-        polar = apply_quintics(polar, exactly)
+        polar = apply_quintics(polar, rest)
         return by * polar, within_limit(matrices + by * polar, sigma)
 
 
@@ -305,7 +308,7 @@ def complete(matrices: Tensor, corrections: Tensor, failing: Sequence[int]) -> l
 
     Args:
         matrices: `(batch, m, n)`.
-        corrections: of all of them; those of `failing` are replaced.
+        corrections: [`correction_by_products`] of all of them; those of `failing` are replaced.
         failing: their places.
 
     Returns:
@@ -314,7 +317,9 @@ def complete(matrices: Tensor, corrections: Tensor, failing: Sequence[int]) -> l
     Raises:
         torch.linalg.LinAlgError: where one is not finite, as from the SVD.
     """
-    found, good = correction_by_products(torch.stack([matrices[place] for place in failing]), continued=True)
+    found, good = correction_by_products(
+        *(torch.stack([each[i] for i in failing]) for each in (matrices, corrections))
+    )
     for place, correction in zip(failing, found):
         corrections[place] = correction
     exact = [place for place, passed in zip(failing, good.tolist()) if not passed]
