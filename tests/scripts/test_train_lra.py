@@ -17,6 +17,9 @@ from scripts_loading import REPOSITORY, load_script
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from recipes.compare import comparison
+from recipes.compare.sweeps import sweep_figures
+from recipes.compare.sweeps.design import Setting, Sweep, Variant
+from recipes.compare.sweeps.sweep_results import ArmResult, Results
 from recipes.run import loop
 from recipes.run.checkpointing import list_checkpoints
 
@@ -145,6 +148,32 @@ def test_a_run_with_other_settings_is_not_continued(train):
         train("--resume_from_checkpoint", "--cycle_beta1", "False", name="run")
     with pytest.raises(SystemExit, match=r"train_fingerprint"):
         train("--resume_from_checkpoint", "--data_seed", "1", name="run")
+
+
+def test_the_papers_figures_are_drawn_of_monitored_runs(train):
+    flags = {"stock": [], "identity": IDENTITY, "row": ["--attention_preconditioner", "row"]}
+    folders = {label: train(*given, "--spectral_monitor_every", "2", name=label) for label, given in flags.items()}
+    variants = tuple(Variant(label) for label in flags)
+    sweep = Sweep("example", "An example", SCRIPT, (Setting("ListOps"),), variants, (0,), draws_monitor=True)
+    arms = {("ListOps", label): ArmResult({0: comparison.read_run(folder)}) for label, folder in folders.items()}
+    results = Results(sweep, comparison.METRICS["examples"]["accuracy"], {}, {}, arms)
+    figures = sweep_figures.monitor_figures(results)
+    assert list(figures) == ["listops-training", "listops-spectra", "heads"]
+    records = {
+        label: json.loads((folder / "spectral_monitor.json").read_text())["records"]
+        for label, folder in folders.items()
+    }
+    assert [[record["step"] for record in each] for each in records.values()] == [[0, 2, 4, 6]] * 3
+    groups = {label: [records[label]] for label in ("stock", "row")}
+    lines = sweep_figures.heads_figure(results, {"ListOps": groups}).axes[0].get_lines()
+    drawn = {line.get_label(): 10 ** line.get_ydata() for line in lines}
+    for label, key in (("row: A", "kappa_head_output"), ("row: preconditioned", "kappa_head_output_preconditioned")):
+        assert drawn[label] == pytest.approx([np.mean(record[key]) for record in records["row"]])
+    lines = sweep_figures.spectra_figure({"identity": [records["identity"]]}, "").axes[-1].get_lines()
+    drawn = {line.get_label(): 10 ** line.get_ydata() for line in lines}
+    for name in ("query", "key", "value"):  # of W + C
+        expected = [np.mean(record[f"kappa_{name}_effective"]) for record in records["identity"]]
+        assert drawn[f"identity, {name}"] == pytest.approx(expected)
 
 
 def test_stock_and_conditioned_runs_of_one_seed_start_from_the_same_weights(train):
