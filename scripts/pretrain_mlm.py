@@ -30,18 +30,16 @@ The output folder holds the model and its tokenizer (for the Auto classes), `met
 `evaluations.json` (for the model card), and the last checkpoints, each a folder `checkpoint-<step>`.
 """
 
-import logging
 import sys
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
-from recipes.run.runs import evaluate_only, run, started
+from recipes.run.runs import evaluate_only, run, show_plan, started
 from recipes.run.sharding import will_shard
 from recipes.run.spectral_arguments import SpectralArguments
 from recipes.run.usable_model import check_conditioning, check_forward, check_tokens, load_config, load_model
@@ -50,17 +48,7 @@ from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 from recipes.text.pretrain_plan import describe_plan
 from recipes.text.pretrain_task import DROPOUT_SETTINGS, MlmTask
 
-logger = logging.getLogger("pretrain_mlm")
-LOGGERS = ("pretrain_mlm", "recipes", "hf_specattn")  # the others say what is prepared, and skipped
-
-
-def show_plan(arguments: PretrainArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
-    """Log what the run will do, before any of it is done."""
-    if not accelerator.is_main_process:
-        return
-    precision = accelerator.mixed_precision
-    for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
-        logger.info(line)
+LOGGERS = ("recipes", "hf_specattn")
 
 
 def build_model(arguments: PretrainArguments, vocab_size: int) -> PreTrainedModel:
@@ -98,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.eval_only:
             evaluate_only(MlmTask(arguments, accelerator), arguments.model_name_or_path, accelerator)
             return
-        show_plan(arguments, spectral, accelerator)
+        show_plan(describe_plan, arguments, spectral, accelerator)
         if arguments.show_plan:
             return
         # The corpus is read, or found prepared; it decides the tokenizer, and that the size of the model.

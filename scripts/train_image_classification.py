@@ -35,7 +35,6 @@ The output folder holds the model and its image processor (for the Auto classes 
 import logging
 import sys
 
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from transformers import AutoModelForImageClassification, PreTrainedModel
 
@@ -47,21 +46,11 @@ from recipes.images.image_sources import ImageDataError
 from recipes.run.ablations import remove_attention_residuals, remove_layer_norms
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
-from recipes.run.runs import evaluate_only, run, started
-from recipes.run.spectral_arguments import SpectralArguments
+from recipes.run.runs import evaluate_only, run, show_plan, started
 from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
 logger = logging.getLogger("train_image_classification")
 LOGGERS = ("train_image_classification", "recipes", "hf_specattn")
-
-
-def show_plan(arguments: ImageArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
-    """Log what the run will do, before any of it is done."""
-    if not accelerator.is_main_process:
-        return
-    precision = accelerator.mixed_precision
-    for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
-        logger.info(line)
 
 
 def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
@@ -98,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             task = ImageTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)
             return
-        show_plan(arguments, spectral, accelerator)
+        show_plan(describe_plan, arguments, spectral, accelerator)
         if arguments.show_plan:
             return
         # The images are found and looked at; they decide the classes, and what the model reads.

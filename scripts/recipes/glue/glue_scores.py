@@ -35,25 +35,22 @@ def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
     """The share of predictions that equal their label."""
     from sklearn import metrics
 
-    predicted, expected = _classes(predictions, labels)
-    return float(metrics.accuracy_score(expected, predicted))
+    return float(metrics.accuracy_score(labels, predictions))
 
 
 def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """The harmonic mean of precision and recall of class 1; 0 where neither predictions nor labels have a 1."""
+    """The harmonic mean of precision and recall of class 1 of two; 0 where neither predictions nor labels have a 1."""
     from sklearn import metrics
 
-    predicted, expected = _two_classes(predictions, labels)
-    return float(metrics.f1_score(expected, predicted, zero_division=0.0))
+    return float(metrics.f1_score(labels, predictions, zero_division=0.0))
 
 
 def matthews_correlation(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Pearson's correlation of two binary variables (Matthews, 1975); 0 where one of them is constant."""
     from sklearn import metrics
 
-    predicted, expected = _two_classes(predictions, labels)
-    constant = (expected == expected[0]).all()  # scikit-learn warns of a single label
-    return 0.0 if constant else float(metrics.matthews_corrcoef(expected, predicted))
+    constant = len(np.unique(np.asarray(labels))) == 1  # scikit-learn warns of a single label
+    return 0.0 if constant else float(metrics.matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
@@ -96,7 +93,7 @@ def score(task: GlueTask, predictions: ArrayLike, labels: ArrayLike) -> dict[str
 
     Raises:
         UndefinedScoreError: where a metric has no value for these predictions; the message says why.
-        ValueError: for unequal numbers of both, none, a class that the task does not have, nan and infinities.
+        ValueError: for unequal numbers of both, a class that the task does not have, nan and infinities.
     """
     if not task.is_regression:
         _require_classes_below(task, predictions, "predictions")
@@ -125,44 +122,19 @@ def predictions_from_logits(task: GlueTask, logits: NDArray[np.floating]) -> NDA
     return logits.argmax(axis=1)
 
 
-def _pair(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[Any], NDArray[Any]]:
-    predicted, expected = np.asarray(predictions), np.asarray(labels)
-    if predicted.shape != expected.shape or predicted.ndim != 1:
-        raise ValueError(
-            f"Predictions have the shape {predicted.shape} and labels {expected.shape}; give one number per example to both."
-        )
-    if predicted.size == 0:
-        raise ValueError("There is no example to score.")
-    return predicted, expected
-
-
-def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    predicted, expected = _pair(predictions, labels)
-    for name, values in (("predictions", predicted), ("labels", expected)):
-        if not np.issubdtype(values.dtype, np.integer):
-            raise ValueError(f"The {name} are of type {values.dtype}; classes are whole numbers.")
-    return predicted, expected
-
-
 def _require_classes_below(task: GlueTask, values: ArrayLike, name: str) -> None:
     classes = np.asarray(values)
-    if classes.size and not (classes.min() >= 0 and classes.max() < len(task.labels)):
+    if not (classes.min() >= 0 and classes.max() < len(task.labels)):
         raise ValueError(
             f"{task.title} has the classes 0 to {len(task.labels) - 1}, but the {name} reach from {classes.min()} to "
             f"{classes.max()}."
         )
 
 
-def _two_classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    predicted, expected = _classes(predictions, labels)
-    found = np.union1d(predicted, expected)
-    if not np.isin(found, (0, 1)).all():
-        raise ValueError(f"This metric is for the classes 0 and 1; got {', '.join(map(str, found))}.")
-    return predicted, expected
-
-
 def _scores(predictions: ArrayLike, labels: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    predicted, expected = (np.asarray(values, dtype=np.float64) for values in _pair(predictions, labels))
+    predicted, expected = (np.asarray(values, dtype=np.float64) for values in (predictions, labels))
+    if predicted.shape != expected.shape:  # SciPy broadcasts
+        raise ValueError(f"Predictions have the shape {predicted.shape} and labels {expected.shape}.")
     for name, values in (("predictions", predicted), ("labels", expected)):
         if not np.isfinite(values).all():
             raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} {name} are nan or infinite.")

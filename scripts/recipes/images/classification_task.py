@@ -170,9 +170,6 @@ class ImageTask(Task):
         )
         return lambda used: cosine_factor(used, warmup, steps, start=start, floor=floor)
 
-    def epochs(self, position: int) -> float:
-        return self.order.epochs(position)
-
     def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self._batches is None:  # one loader, which reads ahead, from the first step on
             self._batches = self._load(step - 1)

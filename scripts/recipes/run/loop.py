@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from hf_specattn import refresh
 from hf_specattn.conditioning import refresh_interval
 
+from .batching import BatchOrder
 from .checkpointing import Checkpoints, Progress
 from .conditioned_model import ConditioningError
 from .interruption import stop_on_signals
@@ -82,6 +83,7 @@ class Task(ABC):
         loss_name: What the loss is, with its unit.
         processor, processor_name: Saved beside the model: its tokenizer or image processor, and what to call it.
         amounts: How much is done.
+        order: The stream of samples.
         hub_task: The task's name on the Hub, for the model card.
         dataset: The data's name, for the model card.
         measured: Value of `evaluate` -> the names of its metric on the Hub, and in words.
@@ -96,6 +98,7 @@ class Task(ABC):
     units: int = 1
     processor: Any
     amounts: Amounts
+    order: BatchOrder
     dataset: str
     validation_fingerprint: str
 
@@ -127,9 +130,9 @@ class Task(ABC):
     def learning_rate_factor(self) -> Callable[[float], float]:
         """From what is used of the budget to the factor of the peak learning rate."""
 
-    @abstractmethod
     def epochs(self, position: int) -> float:
         """Passes over the training data up to a position."""
+        return self.order.epochs(position)
 
     @abstractmethod
     def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterable[Any]:

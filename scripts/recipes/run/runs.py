@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,16 @@ def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accele
 def show_progress(arguments: Any, accelerator: Accelerator) -> bool:
     """Whether progress bars are drawn: on the main process, on a terminal, unless the user does not want any."""
     return accelerator.is_main_process and sys.stderr.isatty() and not arguments.disable_tqdm
+
+
+def show_plan(
+    describe_plan: Callable[..., Iterable[str]], arguments: Any, spectral: SpectralArguments, accelerator: Accelerator
+) -> None:
+    """Log what the run will do, before any of it is done."""
+    if accelerator.is_main_process:
+        precision = accelerator.mixed_precision
+        for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
+            logger.info(line)
 
 
 def common_facts(task: Task, model: PreTrainedModel, accelerator: Accelerator) -> dict[str, Any]:

