@@ -79,7 +79,7 @@ def register_architecture(
         spec: where the attention classes of these models keep their projections.
 
     Raises:
-        ValueError: for a model type that is known already by other classes, or what is no configuration, model or spec.
+        ValueError: for a model type that is already known by other classes, or what is no configuration, model or spec.
     """
     heads = {name if isinstance(name, str) else name.__name__: model for name, model in models.items()}
     specs = spec if isinstance(spec, tuple) else (spec,)
@@ -99,20 +99,20 @@ def _check_architecture(config_class: Any, heads: dict[str, Any], specs: tuple[A
         not (isinstance(config_class, type) and issubclass(config_class, PretrainedConfig))
         or not config_class.model_type
     ):
-        raise ValueError(f"{config_class!r} is no configuration class of transformers with a model_type; give one.")
+        raise ValueError(f"{config_class!r} is not a configuration class of transformers with a model_type; give one.")
     model_type = config_class.model_type
     if model_type in ARCHITECTURES and (model_type not in OUTSIDE or OUTSIDE[model_type] != (config_class, heads)):
         raise ValueError(
-            f"model_type={model_type!r} of {config_class.__name__} is known already: give your configuration another one."
+            f"model_type={model_type!r} of {config_class.__name__} is already known: give your configuration another one."
         )
     if not heads:
         raise ValueError("models is empty; give at least one, such as {AutoModel: MyModel}.")
     for auto_name, model_class in heads.items():
         if not hasattr(getattr(transformers, auto_name, None), "register"):
-            raise ValueError(f"{auto_name!r} is no Auto class of transformers; give one such as 'AutoModel'.")
+            raise ValueError(f"{auto_name!r} is not an Auto class of transformers; give one such as 'AutoModel'.")
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise ValueError(
-                f"{model_class!r} for {auto_name} is no PreTrainedModel class; give the stock model class."
+                f"{model_class!r} for {auto_name} is not a PreTrainedModel class; give the stock model class."
             )
         if model_class.config_class is not config_class:
             raise ValueError(
@@ -242,7 +242,7 @@ def _flag(cls: Any, kwargs: Mapping[str, Any], with_init: bool = False) -> bool:
         with_init: `spectral_init` may be among them.
 
     Raises:
-        ValueError: for a flag that is no truth value, a class that has no conditioned counterpart, settings without their
+        ValueError: for a flag that is not a truth value, a class that has no conditioned counterpart, settings without their
             flag, or misspelt ones.
     """
     flag = kwargs.get(FLAG)

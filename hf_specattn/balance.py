@@ -118,14 +118,16 @@ def balance(
     tolerance: float | None = None,
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
 ) -> BalanceReports:
-    """Make each attention head of `model` well conditioned and keep the function, in place.
+    """Make the query, key and value weights of each head well conditioned and keep the function, in place.
 
-    Each head's `W_V` gets condition number 1, what it had moves into `W_O`; `W_Q` and `W_K` share theirs equally (see the
-    module's docstring). Stock modules stay stock modules, with the same parameter objects, so that checkpoints need no code
-    of this package. A gauge that would change the function is left alone (Q/K behind rotary position embeddings or q/k
-    norms; V/O where channels are mixed or normalized in between, or attention is preconditioned), as are numerically
-    rank-deficient heads, for which `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds less
-    than `head_dim`. The reports name them.
+    Each head's `W_V` gets condition number 1, and what it had moves into `W_O`; `W_Q` and `W_K` share theirs equally (see
+    the module's docstring). Do not expect it to help quantization (docs/balance.md).
+
+    Stock modules stay stock modules, with the same parameter objects, so that checkpoints need no code of this
+    package. A gauge that would change the function is left alone (Q/K behind rotary position embeddings or q/k norms;
+    V/O where channels are mixed or normalized in between, or attention is preconditioned), as are numerically
+    rank-deficient heads, for which `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds
+    less than `head_dim`. The reports name them.
 
     Computed in float64 and rounded to the weights' dtype once. Before any weight is changed, the outputs on `probe` are
     compared: with the balanced weights, substituted for one layer at a time, and without. Beyond the model, memory is
@@ -136,7 +138,7 @@ def balance(
     not fit the old one.
 
     Balance before an optimizer is made: its moments would belong to the old weights. The function is kept in training mode
-    too, but gradients to the new weights are others, so that training goes another way from the first step on.
+    too, but the gradients of the new weights differ, so training takes another path from the first step on.
 
     Args:
         model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.

@@ -8,12 +8,12 @@ from .conditioning import refresh, refresh_interval
 
 
 class SpectralCallback(TrainerCallback):
-    """Recompute the svd corrections of a model conditioned with `refresh_every`, after every so many optimizer steps.
+    """Recompute the svd corrections of a model every `refresh_every` optimizer steps.
 
     For `Trainer(..., callbacks=[SpectralCallback()])`. It does nothing to models without dynamic corrections.
 
     Args:
-        exact: whether by an SVD or by matrix products, as [`refresh`] has it; None lets the device decide.
+        exact: whether to use an SVD or matrix products, as in [`refresh`]; None lets the device decide.
     """
 
     def __init__(self, exact: bool | None = None) -> None:

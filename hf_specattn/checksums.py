@@ -203,14 +203,14 @@ def check_shape(
                 raise DamagedCorrectionError(path, name_of, "has nan or inf entries")
             if projection not in layer.spectral.targets:
                 if matrix.any():
-                    raise DamagedCorrectionError(path, name_of, "is not zero, and the projection is no target")
+                    raise DamagedCorrectionError(path, name_of, "is not zero, and the projection is not a target")
                 continue
             per_head = layer.spectral.granularity == "head"
             blocks = layer.layout.head_blocks(projection, matrix) if per_head else matrix[None]
             deviation = _deviation(blocks).max().item()
             if not deviation <= rounding + (BY_PRODUCTS if by_products else EXACT):
                 raise DamagedCorrectionError(
-                    path, name_of, f"is no multiple of a semi-orthogonal matrix (off by {deviation:.2g})"
+                    path, name_of, f"is not a multiple of a semi-orthogonal matrix (off by {deviation:.2g})"
                 )
 
 

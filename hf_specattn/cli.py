@@ -295,7 +295,7 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"--lambda {text!r} is no number; give one > 0, or one per target, such as query=1,key=1,value=10."
+            f"--lambda {text!r} is not a number; give one > 0, or one per target, such as query=1,key=1,value=10."
         ) from None
 
 

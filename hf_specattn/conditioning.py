@@ -68,20 +68,20 @@ def condition(
     init: str = "additive",
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
 ) -> list[ProjectionReport]:
-    """Give the query, key and value projections of `model`, or other targets, the effective weight `W + C`, in place.
+    """Make the query, key and value projections of `model`, or other targets, compute with `W + C`, in place.
 
-    A transformers model of a known architecture also takes its conditioned class and configuration, so that
-    `save_pretrained` writes a checkpoint that loads conditioned; give the whole model then, not a part of it. One that
-    could not be loaded conditioned (found by `architecture`, or a composite of several models) refuses to be saved
-    until it is folded.
+    A transformers model of a known architecture also gets its conditioned class and configuration, so that
+    `save_pretrained` writes a checkpoint that loads conditioned; pass the whole model then, not a part of it. A model that
+    could not be loaded conditioned (found by `architecture`, or composed of several models) refuses to be saved until
+    it is folded.
 
     Args:
         model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.
-        config: what to add where.
-        init: `"additive"` leaves W alone, so the model's *function changes* and needs training (the paper's SpecA);
-            `"preserve"` sets `W <- W - C`, so that `W + C` and the function stay what they were, and training starts
-            from there (static corrections only).
-        architecture: how the model keeps its projections, where the table does not know, or is not to be asked.
+        config: what to add, and where.
+        init: `"additive"` (the paper's SpecA) leaves W alone, so the *function changes* and the model needs training.
+            `"preserve"` sets `W <- W - C`, so that `W + C` and the function stay what they were; the model then trains as
+            the stock model does, except that weight decay pulls `W + C` towards C (static corrections only).
+        architecture: where the model keeps its projections, if the table does not know it or should not be used.
 
     Returns:
         One report per conditioned projection.

@@ -26,14 +26,15 @@ class SpectralConfig:
             paper's default); `"svd"` is `C = sigma_max(W) * U V^T`, which makes the condition number of `W + C` at most
             2 when it is computed (Theorem 3.5).
         lambda_: for identity a number > 0, or a mapping from each of `targets` to such a number; None resolves to 10,
-            the paper's (small models took 0.3 to 1: docs/evidence.md). For svd it must stay None: the method has no such
-            parameter.
+            the paper's (small models needed 0.3 to 1: docs/evidence.md). For svd it must be None, because the method has
+            no such parameter.
         targets: the projections to condition, a non-empty subset of `("query", "key", "value", "output")`; the paper's are
             the first three. W_O takes the same corrections: what counts for the signal is `W_O W_V` of each head.
-        granularity: `"projection"` takes one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
-            for each head's `(head_dim, in_features)` block; of W_O, each head's `(out_features, head_dim)` columns.
-        refresh_every: None keeps `C` fixed; n >= 1 (svd only) recomputes it every n optimizer steps, by whoever runs
-            the loop: [`SpectralCallback`] for the Trainer, [`refresh`] elsewhere.
+        granularity: `"projection"` uses one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
+            for each head's `(head_dim, in_features)` block, or `(out_features, head_dim)` columns of W_O.
+        refresh_every: None keeps `C` fixed. With n >= 1 (svd only) it is to be recomputed every n optimizer steps: add
+            [`SpectralCallback`] to the Trainer, or call [`refresh`] in a loop of your own. If neither happens, the
+            optimizer's step raises an error once 2 n steps have passed.
 
     Raises:
         ValueError: for a value outside these sets; the message says what is allowed.

@@ -48,7 +48,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def capped(log10: Any) -> tuple[Any, Any]:
-    """Decimal logarithms within `LOG10_LIMITS`, and which of them were beyond; nan, which is no number, stays."""
+    """Decimal logarithms within `LOG10_LIMITS`, and which of them were beyond; nan, which is not a number, stays."""
     import numpy as np
 
     log10 = np.asarray(log10, dtype=float)

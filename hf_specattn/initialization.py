@@ -36,7 +36,7 @@ OUTPUT_NAMES = ("proj", "o_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Initialization:
-    """What is done to the query, key and value weights of a stock model, or other targets, in this order.
+    """How the query, key and value weights of a stock model, or other targets, begin; steps in the order of the arguments.
 
     Args:
         kind: `"default"` keeps them. `"orthogonal"` replaces each of them by a random matrix with equal singular values and
@@ -64,7 +64,7 @@ class Initialization:
         object.__setattr__(self, "targets", checked_targets(self.targets))
         if self.kind in WITH_OWN_NORM and self.targets != PROJECTIONS:
             raise ValueError(
-                f"targets={self.targets}: the start {self.kind!r} is one of all projections; leave targets out."
+                f"targets={self.targets}: the start {self.kind!r} sets all projections; leave targets out."
             )
         for number in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
             if not 0 < number < math.inf:
@@ -129,7 +129,7 @@ def initialize(
         return
     if (first := next(spectral_layers(model), None)) is not None:
         raise ValueError(
-            f"{first[0]} is conditioned already, with corrections for the weights as they stand; initialize the stock model, "
+            f"{first[0]} is already conditioned, with corrections for the weights as they stand; initialize the stock model, "
             "then condition it."
         )
     projections = [

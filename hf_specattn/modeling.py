@@ -311,7 +311,7 @@ def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], wi
         close = [found for part in parts for found in difflib.get_close_matches(part, FIELDS, 1, SIMILAR)]
         if close or name.startswith(("spectral_", "preconditioner_")):
             meant = f"Did you mean {close[0]}? " if close else ""
-            raise ValueError(f"{name}={value!r} is no field of conditioning. {meant}They are {', '.join(FIELDS)}.")
+            raise ValueError(f"{name}={value!r} is not a field of conditioning. {meant}They are {', '.join(FIELDS)}.")
 
 
 def _refuse_lost_fields(config_dict: Mapping[str, Any]) -> None:
@@ -651,7 +651,7 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
     check_choice("spectral_init", spectral_init, INITS)
     if conditioned:
         raise ValueError(
-            f"spectral_init={spectral_init!r}: this checkpoint is conditioned already, and its weights need no entering; "
+            f"spectral_init={spectral_init!r}: this checkpoint is already conditioned, so there is no start to choose; "
             "leave spectral_init out."
         )
     if not getattr(config, FLAG, kwargs.get(FLAG)) and (config is not None or kwargs.get(PRECONDITIONER_FLAG)):

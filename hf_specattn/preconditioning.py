@@ -380,7 +380,7 @@ def precondition(
         One report per attention.
 
     Raises:
-        ValueError: for a model that is preconditioned already, an output projection that is not known or that heads are mixed
+        ValueError: for a model that is already preconditioned, an output projection that is not known or that heads are mixed
             or normalized before, the column axis where positions are masked, adapters of PEFT, a probe that fails or misses
             an attention. Nothing is changed then.
     """

@@ -39,15 +39,15 @@ def steps_since_refresh(model: nn.Module) -> int:
 def refresh(model: nn.Module, exact: bool | None = None) -> None:
     """Recompute the dynamic svd corrections of `model` once, in place, from the weights as they stand.
 
-    Call it after the optimizer's step, every `refresh_every` steps: with the Trainer [`SpectralCallback`] does. A refresh
-    moves the model's function by the change of `C`. Projections under an adapter of PEFT keep theirs: their `W` is frozen.
+    Call it after the optimizer's step, every `refresh_every` steps; under the Trainer, [`SpectralCallback`] does. A refresh
+    changes the model's function by the change of `C`. Projections under a PEFT adapter keep theirs, because `W` is frozen.
 
     Args:
         model: conditioned with `refresh_every`.
-        exact: True takes the SVD of each weight. False takes matrix products (`polar.py`), all weights of one shape
-            together: the same `C` but for rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU; elsewhere
+        exact: True computes the SVD of each weight. False uses matrix products (`polar.py`), for all weights of one shape
+            at once: the same `C` up to rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU, and elsewhere
             the SVD, which LAPACK does in the time of about 15 products of the weight's size, where 27 are needed. It is an
-            argument and no setting, because the function does not depend on it.
+            argument rather than a setting, because the function does not depend on it.
 
     Raises:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function; if a projection was

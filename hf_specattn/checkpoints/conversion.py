@@ -260,12 +260,12 @@ def _run(
 def _refuse_wrong_state(command: str, found: Source) -> None:
     if command == "convert" and found.is_conditioned:
         raise SourceError(
-            f"{found.name} is conditioned already (model type {found.model_type!r}); conditioning twice would add both "
+            f"{found.name} is already conditioned (model type {found.model_type!r}); conditioning twice would add both "
             "corrections. `specattn fold` it first, then convert the result."
         )
     if command == "convert" and found.is_preconditioned:
         raise SourceError(
-            f"{found.name} is preconditioned already, which no fold takes away: convert the stock checkpoint that it was "
+            f"{found.name} is already preconditioned, which no fold takes away: convert the stock checkpoint that it was "
             "made of. To add corrections to it as it is, load it, condition(model, SpectralConfig(...)), and save it."
         )
     if command == "fold" and not found.is_conditioned:
@@ -289,8 +289,7 @@ def _refuse_unsaveable(found: Source) -> None:
         why = f"only the heads of {', '.join(AUTO_CLASSES)} have one; " if known else ""
         raise SourceError(
             f"{found.name} is a {found.model_class.__name__} (model type {found.model_type!r}), which has no conditioned "
-            "class "
-            f"that it could be saved as: {why}{unknown_architecture_way_out()}"
+            f"class to be saved as: {why}{unknown_architecture_way_out()}"
         )
 
 
@@ -306,9 +305,8 @@ def _notes(command: str, found: Source, done: _Done, info: dict[str, Any], optio
     if done.diagonal_loss is not None:
         where = "folded" if command == "fold" else "preserved"
         notes.append(
-            f"In {dtype}, the {where} weights hold W's diagonal with a mean relative error of {done.diagonal_loss:.2g}: "
-            "next to "
-            "lambda there are too few digits for it. The outputs stay within what is allowed above; --dtype float32 keeps W."
+            f"In {dtype}, the {where} weights hold W's diagonal with a mean relative error of {done.diagonal_loss:.2g}, "
+            "because beside lambda few digits are left for it. The outputs are within the tolerance; --dtype float32 keeps W."
         )
     if len(found.dtypes) > 1 and options.dtype is None:
         notes.append(f"The source mixes {', '.join(found.dtypes)}; everything was loaded and written in {dtype}.")

@@ -81,10 +81,8 @@ class Probe:
         measured = "" if self.dtype_error is None else f", of which the dtype's own error is {self.dtype_error:.2g}"
         return OutputChangedError(
             f"{what} would change the outputs by {change.relative:.2g} relative to the greatest ({change.absolute:.2g} "
-            "absolute), "
-            f"more than the tolerance of {self.tolerance:.2g}{measured}. Nothing was written. The rounding to {dtype} "
-            "costs too "
-            f"much: have the weights in a wider type (--dtype {_wider(dtype)}), or take a smaller lambda.",
+            f"absolute), more than the tolerance of {self.tolerance:.2g}{measured}. Nothing was written. Rounding to {dtype} "
+            f"costs too much: write a wider type (--dtype {_wider(dtype)}), or choose a smaller lambda.",
             change,
             self.tolerance,
         )

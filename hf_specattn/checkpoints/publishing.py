@@ -98,12 +98,12 @@ def plan(folder: str | Path, repo_id: str, new_card: bool = False) -> Publicatio
         new_card: write a new model card although the folder has a README.md.
 
     Raises:
-        SourceError: if it is no checkpoint, a damaged one, or pickled.
+        SourceError: if it is not a checkpoint, a damaged one, or pickled.
         PublishingError: for a name that the Hub does not allow.
     """
     _check_repo_id(repo_id)
     if not Path(folder).expanduser().is_dir():
-        raise PublishingError(f"SRC {folder} is no folder; only what lies here can be published.")
+        raise PublishingError(f"SRC {folder} is not a folder; only what lies here can be published.")
     found = find_source(str(folder))
     present = files_in(found.folder)
     chosen = [name for name in present if _is_published(name, found)]
@@ -205,7 +205,7 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishingError(
-            f"{repo_id!r} is no name on the Hub: {error} Give one such as 'organization/model'."
+            f"{repo_id!r} is not a name on the Hub: {error} Give one such as 'organization/model'."
         ) from error
 
 

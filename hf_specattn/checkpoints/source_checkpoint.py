@@ -50,7 +50,7 @@ INTEGER_DTYPES = ("I8", "U8")
 
 
 class SourceError(ValueError):
-    """Something that is no checkpoint, a damaged one, or one that cannot be worked on; the message says what to do."""
+    """Something that is not a checkpoint, a damaged one, or one that cannot be worked on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def find_source(
         shards, dtypes = _open_pickles(folder, shards)
     if not dtypes:
         raise SourceError(
-            f"The weights of {path_or_id} have no floating-point tensor: this is no checkpoint of a model."
+            f"The weights of {path_or_id} have no floating-point tensor: this is not a checkpoint of a model."
         )
     widest = max(dtypes.values(), key=lambda dtype: (torch.finfo(dtype).bits, -torch.finfo(dtype).eps))
     return Source(
@@ -206,8 +206,7 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, d
     if mismatched := sorted(_key(entry) for entry in info["mismatched_keys"]):
         raise SourceError(
             f"{source.name}: {len(mismatched)} tensor(s) have other shapes than config.json says, such as "
-            f"{mismatched[0]}. Either "
-            "the weights or config.json are those of another model; restore them from their source."
+            f"{mismatched[0]}. Either the weights or config.json belong to another model; restore them from their source."
         )
     _check_projections(source, model, set(info["missing_keys"]))
     return model.eval(), info
@@ -268,8 +267,8 @@ def _locate(
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise SourceError(
-            f"{path_or_id}{at} is no folder here, and could not be fetched from the Hub ({type(error).__name__}). Check the "
-            "name, the connection, and for a private model that you are logged in (`hf auth login`)."
+            f"{path_or_id}{at} is not a folder here, and could not be fetched from the Hub ({type(error).__name__}). Check "
+            "the name and the connection, and for a private model that you are logged in (`hf auth login`)."
         ) from error
     return folder, path_or_id, folder.name
 
@@ -280,8 +279,7 @@ def _read_config(folder: Path, path_or_id: str) -> dict[str, Any]:
         if (folder / ADAPTER_CONFIG).is_file():
             raise SourceError(
                 f"{path_or_id} is an adapter of PEFT, not a model: it has {ADAPTER_CONFIG} and no {CONFIG}. Merge it "
-                "into its "
-                "base model first (model.merge_and_unload().save_pretrained(...))."
+                "into its base model first (model.merge_and_unload().save_pretrained(...))."
             )
         raise SourceError(
             f"{path_or_id} is not a checkpoint: it has no {CONFIG}. Give a folder that save_pretrained wrote, or a model on "
@@ -289,7 +287,7 @@ def _read_config(folder: Path, path_or_id: str) -> dict[str, Any]:
         )
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
-        raise SourceError(f"{file} names no model_type: it is no configuration of transformers.")
+        raise SourceError(f"{file} names no model_type: it is not a configuration of transformers.")
     for name, kinds in LOADING_FIELDS.items():
         if not isinstance(config.get(name), (*kinds, type(None))):
             expected = " or ".join(kind.__name__ for kind in kinds)
@@ -362,7 +360,9 @@ def _read_index(file: Path) -> dict[str, tuple[str, ...]]:
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise SourceError(f"{file} is damaged: {tensor} is said to be in {shard!r}, which is no file beside it.")
+            raise SourceError(
+                f"{file} is damaged: {tensor} is said to be in {shard!r}, which is not a file beside it."
+            )
         shards.setdefault(shard, []).append(tensor)
     if absent := sorted(shard for shard in shards if not (file.parent / shard).is_file()):
         raise SourceError(

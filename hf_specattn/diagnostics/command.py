@@ -80,5 +80,5 @@ def _first_lines(data: Path, count: int) -> list[str]:
     if not lines:
         raise ValueError(f"--data {data} has no line of text.")
     if any(character == "\0" or "\udc80" <= character <= "\udcff" for line in lines for character in line):
-        raise ValueError(f"--data {data} is no text in UTF-8: save it as UTF-8, or give another file.")
+        raise ValueError(f"--data {data} is not UTF-8 text: save it as UTF-8, or give another file.")
     return lines

@@ -130,7 +130,7 @@ def test_balance_says_that_conditioning_moves(specattn, source, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("convert", "SRC", "DST", "--lambda", "ten"), "--lambda 'ten' is no number"),
+        (("convert", "SRC", "DST", "--lambda", "ten"), "--lambda 'ten' is not a number"),
         (("convert", "SRC", "DST", "--lambda", "query=1,query=2"), "names a projection twice"),
         (("convert", "SRC", "DST", "--lambda", "0"), "finite number > 0"),
         (("convert", "SRC", "DST", "--method", "svd", "--lambda", "1"), "means nothing to method='svd'"),
@@ -138,7 +138,7 @@ def test_balance_says_that_conditioning_moves(specattn, source, tmp_path):
         (("convert", "SRC", "SRC"), "which would be lost"),
         (("fold", "SRC", "DST"), "not conditioned"),
         (("inspect", "DST"), "neither a folder nor a name"),
-        (("push", "SRC", "no name"), "no name on the Hub"),
+        (("push", "SRC", "no name"), "is not a name on the Hub"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )

@@ -178,7 +178,7 @@ def test_the_norm_of_a_conditioned_output(model):
 
 def test_what_cannot_be_is_refused(model):
     for settings, message in (
-        ({"kind": "mimetic", "targets": ("value", "output")}, "is one of all projections; leave targets out"),
+        ({"kind": "mimetic", "targets": ("value", "output")}, "sets all projections; leave targets out"),
         ({"kind": "orthogonal", "targets": ("values",)}, "non-empty subset"),
         ({"kind": "default", "scale": {"values": 2.0}}, "non-empty subset"),
         ({"kind": "default", "scale": {"value": 0.0}}, "finite number above 0"),
@@ -198,7 +198,7 @@ def test_what_cannot_be_is_refused(model):
         initialize(torch.nn.Linear(2, 2), "default", scale=2.0)
     condition(model, SpectralConfig("svd"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"is conditioned already.*initialize the stock model, then condition it"):
+    with pytest.raises(ValueError, match=r"is already conditioned.*initialize the stock model, then condition it"):
         initialize(model, "conditioned")
     assert_bit_equal(model.state_dict(), before)
 

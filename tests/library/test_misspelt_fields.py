@@ -51,14 +51,14 @@ def test_misspelt_fields_are_named_wherever_they_are_given(name, meant, stock_ch
         lambda: AutoModel.from_pretrained(tmp_path / "edited", **FLAG),
     ):
         with pytest.raises(
-            ValueError, match=rf"{name}=.* is no field of conditioning\. (Did you mean {meant}\? )?They"
+            ValueError, match=rf"{name}=.* is not a field of conditioning\. (Did you mean {meant}\? )?They"
         ):
             use()
 
 
 def test_the_flag_itself_misspelt(stock_checkpoint):
     for name in ("spectral_conditionning", "spectral_condition", "spectal_conditioning"):
-        with pytest.raises(ValueError, match=rf"{name}=True is no field of conditioning"):
+        with pytest.raises(ValueError, match=rf"{name}=True is not a field of conditioning"):
             AutoModel.from_pretrained(stock_checkpoint(BERT), **{name: True})
 
 

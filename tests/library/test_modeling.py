@@ -370,7 +370,7 @@ def test_other_settings_are_refused(method, other, how, trained):
 @each_method
 @each_init
 def test_spectral_init_of_a_conditioned_checkpoint_is_refused(method, init, trained):
-    with pytest.raises(ValueError, match=f"spectral_init='{init}': this checkpoint is conditioned already"):
+    with pytest.raises(ValueError, match=f"spectral_init='{init}': this checkpoint is already conditioned"):
         AutoModel.from_pretrained(trained[method], spectral_init=init)
 
 

@@ -45,7 +45,7 @@ def test_what_cannot_be_is_refused():
         InitializationArguments(match_norm_of="svd", initialization_scale="2").initialization()
     with pytest.raises(ValueError, match="--initialization_scale 'much' is neither a number"):
         InitializationArguments(initialization_scale="much").initialization()
-    with pytest.raises(ValueError, match="of all projections; leave targets out"):
+    with pytest.raises(ValueError, match="sets all projections; leave targets out"):
         InitializationArguments(projection_init="mimetic", projection_init_targets=["value"]).initialization()
     with pytest.raises(ValueError, match=r"--match_norm_of makes the control.*leave out --spectral_conditioning"):
         check_initialization(InitializationArguments(match_norm_of="svd"), SpectralArguments(True))

@@ -344,7 +344,7 @@ def test_an_architecture_that_the_table_does_not_know(tmp_path):
 
 def test_what_is_conditioned_already_and_what_is_not(bert, tmp_path):
     convert(bert, tmp_path / "conditioned", SpectralConfig())
-    with pytest.raises(SourceError, match=r"conditioned already.*fold"):
+    with pytest.raises(SourceError, match=r"already conditioned.*fold"):
         convert(str(tmp_path / "conditioned"), tmp_path / "twice", SpectralConfig())
     with pytest.raises(SourceError, match=r"conditioned.*fold"):
         balance_checkpoint(str(tmp_path / "conditioned"), tmp_path / "twice")

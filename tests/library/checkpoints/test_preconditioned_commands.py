@@ -130,9 +130,9 @@ def test_balance_keeps_function_and_preconditioner_and_leaves_values_alone(alone
 
 
 def test_convert_refuses_what_is_preconditioned_already(alone, both, tmp_path):
-    with pytest.raises(SourceError, match=r"alone is preconditioned already.*load it, condition\(model"):
+    with pytest.raises(SourceError, match=r"alone is already preconditioned.*load it, condition\(model"):
         convert(str(alone), tmp_path / "new", SpectralConfig())
-    with pytest.raises(SourceError, match="both is conditioned already"):
+    with pytest.raises(SourceError, match="both is already conditioned"):
         convert(str(both), tmp_path / "new", None, preconditioner=ROW)
     with pytest.raises(ValueError, match="nothing to convert to"):
         convert(str(alone), tmp_path / "new", None)

@@ -201,7 +201,7 @@ def test_data_that_are_no_text_are_named(content, app, tmp_path, stock_checkpoin
     (tmp_path / "data.txt").write_bytes(content)
     result = CliRunner().invoke(app, [str(stock_checkpoint(BERT)), "--data", str(tmp_path / "data.txt")])
     assert isinstance(result.exception, ValueError)
-    assert re.search(r"--data .*data\.txt (is no text in UTF-8|has no line of text)", str(result.exception))
+    assert re.search(r"--data .*data\.txt (is not UTF-8 text|has no line of text)", str(result.exception))
 
 
 def records(kappa):
