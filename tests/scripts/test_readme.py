@@ -34,6 +34,21 @@ def run_shell(block):
     return done.stdout
 
 
+def compare(printed, shown):
+    """The same words, and the same numbers but for another processor's rounding."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
+    found, told = ([float(number) for number in NUMBER.findall(text)] for text in (printed, shown))
+    assert found == pytest.approx(told, rel=0.02)
+
+
+def test_the_first_model_of_the_tutorial(fresh_folder, capsys):
+    page = (REPOSITORY / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    blocks = dict(reversed(re.findall(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL)))  # the first of each language
+    exec(compile(blocks["python"], "tutorial.md", "exec"), {})
+    compare(capsys.readouterr().out, blocks["text"])
+    assert (fresh_folder / "runs" / "tutorial" / "conditioned-model" / "config.json").is_file()
+
+
 def test_length_and_set_up():
     lines = README.splitlines()
     assert len(lines) <= 180
@@ -56,9 +71,7 @@ def test_every_block_runs_in_order_and_prints_what_is_shown(fresh_folder, capsys
         elif language == "bash":
             printed = run_shell(block)
         elif language == "text":
-            assert NUMBER.sub("#", printed) == NUMBER.sub("#", block)
-            found, shown = ([float(number) for number in NUMBER.findall(text)] for text in (printed, block))
-            assert found == pytest.approx(shown, rel=0.02)
+            compare(printed, block)
         else:
             assert language == "console"  # the set-up
     assert {"stock", "conditioned", "plain", "preserved"} <= {path.name for path in fresh_folder.iterdir()}

@@ -207,7 +207,7 @@ def test_push_to_hub_of_a_preconditioned_model(api, stock_checkpoint):
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "bad name", ""])
 def test_a_bad_name_is_refused(repo_id, converted, api):
-    with pytest.raises(PublishingError, match="no name on the Hub"):
+    with pytest.raises(PublishingError, match="is not a name on the Hub"):
         plan(converted / "folded", repo_id)
     assert not api.method_calls
 
