@@ -9,7 +9,7 @@ from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, ren
 
 from ..compare.comparison import PairedDifference
 from .glue_results import differing_settings
-from .summary import Average, Scores, Summary
+from .summary import Scores, Summary
 from .tasks import METRIC_TITLES, Column
 
 NAME = "glue"
@@ -52,7 +52,7 @@ def _header(summary: Summary) -> list[str]:
     return header if summary.one_mnli is None else [*header, "average with one MNLI number"]
 
 
-def _averages(summary: Summary, model: str) -> list[Average | None]:
+def _averages(summary: Summary, model: str) -> list[Scores]:
     averages = [summary.average(model)]
     return averages if summary.one_mnli is None else [*averages, summary.average(model, summary.one_mnli)]
 
@@ -60,10 +60,9 @@ def _averages(summary: Summary, model: str) -> list[Average | None]:
 def _rows(summary: Summary) -> list[list[str]]:
     rows = []
     for model in summary.models:
-        scores = [summary.scores(model, column) for column in summary.columns]
-        averages = _averages(summary, model)
-        rows.append([model, "mean ± deviation", *map(_mean_cell, scores), *map(_average_cell, averages)])
-        rows.append([model, "median", *map(_median_cell, scores), *map(_average_median_cell, averages)])
+        scores = [*(summary.scores(model, column) for column in summary.columns), *_averages(summary, model)]
+        rows.append([model, "mean ± deviation", *map(_mean_cell, scores)])
+        rows.append([model, "median", *map(_median_cell, scores)])
     constants = [summary.constant_score(column) for column in summary.columns]
     if any(value is not None for value in constants):
         cells = [NOTHING if value is None else f"{value:.2f}" for value in constants]
@@ -79,22 +78,16 @@ def _mean_cell(scores: Scores) -> str:
         return f"failed ({scores.failed})" if scores.failed else NOTHING
     deviation = "" if scores.deviation is None else f" ± {scores.deviation:.2f}"
     total = len(scores.by_seed) + scores.failed
-    return f"{scores.mean:.2f}{deviation}" + (f" ({len(scores.by_seed)} of {total})" if scores.failed else "")
+    some = f" ({len(scores.by_seed)} of {total})" if scores.failed else ""
+    return f"{scores.mean:.2f}{deviation}{some}{_of_columns(scores)}"
 
 
 def _median_cell(scores: Scores) -> str:
-    return NOTHING if scores.median is None else f"{scores.median:.2f}"
+    return NOTHING if scores.median is None else f"{scores.median:.2f}{_of_columns(scores)}"
 
 
-def _average_cell(average: Average | None) -> str:
-    if average is None:
-        return NOTHING
-    deviation = "" if average.deviation is None else f" ± {average.deviation:.2f}"
-    return f"{average.mean:.2f}{deviation} ({average.numbers})"
-
-
-def _average_median_cell(average: Average | None) -> str:
-    return NOTHING if average is None else f"{average.median:.2f} ({average.numbers})"
+def _of_columns(average: Scores) -> str:
+    return "" if average.columns is None else f" ({average.columns})"
 
 
 def _difference_rows(summary: Summary, model: str) -> list[list[str]]:

@@ -11,50 +11,24 @@ from .tasks import COLUMNS, Column
 
 @dataclass(frozen=True)
 class Scores:
-    """A model's scores in one column, or their average over columns.
+    """A model's scores in one column, in points of 100, or their average over columns.
 
     Attributes:
-        by_seed: Seed -> score, in points of 100.
+        by_seed: Seed -> score; of an average, for the seeds that have all of its columns.
+        mean, median: Over seeds; of an average, the averages of the columns' own. None without a score.
         failed: Runs that came to no score.
+        columns: Over how many columns; None for one column itself.
     """
 
     by_seed: Mapping[int, float]
+    mean: float | None
+    median: float | None
     failed: int = 0
-
-    @property
-    def mean(self) -> float | None:
-        """None without a score, as the next two."""
-        return fmean(self.by_seed.values()) if self.by_seed else None
-
-    @property
-    def median(self) -> float | None:
-        """The middle score, or the mean of the middle two."""
-        return median(self.by_seed.values()) if self.by_seed else None
+    columns: int | None = None
 
     @property
     def deviation(self) -> float | None:
         """The standard deviation over seeds (divisor n - 1); None for fewer than two."""
-        return stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
-
-
-@dataclass(frozen=True)
-class Average:
-    """The average over columns of one model.
-
-    Attributes:
-        mean, median: Averages of the columns' means and medians.
-        numbers: Over how many columns.
-        by_seed: Seed -> average, for the seeds that have all of these columns.
-    """
-
-    mean: float
-    median: float
-    numbers: int
-    by_seed: Mapping[int, float]
-
-    @property
-    def deviation(self) -> float | None:
-        """The standard deviation of `by_seed`; None for fewer than two."""
         return stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
 
 
@@ -63,10 +37,11 @@ class Summary:
 
     Args:
         records: From `Results.read`.
-        reference: The model that differences are taken to; None: the first that is not conditioned, else the first.
+        reference: The model that differences are taken to; where it has no run the first that is not conditioned, else the
+            first.
 
     Raises:
-        ValueError: without any record, and for a reference that has none.
+        ValueError: without any record.
     """
 
     def __init__(self, records: Sequence[RunRecord], reference: str | None = None) -> None:
@@ -79,12 +54,10 @@ class Summary:
         self.reference = self._find_reference(reference)
 
     def _find_reference(self, reference: str | None) -> str:
-        if reference is None:
-            stock = [record.model for record in self.records if not record.settings.get("conditioning")]
-            return (stock or self.models)[0]
-        if reference not in self.models:
-            raise ValueError(f"--reference {reference!r} has no runs here; the models are {', '.join(self.models)}.")
-        return reference
+        if reference in self.models:  # of a command that was stopped it may have no run yet
+            return str(reference)
+        stock = [record.model for record in self.records if not record.settings.get("conditioning")]
+        return (stock or self.models)[0]
 
     def runs_of(self, model: str, task: str) -> list[RunRecord]:
         """Return a model's runs on a task."""
@@ -98,18 +71,21 @@ class Summary:
             for run in runs
             if run.status == FINISHED
         }
-        return Scores(dict(sorted(found.items())), sum(run.status == FAILED for run in runs))
+        failed = sum(run.status == FAILED for run in runs)
+        if not found:
+            return Scores({}, None, None, failed)
+        return Scores(dict(sorted(found.items())), fmean(found.values()), median(found.values()), failed)
 
-    def average(self, model: str, columns: Sequence[Column] | None = None) -> Average | None:
-        """Return a model's average over those columns (None: all) in which it has a score; None where there is none."""
+    def average(self, model: str, columns: Sequence[Column] | None = None) -> Scores:
+        """Return a model's average over those columns (None: all) in which it has a score."""
         found = [self.scores(model, column) for column in (self.columns if columns is None else columns)]
         found = [scores for scores in found if scores.by_seed]
         if not found:
-            return None
+            return Scores({}, None, None, columns=0)
         complete = set.intersection(*(set(scores.by_seed) for scores in found))
         by_seed = {seed: fmean(scores.by_seed[seed] for scores in found) for seed in sorted(complete)}
         means, medians = (fmean(getattr(scores, statistic) for scores in found) for statistic in ("mean", "median"))
-        return Average(means, medians, len(found), by_seed)
+        return Scores(by_seed, means, medians, columns=len(found))
 
     def difference(self, model: str, column: Column | None) -> PairedDifference | None:
         """Return a model's scores minus the reference's over common seeds, in a column or (None) on average.
@@ -119,7 +95,7 @@ class Summary:
         if column is not None:
             return _difference(self.scores(model, column).by_seed, self.scores(self.reference, column).by_seed)
         own, other = self.average(model), self.average(self.reference)
-        if own is None or other is None or self.scored_columns(model) != self.scored_columns(self.reference):
+        if self.scored_columns(model) != self.scored_columns(self.reference):
             return None
         return _difference(own.by_seed, other.by_seed)
 
