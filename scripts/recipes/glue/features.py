@@ -70,13 +70,8 @@ def tokenize(
 ) -> TokenizedExamples:
     """Turn texts into token ids with special tokens, cut to `max_length` tokens (the longer text of a pair first).
 
-    Args:
-        examples: Of one or two texts each.
-        tokenizer: The model's.
-        max_length: At least `LEAST_LENGTH`.
-        empty_second: Whether a single text is fed as a pair with an empty second one, as Crammed BERT does:
-            `[CLS] text [SEP] [SEP]`.
-        show_progress: Whether to draw a progress bar.
+    With `empty_second` a single text is fed as a pair with an empty second one, as Crammed BERT does:
+    `[CLS] text [SEP] [SEP]`.
 
     Raises:
         GlueDataError: if the tokenizer drops an empty second text.

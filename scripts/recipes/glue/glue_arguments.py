@@ -19,11 +19,7 @@ LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 @dataclass
 class GlueArguments:
-    """Arguments of fine-tuning and evaluation on GLUE.
-
-    Raises:
-        ValueError: for values that cannot be, with what is allowed.
-    """
+    """Arguments of fine-tuning and evaluation on GLUE; ValueError for values that cannot be, with what is allowed."""
 
     # Models.
     model_name_or_path: list[str] = field(metadata={"help": "Checkpoints to fine-tune: folders or names on the Hub."})

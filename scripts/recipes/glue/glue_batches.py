@@ -18,12 +18,11 @@ def epoch_batches(
 ) -> list[NDArray[np.int64]]:
     """Return the batches of an epoch, each the indices of its examples; every example is in exactly one of them.
 
-    Args:
-        lengths: Tokens per example, `(examples,)`.
-        batch_size: Examples per batch; one batch is smaller where it does not divide their number.
-        seed, epoch: Decide the order, together with the rest.
-        group_by_length: Whether examples of similar length come together: some 50 batches are drawn at random, sorted by
-            length and cut; the order of the batches is random again. Otherwise batches are drawn at random.
+    `lengths` are in tokens, `(examples,)`; seed and epoch decide the order together with the rest. One batch is smaller where
+    the size does not divide the examples.
+
+    With `group_by_length` examples of similar length come together: some 50 batches are drawn at random, sorted by length and
+    cut; the order of the batches is random again. Otherwise batches are drawn at random.
     """
     order = _permutation(seed, epoch, EXAMPLE_ORDER, len(lengths))
     if not group_by_length:

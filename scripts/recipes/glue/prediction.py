@@ -37,16 +37,9 @@ def predict_logits(
     batch_size: int,
     show_progress: bool = False,
 ) -> NDArray[np.float32]:
-    """Return the logits of every example, `(examples, num_outputs)`. The model's training mode is left as it was.
+    """Return the logits of every example, `(examples, num_outputs)`, on the accelerator's device and in its precision.
 
-    Args:
-        model: Not wrapped.
-        examples: The set.
-        collate: Makes the model's inputs.
-        accelerator: The device, and the precision.
-        num_outputs: Logits per example.
-        batch_size: Examples per forward pass.
-        show_progress: Whether to draw a progress bar.
+    The model is not wrapped; its training mode is left as it was.
 
     Raises:
         NonFiniteLossError: for logits that are nan or infinite.

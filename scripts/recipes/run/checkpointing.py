@@ -97,13 +97,11 @@ class Checkpoints:
 
     Args:
         directory: Where the folders `checkpoint-<step>` lie; created at the first `save`.
-        accelerator: Of the run.
         parts: What to save and restore, after `accelerator.prepare`.
         description: The settings that must not change within a run: name -> what JSON holds. Values are compared after a
             round trip through JSON, so tuples equal lists.
         free_to_change: Names in `description` that are recorded but not compared.
         keep_last: How many checkpoints to keep, at least 1.
-
     """
 
     def __init__(

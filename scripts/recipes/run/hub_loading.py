@@ -18,12 +18,11 @@ NO_DATA = ("readme", "license", "licence", "dataset_infos", "dataset_info", "met
 
 @contextmanager
 def datasets_library(what: str, error_class: type[ValueError], flag: str, instead: str) -> Iterator[Any]:
-    """Give the `datasets` library, and turn whatever it raises into one line.
+    """Give the `datasets` library, and turn whatever it raises into one line of `error_class`.
 
     Args:
         what: The data set, in words.
-        error_class: What is raised.
-        flag: What asked for the data set.
+        flag: What asked for it.
         instead: What there is without the library.
     """
     try:
@@ -44,12 +43,7 @@ def datasets_library(what: str, error_class: type[ValueError], flag: str, instea
 
 
 def warn_of_unread_files(name: str, builder: Any) -> None:
-    """Say which files of a local folder `datasets` leaves out, reading those of one kind; of a data set of the Hub nothing.
-
-    Args:
-        name: What the data set was called by.
-        builder: Its `DatasetBuilder`.
-    """
+    """Say which files of a local folder `datasets` leaves out: it reads those of one kind. Nothing of the Hub."""
     folder = Path(name)
     if not folder.is_dir():
         return

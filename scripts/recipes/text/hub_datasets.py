@@ -25,19 +25,10 @@ def hub_stream(
     max_documents: int | None = None,
     show_progress: bool = False,
 ) -> CorpusStream:
-    """Stream one split of a dataset; each row whose text is not empty is a document, `<dataset>:<split>:<row>`.
+    """Stream one whole split of a dataset; each row whose text is not empty is a document, `<dataset>:<split>:<row>`.
 
-    Long ones come in parts. The revision is resolved here, once: a reading sees the files that the ingredients name.
-
-    Args:
-        dataset_name: A dataset of the Hub (`owner/name`) or a folder of Parquet, JSON, CSV or text files.
-        config_name: Its configuration; None is the default one.
-        split: One whole split; for a part of it there is `max_documents`.
-        text_column: The column with the text.
-        streaming: Read while downloading, without keeping a copy; otherwise download and convert all of it first.
-        revision: A branch, tag or commit of the dataset's repository.
-        max_documents: Stop after so many documents; None reads all.
-        show_progress: Whether `datasets` draws its progress bars.
+    Long ones come in parts. The revision is resolved here, once: a reading sees the files that the ingredients name. Without
+    `streaming` all of it is downloaded and converted first.
 
     Raises:
         CorpusError: if `datasets` is missing, or the dataset, configuration or split does not exist; while the

@@ -129,11 +129,7 @@ class MlmData:
 def prepare_mlm_data(settings: MlmDataSettings, *, training_sequences: int, show_progress: bool = False) -> MlmData:
     """Return the tokenizer and both packed parts, from the cache what it holds; every process may call it.
 
-    Args:
-        settings: What to read and how.
-        training_sequences: How many training sequences are needed at least (one global batch); 0 packs no training
-            part, for evaluation.
-        show_progress: Whether to draw progress bars.
+    At least `training_sequences` are needed to train on (one global batch); 0 packs no training part, for evaluation.
 
     Raises:
         CorpusError: for data that cannot be read, or is too short.

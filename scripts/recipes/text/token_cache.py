@@ -123,13 +123,10 @@ def prepare_tokens(
     """Return the packed sequences of a corpus, from the cache if they are in it; only otherwise the stream is read.
 
     Args:
-        stream: The documents.
-        tokenizer: A fast tokenizer with a separator token.
+        tokenizer: A fast one with a separator token.
         max_seq_length: Tokens per sequence.
         cache_dir: The folder of all caches; made if it does not exist.
-        cleaning: Normalization and filter.
         description: The label of the progress bar.
-        show_progress: Whether to draw it.
 
     Raises:
         CorpusError: for a corpus that cannot be read or gives no sequence, too little disk space, or a folder that

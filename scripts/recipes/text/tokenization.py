@@ -55,11 +55,9 @@ def prepare_tokenizer(
     Args:
         stream: The training documents; read only if the cache does not hold the tokenizer.
         vocab_size: The largest size of the vocabulary.
-        cache_dir: The folder of all caches; made if it does not exist.
         cleaning: Its normalization is applied before; nothing is filtered, which would need the tokenizer.
         max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
         sample_characters: Train on so many characters at most, as `training_sample` picks them.
-        show_progress: Whether to draw a progress bar.
 
     Raises:
         CorpusError: as in `prepare_tokens` and `train_wordpiece`.
@@ -116,13 +114,8 @@ def train_wordpiece(
 
     The same documents, which are read once, give the same vocabulary with the same ids. (The `tokenizers` trainer alone does
     not: it numbers the characters in the order of a hash table seeded per process, and breaks ties among merges by those
-    numbers. Here both alphabets are counted first and handed to it in a fixed order.)
-
-    Args:
-        documents: To learn from.
-        vocab_size: The largest size of the vocabulary; a small corpus may give fewer tokens.
-        max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
-        show_progress: Whether to draw a progress bar.
+    numbers. Here both alphabets are counted first and handed to it in a fixed order.) A small corpus may give fewer tokens
+    than `vocab_size`; `max_seq_length` is stored as the tokenizer's `model_max_length`.
 
     Raises:
         CorpusError: if the vocabulary is too small to hold the special tokens and the characters of the corpus.
