@@ -25,7 +25,8 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from tqdm.auto import tqdm
 
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import require_writable, write_bytes
-from recipes.run.command_line import ScriptParser
+from recipes.run.command_line import ScriptParser, flag
 from recipes.survey.checks import Result, survey
 from recipes.survey.rows import Row, chosen_rows
 
@@ -49,15 +50,14 @@ ENCODER_TASKS = ("masked LM", "image classification")
 class SurveyArguments:
     """Arguments of the survey."""
 
-    output_file: str = field(default="docs/survey.md", metadata={"help": "Where the table goes."})
-    only: list[str] | None = field(
-        default=None,
-        metadata={"help": "Survey only these rows, as `task/name` or `name`; the table goes to the terminal."},
+    output_file: str = flag("docs/survey.md", "Where the table goes.")
+    only: list[str] | None = flag(
+        None, "Survey only these rows, as `task/name` or `name`; the table goes to the terminal."
     )
-    num_processes: int = field(default=2, metadata={"help": "How many models at once."})
-    timeout_seconds: float = field(default=300.0, metadata={"help": "When a model's process is ended."})
-    max_memory_gb: float = field(default=16.0, metadata={"help": "Address space of a model's process, in GiB."})
-    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    num_processes: int = flag(2, "How many models at once.")
+    timeout_seconds: float = flag(300.0, "When a model's process is ended.")
+    max_memory_gb: float = flag(16.0, "Address space of a model's process, in GiB.")
+    disable_tqdm: bool = flag(False, "No progress bar.")
 
     def __post_init__(self) -> None:
         for name in ("num_processes", "timeout_seconds", "max_memory_gb"):
@@ -129,7 +129,7 @@ def report(results: Sequence[Result]) -> str:
     parts = [
         "# What can be conditioned, and preconditioned\n",
         "Made by `make survey` (`scripts/survey.py`, which says what the words mean); do not edit. "
-        f"transformers {transformers.__version__}, timm {_timm_version()}, torch {torch.__version__.partition('+')[0]}.\n",
+        f"transformers {transformers.__version__}, timm {version('timm')}, torch {torch.__version__.partition('+')[0]}.\n",
         summary(results),
     ]
     for task in dict.fromkeys(result.row.task for result in results):
@@ -138,12 +138,6 @@ def report(results: Sequence[Result]) -> str:
         header = ["architecture", "conditioned", "preconditioned", "attention", "reason"]
         parts += [f"\n## {task}\n", markdown_table(header, rows)]
     return "\n".join(parts).rstrip() + "\n"
-
-
-def _timm_version() -> str:
-    import timm
-
-    return str(timm.__version__)
 
 
 def attends(result: Result) -> str:
