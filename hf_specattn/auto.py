@@ -276,7 +276,7 @@ def _asked(kwargs: Mapping[str, Any]) -> str:
 
 
 def _knows_settings(cls: Any) -> bool:
-    """Whether `lambda_` and the like can only mean conditioning: other people's classes may have a field of that name."""
+    """Whether `lambda_` and similar names can only mean conditioning: classes from outside may have such a field."""
     config_class = cls if issubclass(cls, PretrainedConfig) else cls.config_class
     return config_class in CONDITIONED_CONFIGS
 

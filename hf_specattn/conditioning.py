@@ -249,7 +249,7 @@ def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_
             raise ValueError(
                 f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
                 "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
-                "PEFT or the like."
+                "PEFT or similar."
             )
 
 
@@ -308,7 +308,7 @@ def _check_not_conditioned(model: nn.Module) -> None:
     if first is not None:
         raise ValueError(
             f"{first[0]} is already conditioned with {first[1].spectral.describe()}; conditioning twice would add both "
-            "corrections. Call fold(model) first, then condition anew."
+            "corrections. Call fold(model) first, then condition again."
         )
 
 
@@ -424,7 +424,7 @@ def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
 
 NO_COUNTERPART = (
     "has no conditioned counterpart to be saved as, and a checkpoint of it would load without its corrections. Call "
-    "fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model anew before "
+    "fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model again before "
     "load_state_dict."
 )
 

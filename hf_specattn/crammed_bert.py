@@ -208,7 +208,7 @@ class CrammedBertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "CrammedBertEmbeddings":
-        # The table is a function of its shape and is in no checkpoint, so every move or cast writes it anew. Otherwise
+        # The table is a function of its shape and is in no checkpoint, so every move or cast writes it again. Otherwise
         # `to_empty` would leave uninitialized memory, and bf16 and back a table rounded to 8 bits.
         super()._apply(fn, recurse)
         if not self.position_table.is_meta:

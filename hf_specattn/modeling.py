@@ -354,7 +354,7 @@ def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -
             raise ValueError(
                 f"{name}={wanted!r}, but this checkpoint was trained with {name}={config_dict.get(name)!r} and loads as it "
                 "was trained. To change it: load it as it is, hf_specattn.fold(model), then hf_specattn.condition(model, "
-                "SpectralConfig(...)) anew."
+                "SpectralConfig(...)) again."
             )
 
 
@@ -680,7 +680,7 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
     random = sorted(ours & set(info["missing_keys"]))
     if random and (others := sorted(key for key in info["unexpected_keys"] if key.endswith(".weight"))):
         raise ValueError(
-            f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and the like instead of "
+            f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and others instead of "
             f"{len(random)} weight(s) of its projections, such as {random[0]}, which would be random numbers. Restore "
             "config.json and the weights from their source."
         )

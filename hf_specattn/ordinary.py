@@ -147,7 +147,7 @@ def _tensor_problem(
 
 
 def _computed_problem(module: nn.Module, name: str, verb: str) -> str:
-    """A parameter that is none: pruning and normalization compute it anew before each forward pass."""
+    """A parameter that is none: pruning and normalization compute it again before each forward pass."""
     own = [*_own_names(module.named_parameters), *_own_names(module.named_buffers)]
     parts = [each for each in own if each.startswith(f"{name}_")]
     if f"{name}_mask" in own:

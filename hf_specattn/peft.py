@@ -211,7 +211,7 @@ def _checked(inject: Callable[..., None]) -> Callable[..., None]:
 
 def _save_whole_head(config: Any, model: nn.Module) -> None:
     # PEFT trains and saves heads called `classifier` or `score`; the one of Crammed BERT has a layer before it, which would
-    # stay random and be drawn anew when the adapter is loaded.
+    # stay random and be drawn again when the adapter is loaded.
     if config.task_type != "SEQ_CLS":
         return
     from .crammed_bert import CrammedBertForSequenceClassification

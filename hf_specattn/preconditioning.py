@@ -135,7 +135,7 @@ def _output_projection(
         raise ValueError(
             f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only the input of exact torch.nn.Linear "
             "and transformers Conv1D modules can be preconditioned. Precondition before quantizing, and before wrapping with "
-            "PEFT or the like."
+            "PEFT or similar."
         )
     inputs = module.weight.shape[0 if stock_class_of(module) is Conv1D else 1]
     if inputs != heads["query"] * dims["value"]:

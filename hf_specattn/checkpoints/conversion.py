@@ -220,7 +220,7 @@ def _kept_preconditioner(model: Any) -> tuple[PreconditionerConfig | None, list[
 
 @torch.no_grad()
 def _compute_in_float64(model: Any) -> None:
-    """Compute the svd corrections anew, in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
+    """Compute the svd corrections again, in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
 
     It decides what an additive model computes. A preserved one computes with W, whatever C is.
     """

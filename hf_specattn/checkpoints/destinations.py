@@ -277,7 +277,7 @@ def refuse_links_out(source: Path, files: Iterable[Path]) -> None:
 
 
 def module_files(source: Path) -> Iterator[Path]:
-    """The files of the modules of Sentence Transformers (pooling and the like), each of which has a folder of its own."""
+    """The files of the modules of Sentence Transformers (pooling and others), each in a folder of its own."""
     modules = json.loads((source / SENTENCE_TRANSFORMERS_MODULES).read_text(encoding="utf-8"))
     for module in modules:
         folder = (source / str(module.get("path", ""))).resolve()

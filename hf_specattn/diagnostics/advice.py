@@ -58,7 +58,7 @@ class Advice:
         if not self.saturated_layers:
             return []
         where = f"The softmax of attention layers {', '.join(map(str, self.saturated_layers))} is saturated"
-        effect = f"{where} (more than half of the rows have a weight above 0.999): next to no gradient reaches W_Q and W_K. "
+        effect = f"{where} (more than half of the rows have a weight above 0.999): almost no gradient reaches W_Q and W_K. "
         if self.unsaturated_lambda is not None:
             return [
                 f"{effect}With lambda_={self.unsaturated_lambda:g} on query and key in place of {self.lambda_:g} no layer is "
@@ -161,7 +161,7 @@ def unsaturated_lambda(model: nn.Module, inputs: Mapping[str, Any], architecture
 
 
 def _largest_fine(is_fine: Any, lambda_: float, width: float = 0.05, digits: int = 2) -> float | None:
-    """The largest lambda below the present one, by bisection of its logarithm to a width, rounded down to so many digits."""
+    """The largest lambda below the present one, by bisection of its logarithm to a width, rounded down to `digits` digits."""
     low, high = math.log(SMALLEST_FACTOR), 0.0
     if not is_fine(SMALLEST_FACTOR):
         return None

@@ -261,7 +261,7 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
     ]
     if worst.effective.kappa > LARGE_KAPPA:
         found.append(
-            f"That is above {number(LARGE_KAPPA)}: some directions of the input reach the attention next to not at all. "
+            f"That is above {number(LARGE_KAPPA)}: some directions of the input hardly reach the attention. "
             "Condition the model before training (method svd bounds kappa by 2, identity with lambda 1 is the mildest), or "
             "balance a trained one, which keeps its function."
         )

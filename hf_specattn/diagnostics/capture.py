@@ -74,7 +74,7 @@ class CapturedAttention:
         Args:
             head: which of the query heads.
             sequence: which of the batch.
-            queries: look at the output at no more than so many tokens, spread evenly; None: at all of them.
+            queries: look at the output at no more than this many tokens, spread evenly; None: at all of them.
 
         Raises:
             ValueError: if the attention weights are not those that X, the weights, scale, mask and rotary embeddings give:

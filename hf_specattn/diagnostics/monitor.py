@@ -41,7 +41,7 @@ Values = dict[str, float]
 
 
 class SpectralMonitor(TrainerCallback):
-    """Every so many optimizer steps: spectra of W and W + C, the Jacobian's kappa, entropy, saturation, gradient norms.
+    """Every `every` optimizer steps: spectra of W and W + C, the Jacobian's kappa, entropy, saturation, gradient norms.
 
     For the Trainer, `SpectralMonitor().attach(trainer)`, which adds it as a callback and logs through `trainer.log`, so that
     every tracker has the values; as a plain member of `callbacks=[...]` it logs to the state's history only. In a loop of
@@ -96,7 +96,7 @@ class SpectralMonitor(TrainerCallback):
         self._began: float | None = None
         self._log: Callable[[Values], None] | None = None
 
-    # --- in a loop of one's own ---
+    # --- in a loop of your own ---
 
     def first_values(self, model: nn.Module, step: int = 0) -> Values:
         """Warn of what is wrong before training, and measure; `step` is where a resumed run goes on.

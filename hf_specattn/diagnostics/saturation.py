@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attentions import Architecture, find_attentions, to_dtype
 from .capture import CapturedAttention, capture
 
-# A row of attention weights with a larger one than this passes next to no gradient to query and key.
+# A row of attention weights with a larger one than this passes almost no gradient to query and key.
 SATURATED_WEIGHT = 0.999
 
 
