@@ -72,13 +72,14 @@ class Sweep:
         script: The training script.
         settings, variants: The grid; the first variant is the one that differences are taken to.
         seeds: Of every arm.
-        layout: How the short table is laid out: "settings" or "variants" as its columns, or "time".
+        layout: How the short table is laid out: "settings" or "variants" as its columns, "time", or "results".
         common: Flags of every run.
         tunings: What is chosen first.
         tuning_seeds: For that; none of `seeds`.
         tuning_flags: Of the runs of every tuning besides, such as other data to choose by.
         second_references: Labels of other variants; differences are taken to the best of them, too.
         published: The paper's table, as header and rows, with a caption; None where it has none.
+        results: Of layout "results", the columns: names in the record of a saved model, with their headers; in percent.
         draws_monitor: Whether its report has the papers' figures of what the monitor saw.
     """
 
@@ -95,6 +96,7 @@ class Sweep:
     tuning_flags: Flags = ()
     second_references: tuple[str, ...] = ()
     published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
+    results: tuple[tuple[str, str], ...] = ()
     draws_monitor: bool = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from hf_specattn.figures import COLORS, MARKERS, markdown_table, new_figure, render
@@ -117,10 +117,29 @@ def _time_ratio(arm: ArmResult, reference: ArmResult) -> str:
     return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
+def _with_results(results: Results) -> str:
+    header = ["model (all in %)", *(header for _, header in results.sweep.results)]
+    rows = []
+    for setting in results.sweep.settings:
+        for variant in results.sweep.variants:
+            runs = results.arm(setting, variant).runs.values()
+            rows.append(
+                [
+                    f"{setting.label}, {variant.label}",
+                    *(
+                        _mean_and_deviation([100.0 * run.record.final[name] for run in runs], 1)
+                        for name, _ in results.sweep.results
+                    ),
+                ]
+            )
+    return markdown_table(header, rows)
+
+
 LAYOUTS: dict[str, Callable[[Results], str]] = {
     "settings": _settings_as_columns,
     "variants": _variants_as_columns,
     "time": _with_times,
+    "results": _with_results,
 }
 
 
@@ -188,10 +207,13 @@ def tuning_table(results: Results) -> str:
 
 def describe_arm(results: Results, arm: ArmResult) -> str:
     """Mean and standard deviation of an arm."""
-    mean, deviation, digits = arm.mean(results.metric), arm.deviation(results.metric), results.metric.digits
-    if mean is None:
+    return _mean_and_deviation(list(arm.values(results.metric).values()), results.metric.digits)
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    if not values:
         return "failed"
-    return f"{mean:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
+    return f"{fmean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
 def _difference(arm: ArmResult, reference: ArmResult, results: Results) -> str:
@@ -230,7 +252,7 @@ def _introduction(results: Results) -> str:
     shown = "the mean and the standard deviation (divisor n - 1)" if seeds > 1 else "the value"
     return (
         f"Trained on {'; '.join(dict.fromkeys(map(_training_of, runs)))}, {seeds} seed{'s' * (seeds > 1)}, device: {device}. "
-        f"Cells show {shown} of the {results.metric.final_name}."
+        f"Cells show {shown} of the {'saved model' if results.sweep.results else results.metric.final_name}."
     )
 
 
@@ -301,6 +323,10 @@ def as_json(results: Results) -> dict[str, Any]:
         for variant in results.sweep.variants:
             arm = results.arm(setting, variant)
             monitored = seen_by_seed(arm)
+            shown = {
+                name: {str(seed): run.record.final[name] for seed, run in arm.runs.items()}
+                for name, _ in results.sweep.results
+            }
             arms.append(
                 {
                     "setting": setting.label,
@@ -309,6 +335,7 @@ def as_json(results: Results) -> dict[str, Any]:
                     "seconds": {str(seed): run.record.final["seconds"] for seed, run in arm.runs.items()},
                     "failed_seeds": [run.seed for run in arm.failed],
                     "at_chance": arm.at_chance(),
+                    **({"results": shown} if shown else {}),
                     **({"monitor": {str(seed): record for seed, record in monitored.items()}} if monitored else {}),
                 }
             )

@@ -161,6 +161,18 @@ def test_lambdas_as_columns(tmp_path, monkeypatch):
     assert rows[0][2].startswith("72.33 ± ")
 
 
+def test_several_results_as_columns(tmp_path, monkeypatch):
+    columns = (("validation_accuracy", "top-1"), ("validation_loss", "loss"))
+    results = make_results(replace(SWEEP, layout="results", results=columns), tmp_path, monkeypatch)
+    header, rows = table_of(short_table(results), "model (all in %)")
+    assert header == ["model (all in %)", "top-1", "loss"]
+    accuracies, losses = [71.0, 74.0, 72.0], [29.0, 26.0, 28.0]
+    cells = [f"{fmean(values):.1f} ± {stdev(values):.1f}" for values in (accuracies, losses)]
+    assert rows[1] == ["A, identity, lambda 1", *cells]
+    arm = next(arm for arm in as_json(results)["arms"] if arm["variant"] == "identity, lambda 1")
+    assert arm["results"]["validation_loss"] == pytest.approx({"0": 0.29, "1": 0.26, "2": 0.28})
+
+
 def test_times_are_paired_by_seed(tmp_path, monkeypatch):
     results = make_results(replace(SWEEP, layout="time"), tmp_path, monkeypatch)
     _, rows = table_of(short_table(results), "model")
