@@ -58,7 +58,9 @@ class Advice:
         if not self.saturated_layers:
             return []
         where = f"The softmax of attention layers {', '.join(map(str, self.saturated_layers))} is saturated"
-        effect = f"{where} (more than half of the rows have a weight above 0.999): almost no gradient reaches W_Q and W_K. "
+        effect = (
+            f"{where} (more than half of the rows have a weight above 0.999): almost no gradient reaches W_Q and W_K. "
+        )
         if self.unsaturated_lambda is not None:
             return [
                 f"{effect}With lambda_={self.unsaturated_lambda:g} on query and key in place of {self.lambda_:g} no layer is "
