@@ -30,7 +30,7 @@ def on_files(files, config):
 
 def command_line():
     """The help of every command, as typer writes it; without the last, which is hidden."""
-    command = [sys.executable, "-m", "typer", "hf_specattn.cli", "utils", "docs", "--name", "specattn"]
+    command = [sys.executable, "-m", "typer", "specattn", "utils", "docs", "--name", "specattn"]
     done = subprocess.run([*command, "--title", "The command line"], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -1,7 +1,7 @@
-"""`specattn report`, for the command line to register."""
+"""What `specattn report` does."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -9,9 +9,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from ..balance import probe_batch
 from ..files import require_writable
-from ..machine_output import as_json
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
 
 # What a text model is looked at on where no data are given.
 DEFAULT_TEXT = (
@@ -22,26 +19,20 @@ DEFAULT_TEXT = (
 
 
 def report(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint's folder, or the name of a model on the Hub; stock or conditioned.")
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Text file whose first lines the model reads. Default: two sentences."),
-    ] = None,
-    output_dir: Annotated[Path, typer.Option(help="Folder for report.html and its figures.")] = Path("report"),
-    sequences: Annotated[int, typer.Option(min=1, help="Number of lines to read.")] = 4,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens to keep of each line.")] = 128,
-    queries: Annotated[int, typer.Option(min=1, help="Tokens of the first line to compute the Jacobian at.")] = 16,
-    jacobian_heads: Annotated[
-        int | None, typer.Option(min=0, help="Heads per layer to compute the Jacobian of. Default: all.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Show how well conditioned a model's attention is: one HTML page, and its figures as PNG and SVG."""
+    model: str,
+    data: Path | None,
+    output_dir: Path,
+    sequences: int = 4,
+    max_length: int = 128,
+    queries: int = 16,
+    jacobian_heads: int | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Write the report of a checkpoint, as `specattn report` does; its flags are the arguments.
+
+    Returns:
+        What `--json` prints: the path of the page, and the numbers on it.
+    """
     # It imports the Trainer's callbacks, which the other commands should not wait for.
     from .attention_report import diagnose, write_diagnosis
 
@@ -50,8 +41,7 @@ def report(
     batch = _batch(loaded, model, data, sequences, max_length, trust_remote_code)
     diagnosis = diagnose(loaded, batch, queries=queries, jacobian_heads=jacobian_heads)
     page = write_diagnosis(diagnosis, output_dir, title=model)
-    told = {"page": page, **diagnosis.as_dict()}
-    typer.echo(as_json(told) if json else f"Wrote {page}, with its figures beside it.")
+    return {"page": page, **diagnosis.as_dict()}
 
 
 def _batch(

@@ -21,7 +21,8 @@ from models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, logging
 
-from hf_specattn import SpectralConfig, __version__, cli
+import specattn as cli
+from hf_specattn import SpectralConfig, __version__
 from hf_specattn.checkpoints import conversion, publishing
 from hf_specattn.config import GRANULARITIES, INITS, METHODS
 from hf_specattn.machine_output import as_json
@@ -69,7 +70,7 @@ LOADED = """
 import json, sys
 from transformers import PreTrainedModel, AutoModel
 before = set(sys.modules)
-import hf_specattn.cli, hf_specattn.diagnostics.command
+import hf_specattn.checkpoints.conversion, hf_specattn.checkpoints.publishing, hf_specattn.diagnostics.command
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -80,6 +81,26 @@ def test_the_command_loads_what_it_needs_when_it_needs_it():
     assert {"hf_specattn.checkpoints.cards", "hf_specattn.diagnostics.command"} <= set(loaded)
     heavy = r"(matplotlib|scipy|jinja2|peft|datasets|pandas|sklearn|PIL)$|transformers\.(trainer|training_args)"
     assert [name for name in loaded if re.match(heavy, name)] == []
+
+
+SHOWN_AT_ONCE = """
+import json, sys
+import specattn
+sys.argv = ["specattn", *json.loads(sys.argv[1])]
+try:
+    specattn.main()
+finally:
+    print(json.dumps(sorted({"torch", "transformers", "numpy", "hf_specattn"} & sys.modules.keys())))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["convert", "--help"], ["fold"], ["report", "--queries", "x"]])
+def test_help_and_wrong_flags_wait_for_no_import(arguments):
+    command = [sys.executable, "-c", SHOWN_AT_ONCE, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    assert done.returncode == (0 if "--help" in arguments else 2)
+    assert "specattn" in done.stdout + done.stderr
 
 
 def test_convert_inspect_fold(specattn, source, tmp_path):
@@ -418,7 +439,7 @@ def test_whatever_is_raised_is_one_message(error, message, specattn, conditioned
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(cli, "publish", fail)
+    monkeypatch.setattr(publishing, "publish", fail)
     code, _, err = specattn("push", conditioned, "me/x")
     assert (code, err.count("\n")) == (1, 1)
     assert message in err
@@ -494,7 +515,7 @@ def test_folders_are_written_to_first(specattn, source, tmp_path, monkeypatch):
 
 
 def test_an_output_that_is_not_utf8_ends_no_command(source, tmp_path):
-    command = [sys.executable, "-c", "from hf_specattn.cli import main; main()", "convert", str(source)]
+    command = [sys.executable, "-c", "from specattn import main; main()", "convert", str(source)]
     environment = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(tmp_path / "ü–λ")], capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr

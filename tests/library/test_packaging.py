@@ -104,7 +104,7 @@ def beyond(names: set[str]) -> list[str]:
     return sorted(
         module
         for module, home in homes.items()
-        if module != "hf_specattn" and not names & set(map(canonicalize_name, home))
+        if module not in ("hf_specattn", "specattn") and not names & set(map(canonicalize_name, home))
     )
 
 
@@ -145,8 +145,10 @@ def test_the_wheel_has_the_library_and_nothing_else(wheel):
     cards = {f"hf_specattn/model_cards/{name}" for name in ("__init__.py", *TEMPLATES)}
     about = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
     assert len(names) == len(set(names))
-    assert set(names) == modules() | {"hf_specattn/py.typed"} | cards | {f"{info}/{name}" for name in about}
-    assert entry_points.split() == ["[console_scripts]", "specattn", "=", "hf_specattn.cli:main"]
+    assert set(names) == modules() | {"specattn.py", "hf_specattn/py.typed"} | cards | {
+        f"{info}/{name}" for name in about
+    }
+    assert entry_points.split() == ["[console_scripts]", "specattn", "=", "specattn:main"]
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_specattn.terminal import expand_home, tolerate_output
+from specattn import expand_home, tolerate_output
 
 # Other names of flags, where a script has the flag and nothing of the other name. Most are those of transformers' examples.
 ALIASES = {

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from hf_specattn.terminal import expand_home, tolerate_output
 from recipes.run.command_line import ALIASES, INSTEAD, SWITCHES, ScriptParser
+from specattn import expand_home, tolerate_output
 
 
 @dataclass

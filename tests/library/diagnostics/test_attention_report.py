@@ -14,8 +14,10 @@ import typer
 from models import ARCHITECTURES
 from PIL import Image
 from transformers import AutoModel
+from transformers.utils import logging
 from typer.testing import CliRunner
 
+import specattn
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
 from hf_specattn.diagnostics import (
     capture,
@@ -35,7 +37,6 @@ from hf_specattn.diagnostics.attention_figures import (
     training_figure,
 )
 from hf_specattn.diagnostics.attention_report import JacobianRow
-from hf_specattn.diagnostics.command import report
 from hf_specattn.diagnostics.indicator import Indicator
 from hf_specattn.preconditioning import preconditioning_reports
 
@@ -168,8 +169,10 @@ def test_diagnose_looks_at_every_head_by_default():
 @pytest.fixture
 def app():
     application = typer.Typer()
-    application.command()(report)
-    return application
+    application.command()(specattn.report)
+    verbosity = logging.get_verbosity()
+    yield application
+    logging.set_verbosity(verbosity)
 
 
 @pytest.mark.slow

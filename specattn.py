@@ -1,38 +1,29 @@
-"""The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports."""
+"""The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports.
+
+It is no part of the package: importing that imports torch and transformers, for which neither help nor a wrong flag should
+wait. So the commands import what they need.
+"""
 
 import os
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
-from huggingface_hub.errors import LocalTokenNotFoundError
-from transformers.utils import logging
 
-from .balance import OutputChangedError
-from .checkpoints.conversion import Options, Result, balance_checkpoint, fold_checkpoint
-from .checkpoints.conversion import convert as convert_checkpoint
-from .checkpoints.inspection import inspect_checkpoint
-from .checkpoints.publishing import plan, publish
-from .checkpoints.records import read_record
-from .config import PROJECTIONS, SpectralConfig
-from .diagnostics.command import Json, report
-from .files import require_writable
-from .machine_output import as_json, environment
-from .preconditioner import PreconditionerConfig
-from .terminal import expand_home, tolerate_output
+if TYPE_CHECKING:
+    from hf_specattn.checkpoints.conversion import Options, Result
 
 TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: where an error was raised is shown
 # Of the types that this package raises, with a message for users.
-OWN_ERRORS = (ValueError, OSError, ImportError, OutputChangedError)
+OWN_ERRORS = (ValueError, OSError, ImportError)
 HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
 # typer brings click along, under a private name in some releases.
 UsageError: Any = typer.BadParameter.__base__
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 app = typer.Typer(
     name="specattn",
@@ -54,6 +45,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST that
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Load weights that are only there as a pickle, with weights_only.")
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
 BaseModel = Annotated[
     str | None, typer.Option(help="Name of SRC on the Hub, for the model card, where SRC is a folder.")
 ]
@@ -86,7 +78,7 @@ def convert(
     targets: Annotated[
         str | None,
         typer.Option(
-            metavar=",".join((*PROJECTIONS, "output")),
+            metavar="query,key,value,output",
             help="The projections to condition, separated by commas. Default: query,key,value.",
         ),
     ] = None,
@@ -121,7 +113,11 @@ def convert(
 
     With --preconditioner, a preconditioned one.
     """
-    options = Options(revision, DTYPES.get(dtype), overwrite, allow_pickle, base_model)
+    options = _options(revision, dtype, overwrite, allow_pickle, base_model)
+    from hf_specattn import PreconditionerConfig, SpectralConfig
+    from hf_specattn.checkpoints import conversion
+    from hf_specattn.config import PROJECTIONS
+
     settings = {"lambda": lambda_, "targets": targets, "granularity": granularity, "init": init}
     config = None
     if preconditioner is None or method is not None:
@@ -136,7 +132,7 @@ def convert(
         raise ValueError(f"--preconditioner-{stray} does nothing without --preconditioner row or column.")
     chosen = {name: value for name, value in fields.items() if value is not None}
     preconditioner_config = None if preconditioner is None else PreconditionerConfig(preconditioner, **chosen)  # type: ignore[arg-type]
-    result = convert_checkpoint(src, dst, config, init or "additive", options, preconditioner_config)
+    result = conversion.convert(src, dst, config, init or "additive", options, preconditioner_config)
     _tell(result, json)
 
 
@@ -151,7 +147,9 @@ def fold(
     json: Json = False,
 ) -> None:
     """Make a plain checkpoint of a conditioned one: W + C in the weights of the stock architecture."""
-    options = Options(revision, DTYPES.get(dtype), overwrite, base_model=base_model)
+    options = _options(revision, dtype, overwrite, base_model=base_model)
+    from hf_specattn.checkpoints.conversion import fold_checkpoint
+
     _tell(fold_checkpoint(src, dst, options), json)
 
 
@@ -167,13 +165,19 @@ def balance(
     json: Json = False,
 ) -> None:
     """Make each head of a stock checkpoint better conditioned along its gauge, with its outputs kept."""
-    options = Options(revision, DTYPES.get(dtype), overwrite, allow_pickle, base_model)
+    options = _options(revision, dtype, overwrite, allow_pickle, base_model)
+    from hf_specattn.checkpoints.conversion import balance_checkpoint
+
     _tell(balance_checkpoint(src, dst, options), json)
 
 
 @app.command()
 def inspect(src: Src, revision: Revision = None, allow_pickle: AllowPickle = False, json: Json = False) -> None:
     """Show what a checkpoint is, and the condition numbers of its projections."""
+    _load_library()
+    from hf_specattn.checkpoints.inspection import inspect_checkpoint
+    from hf_specattn.machine_output import as_json
+
     found = inspect_checkpoint(src, revision, allow_pickle)
     _report(as_json(found.as_dict()) if json else found.describe())
 
@@ -194,9 +198,14 @@ def push(
     json: Json = False,
 ) -> None:
     """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
+    _load_library()
+    from hf_specattn.checkpoints import publishing
+    from hf_specattn.files import require_writable
+    from hf_specattn.machine_output import as_json
+
     if card_dir is not None:
         require_writable(card_dir, "--card-dir")
-    publication = plan(src, repo_id, new_card)
+    publication = publishing.plan(src, repo_id, new_card)
     tell = _nothing if json else _report
     tell(publication.describe())
     if card_dir is not None:
@@ -205,7 +214,7 @@ def push(
     if dry_run:
         tell("Dry run: nothing was uploaded.")
     else:
-        commit = publish(
+        commit = publishing.publish(
             publication,
             private=private or None,
             revision=revision,
@@ -219,7 +228,40 @@ def push(
         _report(as_json({"repo_id": publication.repo_id, **listed, "url": url}))
 
 
-app.command()(report)
+@app.command()
+def report(
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint's folder, or the name of a model on the Hub; stock or conditioned.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Text file whose first lines the model reads. Default: two sentences."),
+    ] = None,
+    output_dir: Annotated[Path, typer.Option(help="Folder for report.html and its figures.")] = Path("report"),
+    sequences: Annotated[int, typer.Option(min=1, help="Number of lines to read.")] = 4,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens to keep of each line.")] = 128,
+    queries: Annotated[int, typer.Option(min=1, help="Tokens of the first line to compute the Jacobian at.")] = 16,
+    jacobian_heads: Annotated[
+        int | None, typer.Option(min=0, help="Heads per layer to compute the Jacobian of. Default: all.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show how well conditioned a model's attention is: one HTML page, and its figures as PNG and SVG."""
+    _load_library()
+    from hf_specattn.diagnostics import command
+
+    told = command.report(
+        model, data, output_dir, sequences, max_length, queries, jacobian_heads, trust_remote_code=trust_remote_code
+    )
+    if json:
+        from hf_specattn.machine_output import as_json
+
+        _report(as_json(told))
+    else:
+        _report(f"Wrote {told['page']}, with its figures beside it.")
 
 
 @app.command(
@@ -243,6 +285,8 @@ def options(
 ) -> None:
     """Spectral conditioning of attention: make, look at and publish checkpoints."""
     if version:
+        from hf_specattn.machine_output import as_json, environment
+
         found = environment()
         lines = (f"{name} {'is not installed' if value is None else value}" for name, value in found.items())
         _report(as_json(found) if json else "\n".join(lines))
@@ -262,8 +306,34 @@ def _nothing(text: str) -> None:
     """In place of `_report` where JSON is printed in the end."""
 
 
-def _tell(result: Result, json: bool) -> None:
+def _load_library() -> None:
+    """Import the package, and with it transformers, quietly: the reports say what there is to say."""
+    from transformers.utils import logging
+
+    import hf_specattn  # noqa: F401
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
+def _options(
+    revision: str | None, dtype: str, overwrite: bool, allow_pickle: bool = False, base_model: str | None = None
+) -> "Options":
+    _load_library()
+    import torch
+
+    from hf_specattn.checkpoints.conversion import Options
+
+    stored = None if dtype == "auto" else getattr(torch, dtype)
+    return Options(revision, stored, overwrite, allow_pickle, base_model)
+
+
+def _tell(result: "Result", json: bool) -> None:
     """What a conversion did: as text, or the record that lies in the new folder, with its path and files."""
+    from hf_specattn.checkpoints.records import read_record
+    from hf_specattn.machine_output import as_json
+
     where = {"folder": result.folder, "files": result.files}
     _report(as_json({"record": read_record(result.folder), **where}) if json else result.describe())
 
@@ -299,8 +369,28 @@ def _number(text: str) -> float:
         ) from None
 
 
+def tolerate_output() -> None:
+    """Let an output that is not UTF-8 show what it cannot spell as escapes: no table or message ends a program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook took its place
+            stream.reconfigure(errors="backslashreplace")
+
+
+def expand_home(words: Sequence[str]) -> list[str]:
+    """Put the home folder in place of a leading `~`, as shells do not in `--flag=~/folder` and between quotes."""
+    expanded = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        expanded.append(f"{flag}{equals}{os.path.expanduser(value)}" if value.startswith("~") else word)
+    return expanded
+
+
 def explain(error: Exception) -> str:
     """What a user is told of an error, whatever raised it: in our own messages the way out is said already."""
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    import hf_specattn
+
     kind = type(error)
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None or kind is LocalTokenNotFoundError:
@@ -308,8 +398,9 @@ def explain(error: Exception) -> str:
         return f"{told}: check the name, and that you are logged in with write access (`hf auth login`)."
     if kind.__module__.partition(".")[0].rstrip("0123456789") in HTTP_LIBRARIES:
         return f"the Hub could not be reached ({kind.__name__}): check the connection, and HF_ENDPOINT and HF_HUB_OFFLINE."
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if isinstance(error, OWN_ERRORS) and Path(raised_in).is_relative_to(Path(__file__).parent):
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    is_ours = raised_in == Path(__file__) or raised_in.is_relative_to(Path(hf_specattn.__file__).parent)
+    if is_ours and isinstance(error, (*OWN_ERRORS, hf_specattn.OutputChangedError)):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}. Check that it is there, and that you may read or write it."
@@ -328,11 +419,8 @@ def explain(error: Exception) -> str:
 
 def main() -> None:
     """Run the command. Like the scripts it ends with status 2 where the command line is wrong, else with 1 and a message."""
-    logging.set_verbosity_error()  # the reports say what there is to say
     tolerate_output()
     sys.argv[1:] = expand_home(sys.argv[1:])
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     try:
         raise SystemExit(app(prog_name="specattn", standalone_mode=False) or 0)
     except UsageError as error:
