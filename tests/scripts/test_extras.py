@@ -13,7 +13,14 @@ if sys.version_info < (3, 11):
 import tomllib
 
 # Distributions by what they are imported as, where the names differ.
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml", "hf_specattn": None, "recipes": None}
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "hf_specattn": None,
+    "specattn": None,
+    "recipes": None,
+}
 # Used in place of pycocotools where it is there.
 DISTRIBUTIONS["faster_coco_eval"] = "pycocotools"
 # What a named distribution itself needs, in the words of its own metadata.
