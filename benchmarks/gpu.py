@@ -41,6 +41,7 @@ from hf_specattn.files import write_bytes, write_json
 
 BENCHMARKS = Path(__file__).resolve().parent
 REPOSITORY = BENCHMARKS.parent
+COMMAND = REPOSITORY / "specattn.py"
 SEARCHED = (BENCHMARKS, REPOSITORY, REPOSITORY / "scripts")  # for the sources of what a benchmark imports
 PACKAGES = ("triton", "accelerate", "peft", "timm")
 # An item that is given less would be stopped while it loads; and so much is kept for the last writing.
@@ -132,7 +133,8 @@ def source_files(start: Path) -> set[Path]:
         path = waiting.pop()
         if path not in found:
             found.add(path)
-            waiting += _imported(path)
+            # The command imports the whole package, but only where it runs, which nothing here does.
+            waiting += [] if path == COMMAND else _imported(path)
     return found
 
 
