@@ -44,7 +44,7 @@ def fixed_seeds():
 
 @pytest.fixture(autouse=True)
 def unchanged_environment():
-    """What libraries leave in the environment stays in its test: PEFT's BOFT leaves CXX=gcc, with which torch.compile fails."""
+    """What libraries leave in the environment stays in its test: PEFT's BOFT leaves CXX=gcc, which breaks torch.compile."""
     with mock.patch.dict(os.environ):
         yield
 
