@@ -157,7 +157,9 @@ def picture(results: dict[str, Conditioning], length: int) -> dict[str, bytes]:
         layers = range(len(result.entropy))
         entropies.plot(layers, result.entropy, label=run, **STYLES[run])
     entropies.axhline(math.log(length), color="0.5", linestyle=":", label="uniform")
-    entropies.set(xlabel="attention layer", ylabel="attention entropy (nats)", title="Attention entropy", ylim=(0, None))
+    entropies.set(
+        xlabel="attention layer", ylabel="attention entropy (nats)", title="Attention entropy", ylim=(0, None)
+    )
     entropies.set_xticks(list(layers))
     for axes in (kappas, entropies):
         axes.grid(alpha=0.3)

@@ -118,6 +118,7 @@ NORM_OF_SVD = Variant("stock, norm of svd", ("--match_norm_of", "svd"))
 
 ROW: Flags = ("--attention_preconditioner", "row")
 ROW_AT_STOCK_NORM = Variant("row preconditioner, stock norm", (*ROW, "--preconditioner_scale", "match"))
+MIMETIC = Variant("mimetic", ("--projection_init", "mimetic"))
 CONDITIONED_START = Variant("conditioned initialization", ("--projection_init", "conditioned"))
 
 TABLE_1 = (
@@ -227,7 +228,7 @@ def evidence(scale: str, scripts: Path) -> Sweep:
     tuned = [
         Variant(f"{item.label}, {TUNED}", (*AT_TUNED_SCALE, *item.flags), item.strength, TUNED) for item in starts
     ]
-    variants = (*starts, NORM_OF_ONE, NORM_OF_SVD, Variant("mimetic", ("--projection_init", "mimetic")), *tuned)
+    variants = (*starts, NORM_OF_ONE, NORM_OF_SVD, MIMETIC, *tuned)
     sweep = _sweep("evidence", "Conditioning, or scale?", scale, scripts, variants, variants)
     return replace(
         sweep,

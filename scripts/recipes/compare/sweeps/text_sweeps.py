@@ -22,6 +22,8 @@ from .regime_sweeps import NO_RESIDUAL, VALUE_OUTPUT, orthogonal, scaled
 from .sweep_presets import (
     CONDITIONED_START,
     LAMBDA,
+    MIMETIC,
+    NORM_OF_TUNED,
     ROW,
     ROW_AT_STOCK_NORM,
     SCALE,
@@ -57,8 +59,9 @@ SETTING = Setting("Crammed BERT, letters")
 def precondition_text(scale: str, scripts: Path) -> Sweep:
     """The second source beside the first on text, and both against controls."""
     row = Variant("row preconditioner", ROW, control=ROW_AT_STOCK_NORM.label)
-    controls = (STOCK, ROW_AT_STOCK_NORM, CONDITIONED_START, TUNED_STOCK)
-    variants = (*controls, row, svd(*ROW, label=" + row preconditioner"), svd(), identity("{lambda}"))
+    controls = (STOCK, ROW_AT_STOCK_NORM, CONDITIONED_START, TUNED_STOCK, NORM_OF_TUNED, MIMETIC)
+    treated = replace(identity("{lambda}"), control=NORM_OF_TUNED.label)
+    variants = (*controls, row, svd(*ROW, label=" + row preconditioner"), svd(), treated)
     tunings = (replace(SCALE, values=(1.0, 2.0, 4.0, 8.0)), replace(LAMBDA, values=(0.3, 1.0, 3.0)))
     title = "Text: preconditioned attention, and its controls"
     sweep = _sweep("precondition_text", title, scale, scripts, variants, tunings)
@@ -101,9 +104,8 @@ def _sweep(
         raise SweepError(
             f"--scale paper: {name} is of no paper's table; leave it out, and give other text behind `--`."
         )
-    seeds, tuning_seeds = SEEDS[:2], TUNING_SEEDS[:1]
-    sweep = Sweep(name, title, scripts / TEXT_SCRIPT, (SETTING,), variants, seeds, "settings", SMALL_TEXT, tunings)
-    return replace(sweep, tuning_seeds=tuning_seeds)
+    sweep = Sweep(name, title, scripts / TEXT_SCRIPT, (SETTING,), variants, SEEDS, "settings", SMALL_TEXT, tunings)
+    return replace(sweep, tuning_seeds=TUNING_SEEDS[:1])
 
 
 TEXT_SWEEPS: dict[str, Callable[[str, Path], Sweep]] = {

@@ -11,13 +11,14 @@ from image_records import write_image_record
 from PIL import Image
 from scipy import stats
 
-from recipes.compare.comparison import METRICS
+from recipes.compare.comparison import METRICS, Run
 from recipes.compare.sweeps import execution
 from recipes.compare.sweeps.design import Setting, Sweep, SweepError, Tuning, Variant
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
 from recipes.compare.sweeps.runner import Machine
 from recipes.compare.sweeps.sweep_report import as_json, picture, report, short_table
-from recipes.compare.sweeps.sweep_results import choose
+from recipes.compare.sweeps.sweep_results import ArmResult, choose
+from recipes.run.run_metrics import RunMetrics
 
 ACCURACY, LOSS = METRICS["images"]["accuracy"], METRICS["images"]["loss"]
 SCALED = Variant("stock, tuned scale", ("--scale", "{scale}"), start="tuned scale")
@@ -145,6 +146,18 @@ def test_every_cell_with_its_differences(results, tmp_path):
     assert "2: 70.00 **(chosen)**" in text
     assert "Trained on squares (40 training images), 20 steps, 3 seeds" in text
     assert "an end of its range" not in text
+
+
+def test_passes_over_text_follow_a_batch_that_grows(tmp_path):
+    record = RunMetrics(
+        arguments={},
+        facts={"tokens_per_step": 400, "train_tokens": 1000},
+        history=[{"step": 4, "epoch": 0.5}, {"step": 6, "epoch": 1.5}],
+        validation=[{"step": step, "validation_loss": loss} for step, loss in ((2, 3.0), (5, 2.0))],
+    )
+    arm = ArmResult({0: Run(tmp_path, 0, "stock", {}, record)})
+    loss = METRICS["tokens"]["loss"]
+    assert [arm.passes_until(loss, target) for target in (3.0, 2.5, 1.0)] == [(0.25, 1), (1.0, 1), (None, 0)]
 
 
 def test_a_choice_at_the_end_of_its_range_is_said(tmp_path, monkeypatch):
