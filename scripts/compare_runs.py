@@ -92,6 +92,7 @@ def table(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric) -> st
         "standard deviation",
         *(["perplexity (exp of the mean)"] if unit == "tokens" else []),
         f"training {unit}/s, median",
+        f"steps to the final {metric.name} of {reference.label} (runs)",
         f"{metric.name} minus that of {reference.label}, mean (seeds)",
         "95 % interval",
     ]
@@ -101,6 +102,7 @@ def table(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric) -> st
 def row(group: RunGroup, reference: RunGroup, metric: Metric) -> list[str]:
     mean, deviation, speed = group.mean(metric), group.deviation(metric), group.tokens_per_second
     difference = None if group is reference else paired_difference(group.values(metric), reference.values(metric))
+    steps, reached = group.steps_until(metric, reference.mean(metric))
     return [
         group.label,
         str(len(group.runs)),
@@ -108,6 +110,7 @@ def row(group: RunGroup, reference: RunGroup, metric: Metric) -> list[str]:
         NOTHING if deviation is None else shown(deviation, metric.digits),
         *([describe_perplexity(mean)] if group.runs[0].unit == "tokens" else []),
         NOTHING if speed is None else f"{speed:,.0f}",
+        NOTHING if steps is None else f"{steps:,.0f} ({reached} of {len(group.runs)})",
         *describe_difference(difference, group is reference, metric.digits),
     ]
 

@@ -174,6 +174,18 @@ class Run:
         positions = np.interp(steps, *columns(self._tokens_by_step())).tolist() if over_tokens else steps
         return [(position, entry[key]) for position, entry in zip(positions, entries)]
 
+    def reached(self, metric: Metric, target: float, over_tokens: bool = False) -> float | None:
+        """Where the first validation stands that came to a result; None where none did.
+
+        Args:
+            metric: Of the result.
+            target: The result, in the metric's unit.
+            over_tokens: As of `curve`.
+        """
+        sign = 1 if metric.higher_is_better else -1
+        points = self.curve(metric.key, over_tokens)
+        return next((place for place, value in points if sign * value * metric.factor >= sign * target), None)
+
     def _tokens_by_step(self) -> list[Point]:
         entries = [*self.record.history, *self.record.validation]
         known = {
@@ -204,6 +216,11 @@ class RunGroup:
         """The standard deviation of `values` (divisor n - 1); None for one run."""
         values, scale = scaled(self.values(metric).values())
         return stdev(values) * scale if len(self.runs) > 1 else None
+
+    def steps_until(self, metric: Metric, target: float) -> tuple[float | None, int]:
+        """The median of the steps after which its runs came to a result (None without any), and how many did."""
+        steps = [step for run in self.runs if (step := run.reached(metric, target)) is not None]
+        return (median(steps) if steps else None), len(steps)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-import numpy as np
-
 from ..comparison import Metric, PairedDifference, Run, find_differences, find_metric, paired_difference
 from .design import PlannedRun, Setting, Sweep, Variant
 from .runner import finished
@@ -76,15 +74,8 @@ def _is_at_chance(run: Run) -> bool:
 
 
 def _passes_until(run: Run, metric: Metric, target: float) -> float | None:
-    sign = 1 if metric.higher_is_better else -1
-    for step, value in run.curve(metric.key):
-        if sign * value * metric.factor >= sign * target:
-            facts = run.record.facts
-            if run.unit == "tokens":  # whose batch may grow over the run
-                steps, epochs = ([0, *(item[name] for item in run.record.history)] for name in ("step", "epoch"))
-                return float(np.interp(step, steps, epochs))
-            return step * facts[f"{run.unit}_per_step"] / facts[f"train_{run.unit}"]
-    return None
+    read = run.reached(metric, target, over_tokens=True)
+    return None if read is None else read / run.record.facts[f"train_{run.unit}"]
 
 
 @dataclass(frozen=True)

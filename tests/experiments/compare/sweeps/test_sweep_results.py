@@ -152,8 +152,9 @@ def test_passes_over_text_follow_a_batch_that_grows(tmp_path):
     record = RunMetrics(
         arguments={},
         facts={"tokens_per_step": 400, "train_tokens": 1000},
-        history=[{"step": 4, "epoch": 0.5}, {"step": 6, "epoch": 1.5}],
+        history=[{"step": 4, "train_tokens_seen": 500}, {"step": 6, "train_tokens_seen": 1500}],
         validation=[{"step": step, "validation_loss": loss} for step, loss in ((2, 3.0), (5, 2.0))],
+        final={"step": 6, "train_tokens_seen": 1500},
     )
     arm = ArmResult({0: Run(tmp_path, 0, "stock", {}, record)})
     loss = METRICS["tokens"]["loss"]
