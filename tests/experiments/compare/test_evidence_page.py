@@ -111,6 +111,8 @@ def test_the_committed_page_is_that_of_the_committed_results():
 
 
 def test_the_readme_names_the_same_gain():
-    mean, low, high = re.findall(r"[+-][\d.]+", evidence_page.pooled("residual_free", "svd on V and O", "stock, tuned"))
+    mean, low, high = re.findall(
+        r"[+-][\d.]+", evidence_page.pooled("residual_free", "svd on V and O", "stock, tuned")
+    )
     readme = " ".join((evidence_page.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
     assert f"{mean} points (95 % interval {low} to {high})" in readme
