@@ -134,11 +134,15 @@ def gain(sweep: str, variant: str, other: str, setting: str | None = None, digit
 
 
 def table(
-    sweep: str, variants: Sequence[str], settings: Sequence[str] | None = None, title: str = "accuracy (%)"
+    sweep: str,
+    variants: Sequence[str],
+    settings: Sequence[str] | None = None,
+    title: str = "accuracy (%)",
+    digits: int = 2,
 ) -> str:
     """Rows of variants under columns of settings, all of the sweep's where none are named."""
     columns = settings or list(dict.fromkeys(item["setting"] for item in sweep_results(sweep)["arms"]))
-    rows = [[variant, *(arm(sweep, variant, setting) for setting in columns)] for variant in variants]
+    rows = [[variant, *(arm(sweep, variant, setting, digits) for setting in columns)] for variant in variants]
     return markdown_table([title, *columns], rows).rstrip("\n")
 
 
@@ -152,6 +156,11 @@ def time_ratio(sweep: str, variant: str, other: str, setting: str | None = None)
     """The median over the seeds of the training times' ratio."""
     ours, others = (find_arm(sweep, name, setting)["seconds"] for name in (variant, other))
     return f"{median(ours[seed] / others[seed] for seed in ours.keys() & others.keys()):.2f}"
+
+
+def seeds(sweep: str) -> int:
+    """How many seeds its arms have at most."""
+    return max(len(item["values"]) for item in sweep_results(sweep)["arms"])
 
 
 def chosen(sweep: str, tuning: str, setting: str) -> str:
@@ -262,7 +271,7 @@ def page() -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, chosen, hours)
+    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, seeds, chosen, hours)
     environment.globals.update({function.__name__: function for function in functions})
     return wrapped(environment.get_template(TEMPLATE).render())
 

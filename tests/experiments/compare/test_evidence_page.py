@@ -47,6 +47,7 @@ def test_cells(results):
     assert evidence_page.seen("small", "stock", "path_effective_rank", "A", "last") == "8"
     assert evidence_page.chosen("small", "scale", "A") == "8"
     assert evidence_page.hours("small") == "1.0"
+    assert evidence_page.seeds("small") == 4
     assert evidence_page.time_ratio("small", "svd", "stock", "A") == "1.50"
     assert evidence_page.table("small", ["stock", "svd"], ["A"]).splitlines() == [
         "| accuracy (%) | A |",
@@ -54,6 +55,7 @@ def test_cells(results):
         "| stock | 91.00 ± 1.00 |",
         f"| svd | {evidence_page.arm('small', 'svd', 'A')} |",
     ]
+    assert evidence_page.table("small", ["stock"], ["A"], "loss", digits=0).endswith("| stock | 91 ± 1 |")
 
 
 def test_differences_are_paired_by_seed(results):
