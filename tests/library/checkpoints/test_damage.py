@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, logging
 
-from hf_specattn import PreconditionerConfig, SpectralConfig, cli, condition, precondition
+import specattn as cli
+from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
 from hf_specattn.modeling import FIELDS, PRECONDITIONER_FIELDS, SPECTRAL_FIELDS
 
 BERT = ARCHITECTURES["bert"]

@@ -17,7 +17,8 @@ from models import (
 )
 from transformers import AutoModel
 
-from hf_specattn import PreconditionerConfig, SpectralConfig, cli
+import specattn as cli
+from hf_specattn import PreconditionerConfig, SpectralConfig
 from hf_specattn.checkpoints.conversion import balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checkpoints.publishing import plan
@@ -209,10 +210,12 @@ def test_the_flags_of_the_command(stock_checkpoint, tmp_path, monkeypatch, capsy
         ("--preconditioner", "row", "--lambda", "1"): "--lambda does nothing with --preconditioner alone",
         ("--preconditioner", "row", "--init", "preserve"): "--init does nothing with --preconditioner alone",
         ("--preconditioner-scale", "rms"): "--preconditioner-scale does nothing without --preconditioner",
-        ("--preconditioner", "diagonal"): "axis='diagonal' is unknown",
         ("--preconditioner", "column"): "it reads texts, whose batches are padded. Use axis='row'",
         ("--preconditioner", "row", "--preconditioner-eps", "0"): "eps=0.0 is not allowed",
     }.items():
         code, error = run(*flags, "--overwrite")
         assert (code, error.count("\n")) == (1, 1)
         assert message in error
+    code, error = run("--preconditioner", "diagonal", "--overwrite")
+    assert code == 2
+    assert "'diagonal' is not one of 'row', 'column'" in error

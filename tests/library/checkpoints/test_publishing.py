@@ -213,7 +213,7 @@ def test_a_bad_name_is_refused(repo_id, converted, api):
 
 
 def test_what_cannot_be_published(tmp_path, stock_checkpoint, api):
-    with pytest.raises(PublishingError, match="no folder"):
+    with pytest.raises(PublishingError, match="is not a folder; only what lies here can be published"):
         plan("someone/model", "me/x")
     with pytest.raises(SourceError, match=r"no config\.json"):
         plan(tmp_path, "me/x")
