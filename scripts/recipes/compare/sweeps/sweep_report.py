@@ -260,6 +260,8 @@ def _training_of(run: Run) -> str:
     facts, arguments = run.record.facts, run.record.arguments
     named = (facts.get("images"), facts.get("data"), arguments.get("train_file"), arguments.get("dataset_name"))
     what = next((each for each in named if each), "the script's data")
+    if not isinstance(what, str):
+        what = ", ".join(what)
     items = "sequences" if run.unit == "tokens" else run.unit
     return f"{what} ({facts[f'train_{items}']:,} training {items}), {run.steps:,} steps"
 
