@@ -11,7 +11,6 @@ conditioning of attention over training is drawn there, too: `training.png` and 
 Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from recipes.compare.comparison import (
     shared_time_budget,
 )
 from recipes.compare.curves import HUGE, picture
+from recipes.compare.monitor_records import read_records
 from recipes.run.command_line import ScriptParser
 from recipes.run.run_metrics import perplexity
 
@@ -222,22 +222,6 @@ def draw_conditioning(groups: Sequence[RunGroup], metric: Metric, output: Path) 
 def is_monitored(run: Run) -> bool:
     """Whether the run itself was trained with the monitor: an earlier one in the same folder may have left a file, too."""
     return bool(run.record.arguments.get("spectral_monitor_every")) and (run.directory / MONITOR_FILE).is_file()
-
-
-def read_records(run: Path) -> list[dict[str, Any]]:
-    """Read what `SpectralMonitor` measured in a run.
-
-    Raises:
-        ComparisonError: if its file is damaged, or something else.
-    """
-    file = run / MONITOR_FILE
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))["records"]
-        return sorted(records, key=lambda record: record["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ComparisonError(
-            f"{file} is damaged or no file of SpectralMonitor: {error!r}. Move it away to go on without it."
-        ) from error
 
 
 def check_output_dir(output_dir: str | None) -> Path | None:

@@ -119,8 +119,8 @@ def _sweep(
         Setting(task, ("--task", TASKS[task], *preset, *(monitor if task in DRAWN else ()))) for task in tasks
     )
     seeds = SEEDS[:2] if scale == "small" else SEEDS
-    sweep = Sweep(name, title, scripts / LRA_SCRIPT, settings, tuple(variants), seeds, published=published)
-    return replace(sweep, draws_monitor=True)
+    script = scripts / LRA_SCRIPT
+    return Sweep(name, title, script, settings, tuple(variants), seeds, published=published, draws_monitor=True)
 
 
 LRA_SWEEPS: dict[str, Callable[[str, Path], Sweep]] = {

@@ -4,7 +4,6 @@ Those of conditioning show the reference beside the variants with a correction, 
 with a preconditioner.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from hf_specattn.diagnostics.attention_figures import draw_band, training_figure
-from hf_specattn.diagnostics.monitor import MONITOR_FILE, summary_of
+from hf_specattn.diagnostics.monitor import summary_of
 from hf_specattn.figures import COLORS, MARKERS, label_powers, new_figure, render
 
-from ..comparison import Run
+from ..monitor_records import read_records
 from .design import Setting, Variant
 from .sweep_results import Results
 
@@ -53,16 +52,12 @@ def monitor_figures(results: Results) -> dict[str, dict[str, bytes]]:
 
 def _monitored(results: Results, setting: Setting) -> dict[str, list[Records]]:
     """Variant's label -> the records of its runs; without variants of which a run has none."""
-    groups = {}
+    groups: dict[str, list[Records]] = {}
     for variant in results.sweep.variants:
         runs = results.arm(setting, variant).runs.values()
         if runs and all(run.record.arguments.get("spectral_monitor_every") for run in runs):
-            groups[variant.label] = [_records(run) for run in runs]
+            groups[variant.label] = [read_records(run.directory) for run in runs]
     return groups
-
-
-def _records(run: Run) -> Records:
-    return json.loads((run.directory / MONITOR_FILE).read_text(encoding="utf-8"))["records"]
 
 
 def _is_conditioned(record: Mapping[str, Any]) -> bool:

@@ -1,6 +1,5 @@
 """What the monitor saw of a sweep's runs, before the first step and at the end: heads and paths, well conditioned or not."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -10,6 +9,7 @@ from hf_specattn.diagnostics.monitor import MONITOR_FILE
 from hf_specattn.figures import markdown_table
 
 from ..comparison import Run
+from ..monitor_records import read_records
 from .sweep_results import ArmResult, Results
 
 NOTHING = "–"
@@ -36,10 +36,9 @@ def seen(run: Run) -> Seen | None:
 
     A median that is infinite is None, as in the monitor's file.
     """
-    file = run.directory / MONITOR_FILE
-    if not file.is_file():
+    if not (run.directory / MONITOR_FILE).is_file():
         return None
-    records = json.loads(file.read_text(encoding="utf-8"))["records"]
+    records = read_records(run.directory)
     return {when: _medians(records[place]) for when, place in (("first", 0), ("last", -1))}
 
 
