@@ -472,8 +472,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         where = ["--task", "listops", "--output_dir", str(Path(folder) / "run"), "--disable_tqdm"]
         first, _ = script.parse_arguments([*where, *flags_of(arguments.cases[0], arguments)], "")
-        accelerator = runs.build_accelerator(first, script.LOGGERS)
-        for name in script.LOGGERS:
+        accelerator = runs.build_accelerator(first)
+        for name in runs.LOGGERS:
             logging.getLogger(name).setLevel(logging.WARNING)
         for case in arguments.cases:
             loops[case] = measure_loops([*where, *flags_of(case, arguments)], arguments.rounds, accelerator)

@@ -324,14 +324,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         where = ["--output_dir", folder, "--disable_tqdm"]
         first, _ = script.parse_arguments([*flags, *where], "")
-        accelerator = runs.build_accelerator(first, script.LOGGERS)
+        accelerator = runs.build_accelerator(first)
         # Of the package: that bare steps refresh nothing, which is as it should be.
-        for logger, level in (
-            ("pretrain_mlm", logging.WARNING),
-            ("recipes", logging.ERROR),
-            ("hf_specattn", logging.ERROR),
-        ):
-            logging.getLogger(logger).setLevel(level)
+        for logger in runs.LOGGERS:
+            logging.getLogger(logger).setLevel(logging.ERROR)
         for name in arguments.variants:
             torch.compiler.reset()
             run = PretrainRun([*flags, *where, *VARIANTS[name]], accelerator)

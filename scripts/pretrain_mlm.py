@@ -48,8 +48,6 @@ from recipes.text.pretrain_arguments import PretrainArguments, parse_arguments
 from recipes.text.pretrain_plan import describe_plan
 from recipes.text.pretrain_task import DROPOUT_SETTINGS, MlmTask
 
-LOGGERS = ("recipes", "hf_specattn")
-
 
 def build_model(arguments: PretrainArguments, vocab_size: int) -> PreTrainedModel:
     """Build a new model, without dropout, and set how its projections begin.
@@ -77,7 +75,7 @@ def load_checked(arguments: PretrainArguments, spectral: SpectralArguments) -> P
 
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
-    with started(arguments, LOGGERS, CorpusError) as accelerator:
+    with started(arguments, CorpusError) as accelerator:
         for name in ("spectral_monitor_every", "decay_toward_start_on"):
             if getattr(arguments, name) and will_shard(accelerator):
                 raise CorpusError(f"--{name} needs whole weights, and FSDP shards them; leave it out, or use DDP.")

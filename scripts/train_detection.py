@@ -27,7 +27,6 @@ The output folder holds the detector (for `recipes.detection.detector.load_detec
 checkpoints.
 """
 
-import logging
 import sys
 
 from accelerate.utils import DistributedType, set_seed
@@ -39,23 +38,19 @@ from recipes.detection.detection_task import DetectionTask
 from recipes.detection.detector import DetectorError
 from recipes.detection.detector_building import build_detector
 from recipes.run.conditioned_model import SAMPLES
-from recipes.run.runs import evaluate_only, run, started
-
-logger = logging.getLogger("train_detection")
-LOGGERS = ("train_detection", "recipes", "hf_specattn")
+from recipes.run.runs import evaluate_only, run, show_plan, started
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
-    with started(arguments, LOGGERS, DetectionDataError, DetectorError) as accelerator:
+    with started(arguments, DetectionDataError, DetectorError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise DetectorError("These models fit on one GPU: use several processes without FSDP (DDP).")
         if arguments.eval_only:
             task = DetectionTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)
             return
-        for line in describe_plan(arguments, spectral, accelerator):
-            logger.info(line)
+        show_plan(describe_plan, arguments, spectral, accelerator)
         if arguments.show_plan:
             return
         # The images are found and looked at: bad ones end the run here. They decide the classes.

@@ -32,7 +32,6 @@ The output folder holds the model and its image processor (for the Auto classes 
 `loss_curve.png`, `evaluations.json` (for the model card), and the last checkpoints, each a folder `checkpoint-<step>`.
 """
 
-import logging
 import sys
 
 from accelerate.utils import DistributedType, set_seed
@@ -49,9 +48,6 @@ from recipes.run.projection_init import initialize_projections
 from recipes.run.runs import evaluate_only, run, show_plan, started
 from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
-logger = logging.getLogger("train_image_classification")
-LOGGERS = ("train_image_classification", "recipes", "hf_specattn")
-
 
 def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
     """Build or load the model, and set how its projections begin.
@@ -63,11 +59,9 @@ def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
     try:
         initialize_projections(model, arguments.initialization())
         if arguments.no_layer_norm:
-            logger.info(f"Took {remove_layer_norms(model)} layer norms out of the model.")
+            remove_layer_norms(model)
         if arguments.no_attention_residual:
-            logger.info(
-                f"Took {remove_attention_residuals(model)} residual connections of attention out of the model."
-            )
+            remove_attention_residuals(model)
     except ValueError as error:
         raise ModelError(str(error)) from error
     return model
@@ -75,7 +69,7 @@ def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
 
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
-    with started(arguments, LOGGERS, ImageDataError) as accelerator:
+    with started(arguments, ImageDataError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
         # What is wrong with a model that is named shows before the images are looked at.

@@ -27,10 +27,8 @@ The output folder holds the model (for the Auto classes, after `recipes.lra.nyst
 the test accuracy and that of guessing, `loss_curve.png`, and the last checkpoints. docs/lra.md says which data can be read.
 """
 
-import logging
 import sys
 
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
@@ -41,21 +39,9 @@ from recipes.lra.lra_task import LraTask, check_model
 from recipes.lra.nystromformer import LraNystromformerForSequenceClassification, register
 from recipes.run.conditioned_model import SAMPLES, condition_model
 from recipes.run.projection_init import initialize_projections
-from recipes.run.runs import evaluate_only, run, started
+from recipes.run.runs import evaluate_only, run, show_plan, started
 from recipes.run.spectral_arguments import SpectralArguments
 from recipes.run.usable_model import ModelError, check_conditioning, load_model
-
-logger = logging.getLogger("train_lra")
-LOGGERS = ("train_lra", "recipes", "hf_specattn")
-
-
-def show_plan(arguments: LraArguments, spectral: SpectralArguments, accelerator: Accelerator) -> None:
-    """Log what the run will do, before any of it is done."""
-    if not accelerator.is_main_process:
-        return
-    precision = accelerator.mixed_precision
-    for line in describe_plan(arguments, spectral, processes=accelerator.num_processes, mixed_precision=precision):
-        logger.info(line)
 
 
 def build_model(arguments: LraArguments) -> PreTrainedModel:
@@ -85,7 +71,7 @@ def load_checked(arguments: LraArguments, spectral: SpectralArguments) -> PreTra
 def main(argv: list[str] | None = None) -> None:
     arguments, spectral = parse_arguments(sys.argv[1:] if argv is None else argv, str(__doc__).splitlines()[0])
     register()
-    with started(arguments, LOGGERS, LraDataError) as accelerator:
+    with started(arguments, LraDataError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
         # What is wrong with a checkpoint shows before the data are prepared.
@@ -94,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             task = LraTask(arguments, spectral, accelerator)
             evaluate_only(task, arguments.model_name_or_path, accelerator)
             return
-        show_plan(arguments, spectral, accelerator)
+        show_plan(describe_plan, arguments, spectral, accelerator)
         if arguments.show_plan:
             return
         # The data are found or made, and cached; guessing is measured on them.

@@ -41,7 +41,7 @@ def our_loop(bench, tmp_path):
     def build(*flags):
         given = [*FLAGS, "--output_dir", str(tmp_path / "run"), *flags]
         AcceleratorState._reset_state(reset_partial_state=True)
-        accelerator = bench.runs.build_accelerator(bench.script.parse_arguments(given, "")[0], ())
+        accelerator = bench.runs.build_accelerator(bench.script.parse_arguments(given, "")[0])
         return bench.OurLoop(given, accelerator)
 
     return build

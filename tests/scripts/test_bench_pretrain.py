@@ -59,7 +59,7 @@ def test_a_timed_step_is_the_step_of_the_script(bench, flags, tmp_path, variant)
         AcceleratorState._reset_state(reset_partial_state=True)
         given = [*flags, "--gradient_accumulation_steps", "2", "--output_dir", str(tmp_path / f"run-{clocked}")]
         given += bench.VARIANTS[variant]
-        accelerator = bench.runs.build_accelerator(bench.script.parse_arguments(given, "")[0], bench.script.LOGGERS)
+        accelerator = bench.runs.build_accelerator(bench.script.parse_arguments(given, "")[0])
         run = bench.PretrainRun(given, accelerator)
         for group in run.training.optimizer.param_groups:
             group["lr"] = 1e-2

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..run.command_line import flag
 from ..run.preset_files import on_one_gpu, read_yaml
 from ..run.projection_init import check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
@@ -41,94 +42,72 @@ OPTIONAL_COUNTS = ("max_train_samples", "max_validation_samples")
 class DetectionArguments(RunArguments):
     """Arguments of the run; the defaults are the demonstration on shapes."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Values for the other flags, which those given on the command line replace: shapes (the defaults), a "
-            "published recipe on COCO (xcit_s12_p16, xcit_s12_p8, swin_b), or a YAML file of your own."
-        },
+    preset: str | None = flag(
+        None,
+        "Values for the other flags, which those given on the command line replace: shapes (the defaults), a "
+        "published recipe on COCO (xcit_s12_p16, xcit_s12_p8, swin_b), or a YAML file of your own.",
     )
 
     # Data.
-    coco_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder in COCO's layout: images in <split>/, annotations/instances_<split>.json. None: shapes."
-        },
+    coco_dir: str | None = flag(
+        None, "Folder in COCO's layout: images in <split>/, annotations/instances_<split>.json. None: shapes."
     )
-    train_split: str = field(default="train2017", metadata={"help": "To train on."})
-    validation_split: str = field(default="val2017", metadata={"help": "To validate on; may be the same."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first so many images."})
-    max_validation_samples: int | None = field(default=None, metadata={"help": "Validate on the first so many."})
-    check_images: str = field(
-        default="decode",
-        metadata={
-            "help": "Before training read every image (decode), or only the beginning of each (header).",
-            "choices": ["decode", "header"],
-        },
+    train_split: str = flag("train2017", "To train on.")
+    validation_split: str = flag("val2017", "To validate on; may be the same.")
+    max_train_samples: int | None = flag(None, "Train on the first so many images.")
+    max_validation_samples: int | None = flag(None, "Validate on the first so many.")
+    check_images: str = flag(
+        "decode",
+        "Before training read every image (decode), or only the beginning of each (header).",
+        ["decode", "header"],
     )
-    augmentation: str = field(
-        default="flip",
-        metadata={
-            "help": "none, flip, or multi_scale: that of the published detectors on COCO.",
-            "choices": list(AUGMENTATIONS),
-        },
+    augmentation: str = flag(
+        "flip", "none, flip, or multi_scale: that of the published detectors on COCO.", AUGMENTATIONS
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that read images; 0: none beside."})
+    dataloader_num_workers: int = flag(0, "Processes that read images; 0: none beside.")
 
     # Model.
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A detector that this script trained."})
-    classifier: str | None = field(
-        default=None,
-        metadata={
-            "help": "An ImageNet classifier whose weights, and corrections where it is conditioned, the body begins with: a "
-            "folder of train_image_classification.py, or of the Hub (timm/<name> for timm's). None: random weights."
-        },
+    model_name_or_path: str | None = flag(None, "A detector that this script trained.")
+    classifier: str | None = flag(
+        None,
+        "An ImageNet classifier whose weights, and corrections where it is conditioned, the body begins with: a "
+        "folder of train_image_classification.py, or of the Hub (timm/<name> for timm's). None: random weights.",
     )
-    body: str | None = field(
-        default=None,
-        metadata={
-            "help": "Of four stages, with random weights: a model of timm, or a model type, folder or repository of "
-            "transformers with a backbone (swin). None: the classifier's, or a small XCiT."
-        },
+    body: str | None = flag(
+        None,
+        "Of four stages, with random weights: a model of timm, or a model type, folder or repository of "
+        "transformers with a backbone (swin). None: the classifier's, or a small XCiT.",
     )
-    body_args: str | None = field(
-        default=None, metadata={"help": 'What else timm, or the configuration, is told, as JSON: {"embed_dim": 96}.'}
+    body_args: str | None = flag(None, 'What else timm, or the configuration, is told, as JSON: {"embed_dim": 96}.')
+    out_indices: list[int] | None = flag(
+        None, "Blocks or stages of a body of timm whose outputs are read, from 0. None: the last 4."
     )
-    out_indices: list[int] | None = field(
-        default=None,
-        metadata={"help": "Blocks or stages of a body of timm whose outputs are read, from 0. None: the last 4."},
+    drop_path_rate: float | None = flag(None, "Stochastic depth of the body. None: as the body has it.")
+    batch_norm: str | None = flag(
+        None,
+        "The body's batch norms: frozen, train, sync (all of the model's, over GPUs). None: sync on several "
+        "GPUs, else frozen where the body is pretrained, and train where it is not.",
+        BATCH_NORMS,
     )
-    drop_path_rate: float | None = field(
-        default=None, metadata={"help": "Stochastic depth of the body. None: as the body has it."}
-    )
-    batch_norm: str | None = field(
-        default=None,
-        metadata={
-            "help": "The body's batch norms: frozen, train, sync (all of the model's, over GPUs). None: sync on several "
-            "GPUs, else frozen where the body is pretrained, and train where it is not.",
-            "choices": list(BATCH_NORMS),
-        },
-    )
-    fpn_channels: int = field(default=64, metadata={"help": "Channels of the feature pyramid."})
-    box_head_size: int = field(default=128, metadata={"help": "Width of the box head."})
+    fpn_channels: int = flag(64, "Channels of the feature pyramid.")
+    box_head_size: int = flag(128, "Width of the box head.")
     mask_layers: list[int] = field(
         default_factory=lambda: [64, 64], metadata={"help": "Channels of the mask head's convolutions."}
     )
     anchor_sizes: list[int] = field(
         default_factory=lambda: [8, 16, 32, 64, 96], metadata={"help": "Anchors of the five levels, in pixels."}
     )
-    min_size: int = field(default=128, metadata={"help": "Short side that images are resized to."})
-    max_size: int = field(default=128, metadata={"help": "Greatest long side of resized images."})
+    min_size: int = flag(128, "Short side that images are resized to.")
+    max_size: int = flag(128, "Greatest long side of resized images.")
 
     # Optimization.
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float = flag(3.0, "Passes over the training images.")
     max_steps: int | None = default_of("max_steps", None, "Optimizer steps, instead of passes, along a cosine.")
-    milestones: list[float] | None = field(
-        default=None, metadata={"help": "Passes after which the learning rate is divided by 10. None: a cosine to 0."}
+    milestones: list[float] | None = flag(
+        None, "Passes after which the learning rate is divided by 10. None: a cosine to 0."
     )
-    warmup_steps: int = field(default=30, metadata={"help": "Steps of linear warmup."})
-    warmup_factor: float = field(default=0.001, metadata={"help": "Of the learning rate at the first step."})
+    warmup_steps: int = flag(30, "Steps of linear warmup.")
+    warmup_factor: float = flag(0.001, "Of the learning rate at the first step.")
     per_device_train_batch_size: int = default_of(
         "per_device_train_batch_size", 4, "Images per process and forward pass."
     )
@@ -140,12 +119,8 @@ class DetectionArguments(RunArguments):
 
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/train_detection")
-    eval_steps: int | None = field(
-        default=0, metadata={"help": "Steps between validations; 0: only at the end. None: one after each pass."}
-    )
-    draw: int = field(
-        default=0, metadata={"help": "Draw what is found on the first so many validation images, in --output_dir."}
-    )
+    eval_steps: int | None = flag(0, "Steps between validations; 0: only at the end. None: one after each pass.")
+    draw: int = flag(0, "Draw what is found on the first so many validation images, in --output_dir.")
 
     def __post_init__(self) -> None:
         self.check_run()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
 from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
@@ -17,8 +16,12 @@ from .detector_building import load_trained, new_detector
 KNOWN_SIZES = {"train2017": (118_287, 80)}
 
 
-def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, accelerator: Accelerator) -> list[str]:
+def describe_plan(
+    arguments: DetectionArguments, spectral: SpectralArguments, *, processes: int, mixed_precision: str
+) -> list[str]:
     """Say what the run will do; for the presets of published recipes the deviations from them follow, one line each.
+
+    `processes` share the work, and the precision is as accelerate resolved it.
 
     Raises:
         DetectionDataError, DetectorError: where a run would raise them.
@@ -31,7 +34,7 @@ def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, ac
         own = arguments.classifier if arguments.body is None else None
         model = new_detector(arguments, names, None if own is None else read_classifier(own))
     torch.set_rng_state(state)
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     steps = arguments.steps_of(images, batch)
     changes = model_changes(arguments, spectral)
     begun = arguments.model_name_or_path or arguments.classifier or "random weights"
@@ -48,7 +51,7 @@ def describe_plan(arguments: DetectionArguments, spectral: SpectralArguments, ac
         f"decay {arguments.weight_decay:g}, gradient clipped at {arguments.max_grad_norm or 'no norm'}.",
     ]
     if arguments.preset in RECIPES:
-        changed = deviations(arguments, batch) + changes
+        changed = deviations(arguments, batch, mixed_precision) + changes
         lines.append(f"Deviations from the published recipe: {'none.' if not changed else ''}".rstrip())
         lines += [f"  - {line}" for line in changed]
         lines.append("What torchvision's Mask R-CNN does otherwise than mmdetection's: docs/detection.md.")
@@ -69,12 +72,12 @@ def planned_images(arguments: DetectionArguments) -> tuple[int, list[str]]:
     return min(images, arguments.max_train_samples or images), [str(number) for number in range(classes)]
 
 
-def deviations(arguments: DetectionArguments, batch: int) -> list[str]:
+def deviations(arguments: DetectionArguments, batch: int, mixed_precision: str) -> list[str]:
     """Return one line for each setting in which a run of a published preset is not its recipe."""
     run = vars(arguments) | {"global_batch_size": batch}
     recipe = RECIPES[str(arguments.preset)]
     compared = {name: value for name, value in recipe.items() if name != "coco_dir"}  # wherever COCO lies
     lines = [f"{name}: {run[name]} (published: {value})" for name, value in compared.items() if run[name] != value]
-    if arguments.mixed_precision == "bf16":
+    if mixed_precision == "bf16":
         lines.append("mixed precision bf16, in body and FPN alone (published: fp16)")
     return lines

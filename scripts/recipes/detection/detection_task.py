@@ -134,9 +134,6 @@ class DetectionTask(Task):
         milestones = [milestone * len(self.train) / self.amounts.batch for milestone in arguments.milestones]
         return lambda used: milestone_factor(used, milestones, warmup, start)
 
-    def epochs(self, position: int) -> float:
-        return self.order.epochs(position)
-
     def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[Batch]:
         if self._batches is None:  # one loader, which reads ahead, from the first step on
             self._batches = self._load(step - 1)

@@ -3,12 +3,13 @@
 import math
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..run.command_line import flag
 from ..run.preset_files import read_yaml
 from ..run.projection_init import INITIALIZATION_SETTINGS, check_initialization
 from ..run.run_arguments import RunArguments, default_of, parse_run_arguments
@@ -46,81 +47,60 @@ AT_LEAST_ONE = (
 class LraArguments(RunArguments):
     """Arguments of the run; the defaults are the published settings of ListOps."""
 
-    task: str = field(default="listops", metadata={"help": "Which task.", "choices": list(CLASSES)})
-    preset: str | None = field(
-        default="small",
-        metadata={
-            "help": "Values for the other flags, which those on the command line replace: lra (the published settings), "
-            "small (shorter sequences, minutes on two cores), or a YAML file of your own."
-        },
+    task: str = flag("listops", "Which task.", CLASSES)
+    preset: str | None = flag(
+        "small",
+        "Values for the other flags, which those on the command line replace: lra (the published settings), "
+        "small (shorter sequences, minutes on two cores), or a YAML file of your own.",
     )
 
     # Data.
-    data_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder with the task's data, of any form in docs/lra.md. None: made (listops and pathfinder)."
-        },
+    data_dir: str | None = flag(
+        None, "Folder with the task's data, of any form in docs/lra.md. None: made (listops and pathfinder)."
     )
-    protocol: str = field(
-        default="lra",
-        metadata={
-            "help": "lra: as published: text picks its checkpoint on the test part; clean: on part of the training data.",
-            "choices": list(PROTOCOLS),
-        },
+    protocol: str = flag(
+        "lra",
+        "lra: as published: text picks its checkpoint on the test part; clean: on part of the training data.",
+        PROTOCOLS,
     )
-    max_length: int = field(default=2000, metadata={"help": "Cut here; padded to the next power of 2."})
-    listops_min_length: int = field(default=500, metadata={"help": "Expressions that are made are longer than this."})
-    train_samples: int | None = field(
-        default=None,
-        metadata={"help": "Train on so many, drawn at random. None: all, or the published number of made data."},
+    max_length: int = flag(2000, "Cut here; padded to the next power of 2.")
+    listops_min_length: int = flag(500, "Expressions that are made are longer than this.")
+    train_samples: int | None = flag(
+        None, "Train on so many, drawn at random. None: all, or the published number of made data."
     )
-    validation_samples: int | None = field(default=None, metadata={"help": "The same, to validate on."})
-    test_samples: int | None = field(default=None, metadata={"help": "The same, to test on."})
-    data_seed: int = field(default=0, metadata={"help": "Decides what is made, held out and drawn; --seed does not."})
-    cache_dir: str | None = field(
-        default=None,
-        metadata={"help": "Folder of prepared data. None: hf_specattn in the home of Hugging Face's libraries."},
+    validation_samples: int | None = flag(None, "The same, to validate on.")
+    test_samples: int | None = flag(None, "The same, to test on.")
+    data_seed: int = flag(0, "Decides what is made, held out and drawn; --seed does not.")
+    cache_dir: str | None = flag(
+        None, "Folder of prepared data. None: hf_specattn in the home of Hugging Face's libraries."
     )
-    preprocessing_num_workers: int = field(default=1, metadata={"help": "Processes that make data."})
+    preprocessing_num_workers: int = flag(1, "Processes that make data.")
 
     # Model.
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Checkpoint of this script to go on from."})
-    attention_type: str = field(
-        default="nystrom",
-        metadata={"help": "nystrom, or softmax for exact attention.", "choices": ["nystrom", "softmax"]},
+    model_name_or_path: str | None = flag(None, "Checkpoint of this script to go on from.")
+    attention_type: str = flag("nystrom", "nystrom, or softmax for exact attention.", ["nystrom", "softmax"])
+    num_landmarks: int = flag(64, "Of Nystrom attention; published are 32, 64, 128 and 256.")
+    hidden_size: int = flag(64, "Width.")
+    num_hidden_layers: int = flag(2, "Layers.")
+    num_attention_heads: int = flag(2, "Attention heads.")
+    intermediate_size: int = flag(128, "Feed-forward width, and that of the head.")
+    hidden_dropout_prob: float = flag(0.1, "Dropout.")
+    padding_in_landmarks: bool = flag(True, "As published: landmarks average padding, too.")
+    batch_wide_inverse: bool = flag(
+        True, "As published: the pseudo-inverse starts from a maximum over the whole batch."
     )
-    num_landmarks: int = field(
-        default=64, metadata={"help": "Of Nystrom attention; published are 32, 64, 128 and 256."}
-    )
-    hidden_size: int = field(default=64, metadata={"help": "Width."})
-    num_hidden_layers: int = field(default=2, metadata={"help": "Layers."})
-    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads."})
-    intermediate_size: int = field(default=128, metadata={"help": "Feed-forward width, and that of the head."})
-    hidden_dropout_prob: float = field(default=0.1, metadata={"help": "Dropout."})
-    padding_in_landmarks: bool = field(
-        default=True, metadata={"help": "As published: landmarks average padding, too."}
-    )
-    batch_wide_inverse: bool = field(
-        default=True, metadata={"help": "As published: the pseudo-inverse starts from a maximum over the whole batch."}
-    )
-    mean_over_padding: bool = field(default=True, metadata={"help": "As published: the head's mean counts padding."})
-    zero_is_padding: bool = field(default=True, metadata={"help": "As published: black pixels are padding."})
-    no_layer_norm: bool = field(default=False, metadata={"help": "Ablation: take every layer norm out of the model."})
+    mean_over_padding: bool = flag(True, "As published: the head's mean counts padding.")
+    zero_is_padding: bool = flag(True, "As published: black pixels are padding.")
+    no_layer_norm: bool = flag(False, "Ablation: take every layer norm out of the model.")
 
     # Optimization.
     max_steps: int | None = default_of("max_steps", 5000)
-    warmup_steps: int = field(default=1000, metadata={"help": "Steps in which the learning rate rises from a 25th."})
+    warmup_steps: int = flag(1000, "Steps in which the learning rate rises from a 25th.")
     learning_rate: float = default_of("learning_rate", 1e-4)
-    cycle_beta1: bool = field(
-        default=True, metadata={"help": "As published: AdamW's beta1 from 0.95 down to 0.85 and back; else 0.9."}
-    )
+    cycle_beta1: bool = flag(True, "As published: AdamW's beta1 from 0.95 down to 0.85 and back; else 0.9.")
     weight_decay: float = default_of("weight_decay", 0.0)
     max_grad_norm: float = default_of("max_grad_norm", 0.0)
-    eval_steps: int = field(
-        default=50,
-        metadata={"help": "Steps between validations, of which the best picks the weights; 0: the last ones."},
-    )
+    eval_steps: int = flag(50, "Steps between validations, of which the best picks the weights; 0: the last ones.")
     output_dir: str = default_of("output_dir", "runs/train_lra")
 
     def __post_init__(self) -> None:

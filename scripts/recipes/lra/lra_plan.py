@@ -1,11 +1,11 @@
 """What a run on Long Range Arena is about to do, in sentences, before any data are read."""
 
-from contextlib import nullcontext
+import functools
 from typing import Any
 
 import torch
 
-from ..run.memory import estimate_training_memory
+from ..run.memory import autocast_on_cpu, estimate_training_memory
 from ..run.model_changes import model_changes
 from ..run.spectral_arguments import SpectralArguments
 from .lra_arguments import PRESETS, LraArguments
@@ -82,7 +82,6 @@ def deviations(arguments: LraArguments, batch: int, mixed_precision: str) -> lis
 def _memory_line(
     arguments: LraArguments, model: LraNystromformerForSequenceClassification, mixed_precision: str
 ) -> str:
-    half_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     shape = (2, arguments.padded_length) if arguments.task == "retrieval" else (arguments.padded_length,)
 
     def run_batch(examples: int) -> Any:
@@ -93,7 +92,7 @@ def _memory_line(
         model,
         run_batch,
         arguments.per_device_train_batch_size,
-        autocast=lambda: torch.autocast("cpu", half_precision) if half_precision else nullcontext(),
+        autocast=functools.partial(autocast_on_cpu, mixed_precision),
     )
     return (
         f"Memory of a process, expected at least (uncompiled, mixed precision {mixed_precision}): {estimate.total / 1e9:.2f} "

@@ -134,9 +134,9 @@ def table_rows(file: Path, columns: Mapping[str, tuple[str, ...]]) -> Iterator[t
         raise LraDataError(f"{file} cannot be read: {error}") from error
 
 
-def byte_ids(text: bytes, length: int | None = None) -> Ids:
+def byte_ids(text: bytes) -> Ids:
     """Bytes as token ids, one more than the byte; 0 is padding."""
-    return np.frombuffer(text[:length], dtype=np.uint8).astype(np.uint16) + np.uint16(1)
+    return np.frombuffer(text, dtype=np.uint8).astype(np.uint16) + np.uint16(1)
 
 
 def places(folder: Path, *below: str) -> Iterator[Path]:

@@ -229,9 +229,6 @@ class LraTask(Task):
         warmup, steps = self.arguments.warmup_steps, self.arguments.steps
         return lambda used: learning_rate_factor(used, warmup, steps)
 
-    def epochs(self, position: int) -> float:
-        return self.order.epochs(position)
-
     def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.step = step
         batch = self.order.batch(position, micro_steps * self.amounts.micro_batch)

@@ -1,5 +1,6 @@
 """Models without layer norms, and without the residual connection of attention: no stock class is one of them."""
 
+import logging
 import sys
 from typing import Any
 
@@ -8,6 +9,8 @@ from transformers import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from hf_specattn.conditioning import refuse_to_save
+
+logger = logging.getLogger(__name__)
 
 WITHOUT_RESIDUAL = "WithoutResidual"  # ends the names of the classes
 
@@ -32,6 +35,7 @@ def remove_layer_norms(model: PreTrainedModel) -> int:
         model,
         "has no layer norm any more, and a checkpoint of it would load with new ones; save its state_dict() instead.",
     )
+    logger.info(f"Took {len(names)} layer norms out of the model.")
     return len(names)
 
 
@@ -65,6 +69,7 @@ def remove_attention_residuals(model: PreTrainedModel) -> int:
         model,
         "has no residual connection of attention, and a checkpoint of it would load with one; save its state_dict() instead.",
     )
+    logger.info(f"Took {len(blocks)} residual connections of attention out of the model.")
     return len(blocks)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,9 @@ from .training_state import TrainingParts
 from .usable_model import ModelError
 
 logger = logging.getLogger(__name__)
+
+# Those that speak on the main process.
+LOGGERS = ("recipes", "hf_specattn")
 
 
 def run(
@@ -78,16 +81,15 @@ def run(
 
 
 @contextlib.contextmanager
-def started(arguments: RunArguments, loggers: Sequence[str], *errors: type[Exception]) -> Iterator[Accelerator]:
+def started(arguments: RunArguments, *errors: type[Exception]) -> Iterator[Accelerator]:
     """The accelerator of a run; what a user can change ends the program with a message, anything else with a traceback.
 
     Args:
-        loggers: Those that speak on the main process.
         errors: The experiment's own errors whose message says what to do.
     """
     known: tuple[type[Exception], ...] = (CheckpointError, ConditioningError, CannotWriteError, ModelError, *errors)
     try:
-        accelerator = build_accelerator(arguments, loggers)
+        accelerator = build_accelerator(arguments)
         with contextlib.ExitStack() as stack:
             stack.enter_context(logging_redirect_tqdm())
             if not (arguments.eval_only or arguments.show_plan):
@@ -105,8 +107,8 @@ def started(arguments: RunArguments, loggers: Sequence[str], *errors: type[Excep
         raise SystemExit(f"error: {one_line(error)}. {last_checkpoint(arguments)}") from error
 
 
-def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accelerator:
-    """Make the accelerator of a run, and let `loggers` speak on its main process.
+def build_accelerator(arguments: RunArguments) -> Accelerator:
+    """Make the accelerator of a run, and let `LOGGERS` speak on its main process.
 
     Raises:
         SystemExit: for what this machine cannot do.
@@ -125,7 +127,7 @@ def build_accelerator(arguments: RunArguments, loggers: Sequence[str]) -> Accele
     except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    for name in loggers:
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if not show_progress(arguments, accelerator):
         transformers_logging.disable_progress_bar()

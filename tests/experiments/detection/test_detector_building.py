@@ -83,8 +83,9 @@ def test_batch_norms_are_synchronized_over_gpus():
     assert list(detector.state_dict()) == names
 
 
-def test_a_plan_without_the_data(accelerator):
-    lines = describe_plan(*parse("--preset", "xcit_s12_p16", "--learning_rate", "2e-4"), accelerator)
+def test_a_plan_without_the_data():
+    arguments = parse("--preset", "xcit_s12_p16", "--learning_rate", "2e-4")
+    lines = describe_plan(*arguments, processes=1, mixed_precision="bf16")
     text = "\n".join(lines)
     assert "Mask R-CNN on timm xcit_small_12_p16_384, from timm/xcit_small_12_p16_384.fb_dist_in1k; 44," in text
     assert "Steps: 266,146 of 16 images, 36 passes." in text
@@ -95,9 +96,9 @@ def test_a_plan_without_the_data(accelerator):
     ]
 
 
-def test_a_plan_of_shapes_says_what_is_conditioned(accelerator):
+def test_a_plan_of_shapes_says_what_is_conditioned():
     flags = ("--spectral_conditioning", "--spectral_method", "svd", "--projection_init", "orthogonal")
-    lines = describe_plan(*parse(*flags), accelerator)
+    lines = describe_plan(*parse(*flags), processes=1, mixed_precision="no")
     assert "Mask R-CNN on timm xcit_nano_12_p8_224, from random weights; 1,275,407 parameters, 3 classes" in lines[0]
     assert "svd" in lines[0]
     assert "query, key and value weights orthogonal" in lines[0]
