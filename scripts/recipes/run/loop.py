@@ -303,15 +303,18 @@ def train_step(
         step_loss += loss.detach()
     # Every process and micro-batch counts the same: the mean of their means is the mean.
     step_loss = accelerator.reduce(step_loss, reduction="mean")
-    require_finite_loss(step_loss.item(), step)
     norm = accelerator.clip_grad_norm_(training.wrapped.parameters(), max_grad_norm or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    # Both numbers are read at once, and before the optimizer's work is queued: each reading makes the host wait for the GPU.
+    loss_value, norm_value = torch.stack([step_loss, norm.to(step_loss)]).tolist()
+    require_finite_loss(loss_value, step)
     if accelerator.scaler is None:  # fp16's loss scaling skips a step whose gradient overflowed
-        require_finite_gradient(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm), step)
+        require_finite_gradient(norm_value, step)
     if training.monitor is not None:
         training.monitor.observe_gradients(training.model, step)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    return step_loss.item()
+    return loss_value
 
 
 def is_due(step: int, every: int) -> bool:
