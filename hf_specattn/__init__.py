@@ -1,7 +1,8 @@
 """Spectral conditioning of attention for Hugging Face Transformers.
 
-Every query, key and value projection uses the effective weight `W + C`. Importing the package teaches transformers
-`from_pretrained(..., spectral_conditioning=True)`. Names are imported when they are first used, so that the import is light.
+Every query, key and value projection uses the effective weight `W + C`. Importing the package makes
+`from_pretrained(..., spectral_conditioning=True)` work in transformers. Names are imported when they are first used,
+which keeps the import light.
 """
 
 from typing import TYPE_CHECKING

@@ -25,20 +25,20 @@ class AttentionSpec:
         modules: child name -> the projection in it, or the projections in order for a fused tensor:
             `{"q_proj": "query", "k_proj": "key", "v_proj": "value"}` or `{"qkv": ("query", "key", "value")}`.
         defined_in: where the class is defined: dotted names of modules, or of packages that contain them; empty for
-            anywhere. A class name such as `Attention` says nothing without it.
+            anywhere. A class name such as `Attention` is ambiguous without it.
         interleaved: a fused tensor runs per key/value head (`[heads, 3 * head_dim]`) instead of in blocks.
         query_heads: number of heads, or the name of the attribute that has it: looked up on the attention module, then
-            on its `config`, then on the model's. Of several names the first that is there counts.
-        key_value_heads: the same for key and value; None where they have as many heads as the query.
+            on its `config`, then on the model's. If there are several names, the first existing one counts.
+        key_value_heads: the same for key and value; None if they have as many heads as the query.
         output: where the output projection W_O is, for [`balance`], [`precondition`] and the diagnostics: a dotted path
             from the attention module, each leading `..` a step up to the module that holds it (`"o_proj"`,
             `"..output.dense"`). Its inputs are the heads of the query, in order, each as long as a head of the value.
-        query_key_barrier: what stands between `X W_Q` and `X W_K` and their product, and so forbids the gauge
-            `W_Q M, W_K M^-T`; None says nothing does.
-        value_output_barrier: what stands between `X W_V` and `W_O` beside the attention weights of each head, and so
-            forbids the gauge `W_V G, G^-1 W_O`; None says nothing does. [`precondition`] refuses what a row names here.
-        harmless: names of the attention's other children and parameters that stand neither on nor behind what its heads
-            give, but before the projections, on the attention weights, or behind W_O; for [`precondition`].
+        query_key_barrier: what stands between `X W_Q` and `X W_K` and their product, and so rules out the gauge
+            `W_Q M, W_K M^-T`; None: nothing does.
+        value_output_barrier: what stands between `X W_V` and `W_O` besides the attention weights of each head, and so
+            rules out the gauge `W_V G, G^-1 W_O`; None: nothing does. [`precondition`] refuses an attention with one.
+        harmless: names of the attention's other children and parameters that do not act on the output of its heads, but
+            before the projections, on the attention weights, or after W_O; for [`precondition`].
     """
 
     attention: str | tuple[str, ...]
@@ -55,7 +55,7 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         if not self.modules:
-            raise ValueError("AttentionSpec.modules is empty; name the child modules that hold the projections.")
+            raise ValueError("AttentionSpec.modules is empty; name the child modules that contain the projections.")
         for child, projections in self.projections_of.items():
             unknown = [name for name in projections if name not in PROJECTIONS]
             if unknown or not projections:
@@ -355,7 +355,7 @@ USUAL_HEADS: dict[str, Any] = {
     "defined_in": ("transformers",),
 }
 
-# What `condition` knows beside those: families that the Auto classes load as stock models only.
+# What `condition` knows in addition: families that the Auto classes load only as stock models.
 MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
     "gpt_neox": (
         AttentionSpec("GPTNeoXAttention", {"query_key_value": PROJECTIONS}, interleaved=True, output="dense"),
@@ -388,7 +388,7 @@ MORE_ARCHITECTURES: dict[str, tuple[AttentionSpec, ...]] = {
             value_output_barrier="a convolution, whose output is put beside that of the heads",
         ),
     ),
-    # A BigBird goes over from block-sparse to full attention, projections and all, when it meets a short text.
+    # A BigBird switches from block-sparse to full attention, projections included, when it gets a short text.
     "big_bird": (
         AttentionSpec(
             ("BigBirdBlockSparseAttention", "BigBirdSelfAttention"), QUERY_KEY_VALUE, output="..output.dense"

@@ -1,8 +1,8 @@
-"""Whether a stored svd correction is the one that was saved: its checksum, or what can be seen without one.
+"""Whether a stored svd correction is the one that was saved: by its checksum, or by what can be verified without one.
 
-A correction is part of the trained function and cannot be computed again, so a flipped bit would be another function. Each
-one has the SHA-256 of its stored bytes, type and shape in the metadata of its safetensors file, under its own name; the
-bytes of another layer, or of its transpose, have another. Files that were written before this, or by other tools, have none.
+A correction is part of the trained function and cannot be recomputed, so a flipped bit would change the function. Each one
+has the SHA-256 of its stored bytes, type and shape in the metadata of its safetensors file, under its own name; another
+layer's correction, or a transposed one, has a different checksum. Files written before this, or by other tools, have none.
 """
 
 import hashlib
@@ -31,12 +31,12 @@ ROUNDINGS, EXACT, BY_PRODUCTS = 4, 1e-3, 2e-2
 
 
 class DamagedCorrectionError(ValueError):
-    """A stored correction that is not the one that was saved."""
+    """A stored correction is not the one that was saved."""
 
     def __init__(self, where: Any, name: str, what: str) -> None:
         super().__init__(
-            f"{where} is damaged: {name} {what}. A correction is part of the trained function and cannot be computed again; "
-            "restore the file from its source."
+            f"{where} is damaged: {name} {what}. A correction is part of the trained function and cannot be "
+            "recomputed; restore the file from its source."
         )
 
 
@@ -45,8 +45,8 @@ class Verified:
     """What the files of a checkpoint say about its corrections.
 
     Attributes:
-        checked: names of those whose checksum was right.
-        unproved: names of those without one, with the dtype that they are stored in.
+        checked: names of those with a correct checksum.
+        unproved: names of those without one, with the dtype in which they are stored.
     """
 
     checked: tuple[str, ...]
@@ -63,8 +63,8 @@ class Verified:
             return f"{len(self.checked)}, each with the checksum that it was saved with"
         count = f"{len(self.unproved)} of {len(self.checked) + len(self.unproved)}" if self.checked else "all"
         return (
-            f"{count} without a checksum. Each is a multiple of a semi-orthogonal matrix within its dtype's rounding; that "
-            "it is of its own layer, not transposed and of the right scale is not proved"
+            f"{count} without a checksum. Each is a multiple of a semi-orthogonal matrix within its dtype's rounding; "
+            "this does not prove that it belongs to its layer, is not transposed and has the right scale"
         )
 
 
@@ -130,7 +130,7 @@ def _verify_file(file: str | os.PathLike, checked: list[str], unproved: dict[str
             if name not in expected:
                 unproved[name] = tensor.dtype
             elif checksum(tensor) != expected[name]:
-                raise DamagedCorrectionError(file, name, "has another checksum than when it was saved")
+                raise DamagedCorrectionError(file, name, "has a different checksum than when it was saved")
             else:
                 checked.append(name)
 

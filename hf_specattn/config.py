@@ -12,7 +12,7 @@ METHODS = ("identity", "svd")
 GRANULARITIES = ("projection", "head")
 INITS = ("additive", "preserve")
 
-# The paper's setting ("Implementation" in section 3.3 and the ablation in table 5). Small models often want less: with
+# The paper's setting ("Implementation" in section 3.3 and the ablation in table 5). Small models often need less: with
 # layer-normed inputs, 10 on query and key saturates the softmax.
 DEFAULT_LAMBDA = 10.0
 
@@ -32,9 +32,9 @@ class SpectralConfig:
             the first three. W_O takes the same corrections: what counts for the signal is `W_O W_V` of each head.
         granularity: `"projection"` uses one `C` for the whole `(heads * head_dim, in_features)` weight, `"head"` one
             for each head's `(head_dim, in_features)` block, or `(out_features, head_dim)` columns of W_O.
-        refresh_every: None keeps `C` fixed. With n >= 1 (svd only) it is to be recomputed every n optimizer steps: add
-            [`SpectralCallback`] to the Trainer, or call [`refresh`] in a loop of your own. If neither happens, the
-            optimizer's step raises an error once 2 n steps have passed.
+        refresh_every: None keeps `C` fixed. With n >= 1 (svd only) it has to be recomputed every n optimizer steps:
+        add [`SpectralCallback`] to the Trainer, or call [`refresh`] in your own loop. If neither happens, the
+        optimizer step raises an error after 2 n steps.
 
     Raises:
         ValueError: for a value outside these sets; the message says what is allowed.
@@ -57,8 +57,8 @@ class SpectralConfig:
         if self.method == "svd":
             if self.lambda_ is not None:
                 raise ValueError(
-                    f"lambda_={self.lambda_!r} means nothing to method='svd', whose correction scales with W by itself; "
-                    "leave lambda_ out (None), or use method='identity'."
+                    f"lambda_={self.lambda_!r} means nothing to method='svd', whose correction scales with W; leave "
+                    "lambda_ out (None), or use method='identity'."
                 )
             return None
         if self.lambda_ is None:
@@ -68,7 +68,7 @@ class SpectralConfig:
         if set(self.lambda_) != set(self.targets):
             raise ValueError(
                 f"lambda_ has the keys {sorted(map(str, self.lambda_))}, but they must equal the targets "
-                f"{sorted(self.targets)}; give one number to each target, or name other targets."
+                f"{sorted(self.targets)}; give one number for each target, or change the targets."
             )
         return {name: _positive_number(f"lambda_[{name!r}]", self.lambda_[name]) for name in self.targets}
 
@@ -80,8 +80,8 @@ class SpectralConfig:
             raise ValueError(f"refresh_every={value!r} is not allowed; give an integer >= 1, or None to keep C fixed.")
         if self.method != "svd":
             raise ValueError(
-                f"refresh_every={value} means nothing to method={self.method!r}, whose correction does not depend on W; "
-                "leave it out (None), or use method='svd'."
+                f"refresh_every={value} means nothing to method={self.method!r}, whose correction does not depend on "
+                "W; leave it out (None), or use method='svd'."
             )
 
     @property
@@ -90,7 +90,7 @@ class SpectralConfig:
         return self.refresh_every is not None
 
     def lambda_for(self, projection: str) -> float | None:
-        """lambda of one projection; None where it is not a target, or the method has no lambda."""
+        """lambda of one projection; None if it is not a target, or the method has no lambda."""
         if projection not in self.targets or self.lambda_ is None:
             return None
         return self.lambda_[projection] if isinstance(self.lambda_, Mapping) else self.lambda_
@@ -146,7 +146,7 @@ def is_positive_number(value: Any) -> bool:
 def _positive_number(name: str, value: Any) -> float:
     if not is_positive_number(value):
         raise ValueError(
-            f"{name}={value!r} is not allowed; give a finite number > 0 (the paper's is 10; small models often want about "
-            "1), or a mapping from each target to such a number."
+            f"{name}={value!r} is not allowed; give a finite number > 0 (the paper's is 10; small models often need "
+            "about 1), or a mapping from each target to such a number."
         )
     return float(value)

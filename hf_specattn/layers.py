@@ -1,7 +1,7 @@
 """Projections with an effective weight `W + C`: `nn.Linear` and transformers' `Conv1D`, separate or fused.
 
-A stock projection becomes conditioned by a change of its class alone (`module.__class__ = SpectralLinear`): parameter
-names, hooks, devices and tied references stay as they were.
+A stock projection becomes conditioned only by a change of its class (`module.__class__ = SpectralLinear`): parameter
+names, hooks, devices and tied references do not change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -126,7 +126,7 @@ class OutputLayout(ProjectionLayout):
 
 
 def correction_matrix(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> Tensor:
-    """`C` for a whole `(out_features, in_features)` weight: zero on the rows that are no target.
+    """`C` for a whole `(out_features, in_features)` weight: zero on the rows that are not a target.
 
     At least float32. Identity reads only the weight's shape, dtype and device.
     """
@@ -158,8 +158,8 @@ def add_scaled_input(output: Tensor, input: Tensor, layout: ProjectionLayout, sp
     """`output + X C^T` for the identity correction, without forming `C`: `X I_k^T` is a slice of `X`.
 
     Rounding `W + lambda I` to bf16 would replace most of the diagonal by lambda itself (the spacing near 10 is 1/16).
-    Here the second term keeps the precision of `X`, and the sum is formed in float32: the add kernel of a half-precision
-    tensor works in float32 inside, and a float32 `X` (autocast behind a layer norm) promotes it.
+    Here the second term keeps the precision of `X`, and the sum is computed in float32: the add kernel of a
+    half-precision tensor uses float32 internally, and a float32 `X` (autocast after a layer norm) promotes it.
 
     Args:
         output: `(..., out_features)`, `X W^T + b` in half precision.
@@ -217,7 +217,7 @@ def add_scaled_input_(output: Tensor, input: Tensor, layout: ProjectionLayout, s
 
 
 def add_identity_(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralConfig) -> None:
-    """Add the identity correction to an `(out_features, in_features)` matrix in place: its diagonals alone are written."""
+    """Add the identity correction to an `(out_features, in_features)` matrix in place; only its diagonals are written."""
     for name, part in layout.grouped(matrix).items():
         lambda_ = spectral.lambda_for(name)
         if lambda_ is None:
@@ -241,21 +241,21 @@ def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
 
 
 class ChangedLayer(nn.Module):
-    """A stock module that computes something else since its class was changed: nothing may take its place in silence.
+    """A stock module that computes something else since its class was changed, so that nothing may silently replace it.
 
     Attributes:
-        lost: what would be lost with it, and the way out.
+        lost: what would be lost with it, and what to do.
     """
 
     lost: str
 
 
 class SpectralLayer(ChangedLayer):
-    """What conditioned `Linear` and `Conv1D` share. Made by `make_spectral`, never constructed.
+    """What conditioned `Linear` and `Conv1D` share. Created by `make_spectral`, never constructed directly.
 
     Attributes:
         spectral: the settings.
-        layout: where query, key and value stand among the output rows; of W_O, where its heads stand among the columns.
+        layout: where query, key and value are among the output rows; for W_O, where its heads are among the columns.
         correction: svd only: `C` in the orientation of `weight`, a persistent buffer. Identity stores no tensor: the
             number in `spectral` cannot be cast, sharded or lost.
     """
@@ -347,9 +347,9 @@ class SpectralLayer(ChangedLayer):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor) and is_foreign(value):
             raise ValueError(
-                f"A {type(value.data).__module__}.{type(value.data).__name__} would become the weight of a conditioned "
-                "projection, to which no correction can be added. Call hf_specattn.fold(model) first, which makes W + C the "
-                "plain weight, then quantize."
+                f"A {type(value.data).__module__}.{type(value.data).__name__} would become the weight of a "
+                "conditioned projection, to which no correction can be added. Call hf_specattn.fold(model) first, "
+                "which stores W + C as the plain weight, then quantize."
             )
         super().__setattr__(name, value)
 
@@ -412,7 +412,7 @@ class SpectralConv1D(SpectralLayer, Conv1D):
         return f"Conv1D(nf={self.nf}, nx={self.nx}, {self._describe()})"
 
 
-# Exact types only: a subclass (a quantized or adapter layer, say) may keep or read its weight in another way.
+# Exact types only: a subclass (for example a quantized or adapter layer) may store or read its weight differently.
 SPECTRAL_CLASSES: dict[type[nn.Module], type[SpectralLayer]] = {nn.Linear: SpectralLinear, Conv1D: SpectralConv1D}
 STOCK_CLASSES = {spectral: stock for stock, spectral in SPECTRAL_CLASSES.items()}
 
@@ -431,7 +431,7 @@ def make_spectral(module: nn.Module, layout: ProjectionLayout, spectral: Spectra
 
 
 def unmake_spectral(layer: SpectralLayer) -> None:
-    """Undo `make_spectral`: the stock class, and the weight as it stands."""
+    """Undo `make_spectral`: restore the stock class, and keep the weight."""
     if layer.spectral.method == "svd":
         forget(layer, "correction")
     STEPS_SINCE_REFRESH.pop(layer, None)
@@ -453,10 +453,10 @@ def make_stock(layer: SpectralLayer) -> nn.Module:
 
 
 class HeldModules(dict[str, Any]):
-    """The submodules of an attention, where no projection whose class was changed can be replaced by something else.
+    """The submodules of an attention; it refuses to replace a projection whose class was changed.
 
-    Quantizers and fp8 converters put modules of their own in the place of everything that is an `nn.Linear`, with its `W`.
-    They all do so by an entry here. Adapters, which keep the projection within what they put in its place, go through.
+    Quantizers and fp8 converters replace every `nn.Linear` by a module of their own with its `W`. They all do so by an entry
+    here. Adapters, whose replacement contains the projection, are accepted.
 
     Attributes:
         held: names of the projections, and what would be lost with each.
@@ -482,7 +482,7 @@ def replaced_message(name: str, module: nn.Module, lost: str) -> str:
 
 
 def hold_projections(model: nn.Module) -> None:
-    """Let no conditioned projection of `model` be replaced, until it is folded."""
+    """Protect the conditioned projections of `model` from being replaced until it is folded."""
     for module in model.modules():
         lost = {name: child.lost for name, child in module.named_children() if isinstance(child, ChangedLayer)}
         if lost:
@@ -499,7 +499,7 @@ def release_projections(model: nn.Module) -> None:
 
 
 def refuse_replaced(model: nn.Module) -> None:
-    """Refuse a model in which a conditioned projection was replaced all the same.
+    """Refuse a model in which a conditioned projection was replaced nevertheless.
 
     Raises:
         ValueError: naming it.

@@ -1,4 +1,4 @@
-"""What `--json` prints: one JSON document, and which environment a number comes from."""
+"""The JSON document that `--json` prints, and the environment that numbers come from."""
 
 import importlib.metadata
 import json
@@ -40,7 +40,7 @@ def _plain(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """Return the versions of this package, Python and the packages beside it (None: not installed), and the device."""
+    """Return the versions of this package, Python and related packages (None: not installed), and the device."""
     return {
         "hf_specattn": __version__,
         "python": platform.python_version(),

@@ -1,24 +1,24 @@
-"""Adapters of PEFT on conditioned models. PEFT itself is imported by whoever uses it, never by this module's import.
+"""PEFT adapters on conditioned models. Importing this module does not import PEFT.
 
 An adapter leaves the base model frozen and adds an update `D` to a projection, which then computes with `W + C + D`.
 Five things make PEFT work on a conditioned model as on a stock one:
 
-- **Default target modules**: PEFT looks them up by model type, and the conditioned types and Crammed BERT are entered.
-- **Methods.** PEFT knows the base layer's `weight`, which is `W`. That is all a method needs whose update does not
+- **Default target modules**: PEFT looks them up by model type, so the conditioned types and Crammed BERT are registered.
+- **Methods.** PEFT knows the base layer's `weight`, which is `W`. That is enough for methods whose update does not
   depend on the weight ([`ADDITIVE_METHODS`]): LoRA with any initialization, and many more. Those that scale, rotate or
   normalize the weight (DoRA, IA3, OFT, ...) would compute with `W + C` and merge into `W`. They are refused when the
-  adapter is put on, and only where they would touch a conditioned projection. The way out is [`fold`]: under an adapter
-  `W` and `C` are frozen alike, so a folded model computes the same, trains the same, and has one weight.
-- **The base model's name.** `AutoPeftModel` loads the base model that the adapter's configuration names, and PEFT takes
-  that name from `model.name_or_path`. A model conditioned in memory (`condition`, or `from_pretrained` of a stock
-  checkpoint with the flag) is not what lies at the stock path: naming it would rebuild a plain model in silence. Hence
+  adapter is added, and only if they would touch a conditioned projection. The solution is [`fold`]: under an adapter
+  `W` and `C` are both frozen, so a folded model computes the same, trains the same, and has a single weight.
+- **The base model's name.** `AutoPeftModel` loads the base model that the adapter's configuration names, and PEFT
+  takes that name from `model.name_or_path`. For a model conditioned in memory (`condition`, or `from_pretrained` of a
+  stock checkpoint with the flag), that would silently rebuild the plain model found at the stock path. Hence
   `name_or_path` is empty until the model is loaded from a conditioned checkpoint: the adapter names no base model,
-  `AutoPeftModel` fails instead of computing something else, and a warning says so when the adapter is put on. Nothing
-  is lost then: `PeftModel.from_pretrained(base, adapter)` still loads it. Recording the flags instead would recompute
-  the corrections from weights that may have changed since, and would rebuild the plain model wherever this package is
-  not imported.
-- **Preconditioned output projections** take no adapter: PEFT would give it the input as it stands before the layer.
-- **Refreshing.** Dynamic corrections of adapted projections stay what they are: their `W` is frozen. Recomputed from a
+  `AutoPeftModel` fails instead of computing something else, and a warning says so when the adapter is added. Nothing
+  is lost: `PeftModel.from_pretrained(base, adapter)` still loads it. Recording the flags instead would recompute the
+  corrections from weights that may have changed since, and would rebuild the plain model wherever this package is not
+  imported.
+- **Preconditioned output projections** take no adapter: PEFT would give it the input of the layer, not preconditioned.
+- **Refreshing.** Dynamic corrections of adapted projections do not change, because their `W` is frozen. Recomputed from a
   weight that holds a merged update, or the remainder of PiSSA, they would change the function.
 """
 
@@ -41,7 +41,8 @@ from .preconditioner import is_preconditioned, preconditioned_layers
 logger = logging.get_logger(__name__)
 
 # PEFT's methods whose update does not depend on the weight below it, by PeftType: the tests compare each with itself
-# folded and merged, and find the others wrong. A method that PEFT adds later is refused until it stands here.
+# folded and merged, and show that the others are wrong. A method that PEFT adds later is refused until it is listed
+# here.
 ADDITIVE_METHODS = (
     "ADALORA",
     "ADAMSS",
@@ -67,7 +68,7 @@ ADDITIVE_METHODS = (
     "VERA",
     "WAVEFT",
 )
-# The same among the variants of LoRA that a field of its configuration switches on. DoRA is none of them.
+# The same for the variants of LoRA that a field of its configuration enables. DoRA is not one of them.
 ADDITIVE_LORA_VARIANTS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -86,14 +87,14 @@ CRAMMED_BERT = "crammed_bert"  # the model type; its module is a heavy import
 def register() -> None:
     """Prepare PEFT for conditioned models: at once if it is imported, otherwise as soon as somebody imports it.
 
-    Idempotent. `import hf_specattn` calls it; it never imports PEFT, which takes long and may not be installed.
+    Idempotent. `import hf_specattn` calls it; it never imports PEFT, which is slow and may not be installed.
     """
     compat_extras.when_imported("peft", _prepare_peft)
 
 
 @functools.cache
 def _prepare_peft() -> None:
-    # Every way to put an adapter on ends here: get_peft_model, PeftModel.from_pretrained, add_adapter of PEFT and of
+    # Every way to add an adapter ends here: get_peft_model, PeftModel.from_pretrained, add_adapter of PEFT and of
     # transformers.
     compat_extras.wrap(compat_extras.INJECT_ADAPTER, _checked)
     _enter_target_modules()
@@ -119,7 +120,7 @@ def _with_this_package(allowlist: Callable[[], list[str]]) -> Callable[[], list[
 def _with_resized_embeddings(collect: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """PEFT saves embeddings whose size is not that in the checkpoint of the base model that an adapter names.
 
-    A model that was conditioned, or folded, in memory names none: what it was made from is asked then.
+    A model that was conditioned or folded in memory names none, so the checkpoint that it was made from is used.
     """
 
     @functools.wraps(collect)
@@ -179,7 +180,7 @@ def _missing_targets(mapping: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _translated(bert_targets: Any, model_type: str) -> list[str] | None:
-    """BERT's target modules by the names that `model_type` gives them; None where they are more than projections."""
+    """BERT's target modules by the names that `model_type` gives them; None if they are more than projections."""
     if not bert_targets or not set(bert_targets) <= set(PROJECTIONS):  # BERT's names are those of the projections
         return None
     children = [item for spec in ARCHITECTURES[model_type] for item in spec.projections_of.items()]
@@ -190,7 +191,8 @@ def _conditioned_type(stock_type: str) -> str:
     return f"specattn_{stock_type}"
 
 
-# --- when an adapter is put on ----------------------------------------------------------------------------------------
+# --- when an adapter is added
+# -----------------------------------------------------------------------------------------
 
 
 def _checked(inject: Callable[..., None]) -> Callable[..., None]:
@@ -231,15 +233,16 @@ def _refuse_weight_readers(tuner: Any, model: nn.Module, config: Any, state_dict
         return
     setting, way_out = problem
     raise ValueError(
-        f"{setting} is not possible on the conditioned projection {touched}: it works on the weight, which PEFT takes to be "
-        f"W, but the projection computes with W + C, so that training and merging would disagree. {way_out}, leave "
-        "conditioned projections out of target_modules, or call hf_specattn.fold(model) before the adapter is put on: the "
-        "folded model computes the same, and since an adapter leaves W and C frozen it trains the same too."
+        f"{setting} is not possible on the conditioned projection {touched}: it works on the weight, which PEFT takes "
+        f"to be W, but the projection computes with W + C, so that training and merging would disagree. {way_out}, "
+        "leave conditioned projections out of target_modules, or call hf_specattn.fold(model) before you add the "
+        "adapter: the folded model computes the same, and since an adapter leaves W and C frozen it trains the same "
+        "too."
     )
 
 
 def _weight_reader(config: Any) -> tuple[str, str] | None:
-    """What makes an adapter depend on the base weight, and what to set instead; None where its update is additive."""
+    """What makes an adapter depend on the base weight, and what to set instead; None if its update is additive."""
     method = getattr(config.peft_type, "value", config.peft_type)
     if method not in ADDITIVE_METHODS:
         return f"PEFT's {method}", f"Use a method with an additive update ({', '.join(ADDITIVE_METHODS)})"
@@ -257,9 +260,9 @@ def _refuse_preconditioned(tuner: Any, model: nn.Module, config: Any, state_dict
     touched = next(_targeted(tuner, model, config, state_dict, names), None) if names else None
     if touched is not None:
         raise ValueError(
-            f"No adapter is possible on the output projection {touched}, whose input is preconditioned: PEFT would hand the "
-            "adapter the input as it is, and a merged one would see it preconditioned. Leave output projections out of "
-            f"target_modules (such as {touched.rpartition('.')[2]!r}), which may name all others."
+            f"No adapter can be added to the output projection {touched}, whose input is preconditioned: PEFT would "
+            "give the adapter the input as it is, but a merged adapter would see it preconditioned. Leave output "
+            f"projections out of target_modules (such as {touched.rpartition('.')[2]!r}), which may name all others."
         )
 
 
@@ -284,7 +287,8 @@ def _warn_without_base(model: nn.Module, config: Any) -> None:
     loading = config.inference_mode or config.base_model_name_or_path
     if isinstance(model, PreTrainedModel) and not model.__dict__.get("name_or_path") and not loading:
         logger.warning(
-            f"This {type(model).__name__} was not loaded from a conditioned checkpoint, so the adapter's configuration can "
-            "name no base model, and AutoPeftModel cannot rebuild it. To have it named, save the model and load it before "
-            "the adapter is put on: model.save_pretrained(folder), then from_pretrained(folder)."
+            f"This {type(model).__name__} was not loaded from a conditioned checkpoint, so the adapter's "
+            "configuration can name no base model, and AutoPeftModel cannot rebuild it. To make it name one, save "
+            "the model and load it before you add the adapter: model.save_pretrained(folder), then "
+            "from_pretrained(folder)."
         )

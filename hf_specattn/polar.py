@@ -4,7 +4,7 @@ The polar factor `U V^T` of `W = U S V^T` is `W` with every singular value moved
 `p(x) = a x + b x^3 + c x^5` applied to the singular values is three matrix products,
 `p(W) = a W + (b G + c G^2) W` with `G = W W^T`, and a composition of such polynomials that is close to 1 on all of
 `[l, 1]` gives the polar factor of every matrix with `sigma_max = 1` and `sigma_min >= l`. Each polynomial is the best one
-(in the maximum norm) on the interval that the ones before have left. This greedy choice is the best composition of its
+(in the maximum norm) on the interval that the previous ones leave. This greedy choice is the best composition of its
 degrees (Amsel, Persson, Musco and Gower, 2025, "The Polar Express", arXiv 2505.16932; for rational functions Nakatsukasa
 and Freund, 2016, SIAM Review 58), and each is found here by the exchange algorithm of Remez, so that no table of
 coefficients is needed. Two departures make it safe in floating point, at the price of at most one step more:
@@ -15,8 +15,8 @@ coefficients is needed. Two departures make it safe in floating point, at the pr
 - It is steep at the upper end of the interval. Hence it is taken on one that is wider by `MARGIN`.
 
 All of it is a pure function of `W`: no state is warm-started from one call to the next, so a resumed run and every rank
-compute the same correction from the same weights. The condition number is not believed but checked
-([`within_limit`]); a matrix that fails goes on with more steps, and one that still fails gets its exact SVD, which also
+compute the same correction from the same weights. The condition number is not assumed but checked
+([`within_limit`]); a matrix that fails gets more steps, and one that still fails gets its exact SVD, which also
 completes the bases where `W` is rank-deficient.
 
 [`correction_by_products`] never waits for the device: on a GPU a host that waits has launched nothing when the wait is over.
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .corrections import at_least_float32, svd_correction
 
-# What kappa(W + C) is held to; the exact correction has at most 2.
+# The limit of kappa(W + C); the exact correction has at most 2.
 KAPPA_LIMIT = 2.02
 # What the check asks for, in units of sigma_max(W): singular values of W + C between these two, where exact ones lie
 # between 1 and 2. Their ratio is 2.015: the rest is left to the rounding of the check itself.
@@ -49,7 +49,7 @@ CUSHION = 0.05
 MARGIN = 0.01
 # The distance of the singular values from 1 at which the composition ends.
 ACCURACY = {torch.float32: 3e-5, torch.float64: 1e-14}
-# At the end always in full float32, whatever `torch.set_float32_matmul_precision` allows before.
+# The last ones always run in full float32; before, `torch.set_float32_matmul_precision` decides.
 FULL_PRECISION_STEPS = 2
 
 LANCZOS_STEPS = 32
@@ -148,11 +148,12 @@ def full_float32() -> Iterator[None]:
 def largest_singular_value(gram: Tensor, steps: int = LANCZOS_STEPS) -> Tensor:
     """`sigma_max(W)` from `G = W W^T`, by the method of Lanczos with full reorthogonalization.
 
-    It is the power iteration that makes the best of all its iterates; its vector starts from fixed pseudorandom numbers. The
-    result is at most `sigma_max` (up to rounding). From a random start the expected relative error is at most
-    `0.052 * (ln(k (t - 1)^2) / (t - 1))^2` after `t < k` steps for *any* `k x k` Gram matrix (Kuczynski and Wozniakowski,
-    1992, SIAM J. Matrix Anal. Appl. 13, halved because a square root is taken), and with `t >= k` there is none. That is
-    the worst spectrum. For certain it is bounded by [`within_limit`]: `sigma_max + result <= 2.005 * result` for what passes.
+    It is a power iteration that makes the best use of all its iterates; it starts from a fixed pseudorandom vector.
+    The result is at most `sigma_max` (up to rounding). From a random start the expected relative error is at most
+    `0.052 * (ln(k (t - 1)^2) / (t - 1))^2` after `t < k` steps for *any* `k x k` Gram matrix (Kuczynski and
+    Wozniakowski, 1992, SIAM J. Matrix Anal. Appl. 13, halved because a square root is taken), and with `t >= k` there
+    is none. That is the worst spectrum. For certain it is bounded by [`within_limit`]:
+    `sigma_max + result <= 2.005 * result` for what passes.
 
     Args:
         gram: `(batch, k, k)`, symmetric, at least float32.
@@ -304,7 +305,7 @@ def _scaled_correction(matrices: Tensor, before: Tensor | None = None) -> tuple[
 
 @torch.no_grad()
 def complete(matrices: Tensor, corrections: Tensor, failing: Sequence[int]) -> list[int]:
-    """Put the corrections of matrices in place that failed the check of the first composition.
+    """Replace the corrections of the matrices that failed the check of the first composition.
 
     Args:
         matrices: `(batch, m, n)`.
@@ -312,7 +313,7 @@ def complete(matrices: Tensor, corrections: Tensor, failing: Sequence[int]) -> l
         failing: their places.
 
     Returns:
-        Places of those that failed the second composition, too, and got [`svd_correction`], whose bound needs no check.
+        Places of those that also failed the second composition and got [`svd_correction`], whose bound needs no check.
 
     Raises:
         torch.linalg.LinAlgError: where one is not finite, as from the SVD.

@@ -1,15 +1,15 @@
 """Preconditioned attention: each head's output equilibrated on its way into the output projection.
 
-*Preconditioned Attention* (arXiv 2603.27153) multiplies each head's attention by a diagonal matrix that depends on query,
-key and value. Its formula is not in any text that we could read. **What stands here is a third-party reading of it**, that
-of a public repository: `C = diag(1 / |row_i(A)|)` for the output `A = softmax(Q K^T / sqrt d) V` of a head, `(positions,
-head_dim)`, with the norm detached from the graph. Axis, gradient and scale are options.
+*Preconditioned Attention* (arXiv 2603.27153) multiplies each head's attention by a diagonal matrix that depends on
+query, key and value. No text that we could read has its formula. **This is a third-party reading of it**, that of a
+public repository: `C = diag(1 / |row_i(A)|)` for the output `A = softmax(Q K^T / sqrt d) V` of a head,
+`(positions, head_dim)`, with the norm detached from the graph. Axis, gradient and scale are options.
 
-It changes the function, `fold` cannot take it away, and it promises nothing about the condition number of `A`: for more
-positions than channels, rows scaled alike can raise it (`I_64` over 133 rows `0.001 e_1`: from 1.0001 to 11.58).
+It changes the function, `fold` cannot remove it, and it guarantees nothing about the condition number of `A`: with more
+positions than channels, equal row norms can raise it (`I_64` over 133 rows `0.001 e_1`: from 1.0001 to 11.58).
 
-It acts on what enters the output projection, split by heads, by the same change of class as the corrections of `layers`:
-attention kernels (SDPA, flash) are not touched, and there is no parameter and no buffer.
+It acts on the input of the output projection, split by heads, through a change of class as in `layers`: attention kernels
+(SDPA, flash) are not touched, and there is no parameter and no buffer.
 """
 
 import functools
@@ -46,7 +46,8 @@ logger = logging.get_logger(__name__)
 
 SOURCE = "a third-party reading of arXiv 2603.27153"
 
-# What a table's row need not know, because it acts on the attention weights or beside the heads' output.
+# What a row of the table need not mention, because it acts on the attention weights or in parallel to the heads'
+# output.
 HARMLESS_PARTS = (
     "q_norm",
     "k_norm",
@@ -82,8 +83,8 @@ def find_output_projections(
     """The output projection of every attention of `model`, in the order of its modules.
 
     Raises:
-        ValueError: where none is found, one is not known, lies in another module than `Linear` and `Conv1D`, or something
-            mixes or normalizes heads before it.
+        ValueError: if none is found, one is not known or is neither a `Linear` nor a `Conv1D`, or something mixes or
+        normalizes heads before it.
     """
     specs = attention_specs(architecture)
     holders: dict[str, list[Projection]] = {}
@@ -96,7 +97,7 @@ def find_output_projections(
     modules = [item.module for item in found]
     if twice := [item for index, item in enumerate(found) if item.module in modules[:index]]:
         raise ValueError(
-            f"{twice[0].name} is the output projection of two attentions, and can be preconditioned once."
+            f"{twice[0].name} is the output projection of two attentions, and can be preconditioned only once."
         )
     return found
 
@@ -112,13 +113,13 @@ def _output_projection(
         between = unknown_parts(attention, spec, (*HARMLESS_PARTS, *spec.harmless))
     if between is not None:
         raise ValueError(
-            f"{kind} cannot be preconditioned: before its output projection stands {between}, so that what enters it is "
-            f"not softmax(Q K^T) V of each head. If it is in your model, {way_out}."
+            f"{kind} cannot be preconditioned: before its output projection there is {between}, so its input is not "
+            f"softmax(Q K^T) V of each head. If it is in your model, {way_out}."
         )
     located = output_module(model, name, spec)
     if located is None:
         missing = "the table does not say" if by_table else "the AttentionSpec does not say"
-        why = missing if spec.output is None else f"the part of the model that was given does not hold ({spec.output})"
+        why = missing if spec.output is None else f"is not in the part of the model that was passed ({spec.output})"
         raise ValueError(f"{kind} has an output projection that {why}; {way_out}, or the whole model.")
     full_name: str = located[0]
     module: Any = located[1]
@@ -224,16 +225,16 @@ def attach_preconditioner(
 class PreconditionReport:
     """What preconditioning does to the heads of one attention on the probe (a third-party reading of arXiv 2603.27153).
 
-    The same output `A`, `(positions, head_dim)`, of each head is measured as it stands and preconditioned; the layers before
-    are stock in a report of [`precondition`], and as they are in one of [`preconditioning_reports`]. Over several samples, or
-    windows, condition numbers and bounds are geometric means.
+    The same output `A`, `(positions, head_dim)`, of each head is measured without and with the preconditioner. The layers
+    before it are stock in a report of [`precondition`], and unchanged in one of [`preconditioning_reports`]. Condition
+    numbers and bounds are geometric means over samples, or windows.
 
     Attributes:
         name: full name of the module with W_O.
         attention: full name of the attention module.
         shape: `(positions, head_dim)` of a head's output.
         preconditioner: what was applied.
-        mean_norm: of each head, the mean norm along the axis, as it stands.
+        mean_norm: of each head, the mean norm along the axis, without the preconditioner.
         norm_after: what the norms become.
         kappa_before: of each head, the condition number of its output; inf where it is singular.
         kappa_after: the same of the preconditioned output; it can be greater.
@@ -321,7 +322,7 @@ def _report(
 
 
 def format_preconditioning(reports: Sequence[PreconditionReport]) -> str:
-    """A plain-text table, one line per attention, which says where kappa grew."""
+    """Return a plain-text table with one line per attention that says where kappa grew."""
     header = ("attention", "A", "|A|", "|C A|", "kappa(A)", "kappa(C A)", "log10 B(A)", "log10 B(C A)", "")
     grew = sum(len(report.kappa_grew) for report in reports)
     total = sum(len(report.kappa_before) for report in reports)
@@ -363,9 +364,9 @@ def precondition(
 ) -> list[PreconditionReport]:
     """Precondition the attention of `model` in place (a third-party reading of arXiv 2603.27153).
 
-    What enters each output projection is split into heads and divided by its norms, as `config` says. The *function
-    changes*, so a trained model needs training afterwards, and no `fold` undoes it. Condition numbers may rise as well as
-    fall; the reports say which. Like [`condition`], it gives a transformers model of a known architecture its class and
+    The input of each output projection is split into heads and divided by its norms, as `config` says. The *function
+    changes*, so a trained model needs training afterwards, and `fold` does not undo it. Condition numbers may rise as well
+    as fall; the reports say which. Like [`condition`], it gives a transformers model of a known architecture its class and
     configuration, so that `save_pretrained` writes a checkpoint that loads preconditioned; others refuse to be saved.
 
     Args:
@@ -373,16 +374,16 @@ def precondition(
             `architecture`, any other.
         config: the settings.
         probe: keyword arguments of the model's forward pass that run every attention, on which the reports, and the norms of
-            `scale="match"`, are measured; None makes 16 random tokens or a random picture. Pass real data to match norms.
-        architecture: how the model keeps its projections, `output` included, where the table does not know.
+            `scale="match"`, are measured; None makes 16 random tokens or a random image. Pass real data to match norms.
+        architecture: where the model keeps its projections, including `output`, if the table does not know.
 
     Returns:
         One report per attention.
 
     Raises:
-        ValueError: for a model that is already preconditioned, an output projection that is not known or that heads are mixed
-            or normalized before, the column axis where positions are masked, adapters of PEFT, a probe that fails or misses
-            an attention. Nothing is changed then.
+        ValueError: for a model that is already preconditioned, an output projection that is not known or has heads
+        mixed or normalized before it, the column axis where positions are masked, PEFT adapters, and a probe that
+        fails or misses an attention. Nothing is changed then.
     """
     if not isinstance(config, PreconditionerConfig):
         raise ValueError(
@@ -413,7 +414,7 @@ def preconditioning_reports(
     probe: Mapping[str, Any] | None = None,
     architecture: AttentionSpec | Sequence[AttentionSpec] | None = None,
 ) -> list[PreconditionReport]:
-    """What the preconditioner of a preconditioned model does to its heads on a probe, in the layers as they stand.
+    """What the preconditioner of a preconditioned model does to its heads on a probe, with the layers unchanged.
 
     Arguments as in [`precondition`]; nothing is changed.
 
@@ -457,7 +458,7 @@ def _attended(
     model: nn.Module, outputs: Sequence[OutputProjection], probe: Mapping[str, Any] | None
 ) -> dict[nn.Module, Tensor]:
     """What enters each output projection on the probe, `(samples, positions, heads, head_dim)` in float64."""
-    # By its name: an import statement would make that file, which no checkpoint needs, travel along.
+    # By its name: an import statement would copy that file, which no checkpoint needs, into checkpoints.
     balance = importlib.import_module(".balance", __package__)
     probe = balance.probe_batch(model) if probe is None else probe
     seen: dict[nn.Module, list[Tensor]] = {item.module: [] for item in outputs}

@@ -1,8 +1,9 @@
-"""The product with `W + C` in eager mode: what its backward pass needs is X and W, and nothing else is kept for it.
+"""The product with `W + C` in eager mode, which keeps only X and W for its backward pass.
 
-Written out in torch's operations, `X (W + C)^T` keeps a matrix of the weight's size until the backward pass, or in half
-precision reads and writes the output once more in each direction. These functions form `W + C` again instead, which costs
-one write of the weight's size however many rows X has. `torch.compile` needs none of it: Inductor fuses the plain form.
+Written out in torch's operations, `X (W + C)^T` keeps a matrix of the weight's size until the backward pass, or in
+half precision reads and writes the output once more in each direction. These functions form `W + C` again instead,
+which costs one write of the weight's size regardless of the number of rows of X. `torch.compile` does not need them:
+Inductor fuses the plain form.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from .compat import is_transformed
 
 
 def is_eager() -> bool:
-    """Whether operations run as they are called, so that these functions pay, and writing in place is safe.
+    """Whether operations run as they are called, so that these functions pay off and writing in place is safe.
 
     Under `torch.compile`, export, tracing, `torch.func` or forward-mode differentiation torch has to see plain operations.
     """

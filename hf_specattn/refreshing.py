@@ -18,7 +18,7 @@ from .polar import complete, correction_by_products
 
 logger = logging.get_logger(__name__)
 
-# After this many intervals without a refresh training stops: the first one was missed, and that is an error in the loop.
+# Training stops after this many intervals without a refresh: the first one was missed, which is an error in the loop.
 MISSED_INTERVALS = 2
 # Entries of the weights whose corrections are computed together: enough for a GPU (28 matrices of 768 x 768), while the
 # work takes about six times their memory.
@@ -26,28 +26,29 @@ ELEMENTS_AT_ONCE = 2**24
 
 
 def refresh_interval(model: nn.Module) -> int | None:
-    """`refresh_every` of the model's dynamic corrections, in optimizer steps; None where it has none."""
+    """`refresh_every` of the model's dynamic corrections, in optimizer steps; None if it has none."""
     return next((layer.spectral.refresh_every for _, layer in spectral_layers(model) if layer.spectral.dynamic), None)
 
 
 def steps_since_refresh(model: nn.Module) -> int:
-    """Optimizer steps since the dynamic corrections of `model` were computed; 0 where it has none."""
+    """Optimizer steps since the dynamic corrections of `model` were computed; 0 if it has none."""
     return max((STEPS_SINCE_REFRESH.get(layer, 0) for _, layer in spectral_layers(model)), default=0)
 
 
 @torch.no_grad()
 def refresh(model: nn.Module, exact: bool | None = None) -> None:
-    """Recompute the dynamic svd corrections of `model` once, in place, from the weights as they stand.
+    """Recompute the dynamic svd corrections of `model` once, in place, from the current weights.
 
-    Call it after the optimizer's step, every `refresh_every` steps; under the Trainer, [`SpectralCallback`] does. A refresh
-    changes the model's function by the change of `C`. Projections under a PEFT adapter keep theirs, because `W` is frozen.
+    Call it after the optimizer step, every `refresh_every` steps; with the Trainer, [`SpectralCallback`] does it. A
+    refresh changes the model's function by the change of `C`. Projections under a PEFT adapter keep their correction,
+    because their `W` is frozen.
 
     Args:
         model: conditioned with `refresh_every`.
-        exact: True computes the SVD of each weight. False uses matrix products (`polar.py`), for all weights of one shape
-            at once: the same `C` up to rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU, and elsewhere
-            the SVD, which LAPACK does in the time of about 15 products of the weight's size, where 27 are needed. It is an
-            argument rather than a setting, because the function does not depend on it.
+        exact: True computes the SVD of each weight. False uses matrix products (`polar.py`), for all weights of one
+            shape at once: the same `C` up to rounding, with `kappa(W + C) <= 2.02` checked. None: products on a GPU,
+            and elsewhere the SVD, which takes LAPACK about as long as 15 products of the weight's size, while the
+            products need 27. It is an argument rather than a setting, because the function does not depend on it.
 
     Raises:
         ValueError: if the model has no dynamic correction: a static one is part of the trained function; if a projection was
@@ -59,8 +60,8 @@ def refresh(model: nn.Module, exact: bool | None = None) -> None:
     layers = [layer for _, layer in named]
     if not layers:
         raise ValueError(
-            "refresh() found no dynamic correction: corrections stay fixed unless "
-            "SpectralConfig(method='svd', refresh_every=n) was given. Leave the call out, or condition with refresh_every."
+            "refresh() found no dynamic correction: corrections stay fixed unless SpectralConfig(method='svd', "
+            "refresh_every=n) was given. Remove the call, or condition with refresh_every."
         )
     refuse_unordinary(model, named, "refresh", sharded=True, reads_only=True)
     adapted = adapted_layers(model)
@@ -142,7 +143,7 @@ def _store(blocks: Sequence[_Block], corrections: Tensor) -> None:
 
 
 def _complete(checked: Sequence[tuple[Sequence[_Block], Tensor]]) -> None:
-    """Look at all checks at once, and correct otherwise what failed its own."""
+    """Look at all checks at once, and use other methods for what failed its own."""
     if not checked:
         return
     device = checked[0][1].device
@@ -157,7 +158,7 @@ def _complete(checked: Sequence[tuple[Sequence[_Block], Tensor]]) -> None:
             exact += len(complete(matrices, corrections, failing))
             _store(blocks, corrections)
     logger.debug(
-        f"{len(passed)} corrections by matrix products: {passed.count(False)} took more of them, and {exact} an SVD."
+        f"{len(passed)} corrections by matrix products: {passed.count(False)} needed more of them, and {exact} an SVD."
     )
 
 
@@ -262,9 +263,9 @@ def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             _restart(layer)
             continue
         raise RuntimeError(
-            f"refresh_every={every} was asked for, but {steps} optimizer steps have passed and nobody has called "
-            "refresh(model). Add SpectralCallback() to the Trainer's callbacks, or call hf_specattn.refresh(model) "
-            f"after the optimizer's step every {every} steps; for corrections that stay fixed use refresh_every=None."
+            f"refresh_every={every} was requested, but {steps} optimizer steps have passed without a call of "
+            "refresh(model). Add SpectralCallback() to the Trainer's callbacks, or call hf_specattn.refresh(model) after "
+            f"the optimizer step every {every} steps; for fixed corrections use refresh_every=None."
         )
 
 

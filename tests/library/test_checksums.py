@@ -158,9 +158,7 @@ DAMAGES = {
 def test_damage_is_an_error_wherever_a_checkpoint_is_read(damage, refresh_every, tmp_path):
     conditioned(refresh_every=refresh_every).save_pretrained(tmp_path / "c")
     rewrite(tmp_path / "c", DAMAGES[damage], keep_metadata=True)
-    message = (
-        r"model\.safetensors is damaged: encoder\.layer\.\d\.attention\.self\.query\.correction has another checksum"
-    )
+    message = r"model\.safetensors is damaged: encoder\.layer\.\d\.attention\.self\.query\.correction has a different checksum"
     for read in (
         lambda: AutoModel.from_pretrained(tmp_path / "c"),
         lambda: AutoModel.from_pretrained(tmp_path / "c", dtype=torch.bfloat16),
@@ -219,7 +217,7 @@ def test_older_files_load_with_a_warning(tiny, granularity, targets, tmp_path, w
         AutoModel.from_pretrained(folder, dtype=torch.float32)
         (message,) = [message for message in warning_log.messages if "checksum" in message]
         assert "without a checksum" in message
-        assert "not transposed and of the right scale is not proved" in message
+        assert "this does not prove that it belongs to its layer, is not transposed and has the right scale" in message
 
 
 def test_older_files_of_a_dynamic_correction_by_products(tmp_path):

@@ -595,7 +595,7 @@ def test_columns_are_refused_where_positions_are_masked(model, why):
 @pytest.mark.parametrize("row", MIXED_ROWS, ids=str)
 def test_mixed_heads_and_channels_are_refused(row):
     why = "talking heads, whose attention" if " cait" in row.name else "attention between channels, which mixes"
-    refused(row.model(), rf"cannot be preconditioned: before its output projection stands {why}", probe=row.inputs())
+    refused(row.model(), rf"cannot be preconditioned: before its output projection there is {why}", probe=row.inputs())
 
 
 @pytest.mark.integration
@@ -615,7 +615,9 @@ def test_a_norm_or_gate_before_the_output_projection_is_refused(part):
 def test_an_unknown_output_projection_is_refused():
     settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     model = transformers.ConvBertModel(transformers.ConvBertConfig(vocab_size=48, **settings))
-    refused(model, r"before its output projection stands a convolution, whose output is put beside .*AttentionSpec\(")
+    refused(
+        model, r"before its output projection there is a convolution, whose output is put beside .*AttentionSpec\("
+    )
     spec = AttentionSpec("BertSelfAttention", {"query": "query", "key": "key", "value": "value"})
     message = r"has an output projection that the AttentionSpec does not say.*AttentionSpec\(..., output='<path"
     refused(BERT.model(), message, architecture=spec)
@@ -627,7 +629,7 @@ def test_a_wrong_output_projection_is_refused():
         "..output.dens": r"should have its output projection at '..output.dens', but there is no encoder.layer.0.*dens;",
         "..output": r"is a .*BertSelfOutput; only the input of exact torch.nn.Linear",
         "....output.dense": r"takes 48 inputs, but 4 query heads with values of length 8 give 32",
-        "............dense": r"the part of the model that was given does not hold",
+        "............dense": r"is not in the part of the model that was passed",
     }
     for output, message in cases.items():
         refused(BERT.model(), message, architecture=AttentionSpec("BertSelfAttention", modules, output=output))

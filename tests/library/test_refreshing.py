@@ -288,7 +288,7 @@ def test_nobody_refreshing_is_an_error():
     optimizer = torch.optim.AdamW(model.parameters())
     take_steps(model, 2 * MISSED_INTERVALS - 1, optimizer)
     assert steps_since_refresh(model) == 2 * MISSED_INTERVALS - 1
-    with pytest.raises(RuntimeError, match=r"refresh_every=2 was asked for, but 4 optimizer steps.*SpectralCallback"):
+    with pytest.raises(RuntimeError, match=r"refresh_every=2 was requested, but 4 optimizer steps.*SpectralCallback"):
         take_steps(model, 1, optimizer)
 
 
@@ -339,7 +339,7 @@ def test_master_copies_are_noticed(every, write):
     masters = masters_of(model)
     optimizer = torch.optim.AdamW(masters, lr=0.01)
     take_steps_by_masters(model, masters, optimizer, 2 * every - 1, write)
-    with pytest.raises(RuntimeError, match=f"refresh_every={every} was asked for, but {2 * every} optimizer steps"):
+    with pytest.raises(RuntimeError, match=f"refresh_every={every} was requested, but {2 * every} optimizer steps"):
         take_steps_by_masters(model, masters, optimizer, 1, write)
 
 
