@@ -9,7 +9,8 @@
 `table1`, `table5`, `table6` and `table7` are those of the conditioning paper; `evidence` asks whether a gain is the
 conditioning's or the initialization scale's; `precondition` sets preconditioned attention beside both and its controls;
 `residual_free`, `strong_decay` and `dynamic` look for the regimes in which conditioning pays; `precondition_text` and
-`residual_free_text` ask the same of a masked language model; `grid` takes the product of the values given. Other flags, and
+`residual_free_text` ask the same of a masked language model; `table4` pretrains such models and fine-tunes them on GLUE
+(`--glue_data` names the folder of its files); `grid` takes the product of the values given. Other flags, and
 all that follows `--`, are given to every run.
 
 As many runs at once as the machine has GPUs, or else cores. Sweeps share their runs, which lie in `--runs_dir`; an
@@ -37,6 +38,15 @@ from recipes.compare.sweeps.detection_sweeps import (
     parse_detection_arguments,
 )
 from recipes.compare.sweeps.execution import planned_runs, run_sweep
+from recipes.compare.sweeps.glue_sweep import (
+    GLUE_SWEEPS,
+    check_fine_tunings,
+    fine_tune,
+    fine_tuning_operations,
+    fine_tunings,
+    glue_arms,
+    glue_section,
+)
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
 from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
 from recipes.compare.sweeps.regime_sweeps import REGIME_SWEEPS
@@ -45,6 +55,10 @@ from recipes.compare.sweeps.sweep_figures import monitor_figures
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
 from recipes.compare.sweeps.text_sweeps import TEXT_SCRIPT, TEXT_SWEEPS, text_operations
+from recipes.glue.glue_arguments import parse_arguments as parse_glue_arguments
+from recipes.glue.glue_files import GlueDataError
+from recipes.glue.glue_report import picture as glue_picture
+from recipes.glue.summary import Summary
 from recipes.images.image_arguments import parse_arguments as parse_image_arguments
 from recipes.images.image_sources import ImageDataError
 from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
@@ -59,7 +73,7 @@ PARSERS: dict[str, Callable[..., Any]] = {
     DETECTION_SCRIPT: parse_detection_arguments,
     TEXT_SCRIPT: parse_text_arguments,
 }
-ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS | TEXT_SWEEPS
+ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS | TEXT_SWEEPS | GLUE_SWEEPS
 NAMES = (*ALL_SWEEPS, "grid")
 
 
@@ -102,6 +116,10 @@ class SweepArguments:
     lra_data: list[str] | None = field(
         default=None,
         metadata={"help": "Of the sweeps on Long Range Arena: where data lie, each as task=folder (see docs/lra.md)."},
+    )
+    glue_data: str | None = field(
+        default=None,
+        metadata={"help": "Of table4: folder of GLUE's official TSV files, plain or .gz. None: the Hub."},
     )
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
@@ -164,6 +182,10 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
         sweep = with_data(sweep, arguments.lra_data or [])
     elif arguments.lra_data is not None:
         raise SweepError(f"--lra_data: of {', '.join(LRA_SWEEPS)}; leave it out of {name}.")
+    if arguments.glue_data is not None:
+        if not sweep.glue_tasks:
+            raise SweepError(f"--glue_data: of {', '.join(GLUE_SWEEPS)}; leave it out of {name}.")
+        sweep = replace(sweep, glue_flags=(*sweep.glue_flags, "--data_dir", arguments.glue_data))
     if arguments.num_seeds is not None:
         if not 1 <= arguments.num_seeds <= len(sweep.seeds):
             raise SweepError(
@@ -191,13 +213,15 @@ def check_runs(sweep: Sweep, runs_dir: Path) -> None:
     if (parse := PARSERS.get(sweep.script.name)) is not None:
         for _, run in planned_runs(sweep, {tuning.name: tuning.values[0] for tuning in sweep.tunings}):
             parse(run.arguments(runs_dir, anew=True), f"a run of {sweep.name}")
+    if sweep.glue_tasks:
+        check_fine_tunings(sweep, runs_dir)
 
 
 def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:
     """Print the commands of every run, and what they would cost where that is known."""
     runs_dir = Path(arguments.runs_dir)
     planned = planned_runs(sweep, {tuning.name: tuning.name.upper() for tuning in sweep.tunings})
-    for _, run in planned:
+    for run in [*(run for _, run in planned), *(fine_tunings(sweep) if sweep.glue_tasks else [])]:
         print(shlex.join(["accelerate", "launch", shown_path(run.script), *run.arguments(runs_dir)]))
     if sweep.tunings:
         names = ", ".join(tuning.name.upper() for tuning in sweep.tunings)
@@ -218,10 +242,21 @@ def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: Sw
             DETECTION_SCRIPT: detection_operations,
             TEXT_SCRIPT: text_operations,
         }
-        operations = counts.get(sweep.script.name, training_operations)(parsed)
-        hours = gpu_hours(operations, arguments.gpu_teraflops)
-        whole += hours * len(runs)
-        rows.append([setting.label, str(len(runs)), f"{operations:.3g}", f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])
+        if (hours := getattr(parsed, "max_train_hours", None)) is None:
+            operations = counts.get(sweep.script.name, training_operations)(parsed)
+            hours, counted = gpu_hours(operations, arguments.gpu_teraflops), f"{operations:.3g}"
+        else:
+            counted = "by the clock"
+        parts = [(setting.label, hours, counted)]
+        if sweep.glue_tasks:
+            tasks = ",".join(sweep.glue_tasks)
+            flags = ["--model_name_or_path", "model", *sweep.glue_flags, "--tasks", tasks]
+            operations = fine_tuning_operations(parsed, parse_glue_arguments(flags, "a fine-tuning")[0])
+            hours = gpu_hours(operations, arguments.gpu_teraflops)
+            parts.append((f"{setting.label}, GLUE", hours, f"{operations:.3g}"))
+        for label, hours, counted in parts:
+            whole += hours * len(runs)
+            rows.append([label, str(len(runs)), counted, f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])
     header = ["model", "runs", "operations of a run", "GPU hours of a run", "GPU hours"]
     note = (
         f"Estimated at {arguments.gpu_teraflops:g} x 10^12 operations per second (--gpu_teraflops): three times the products "
@@ -242,12 +277,21 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     """Run, and write the report; returns whether every run came to its end."""
     runs_dir = Path(arguments.runs_dir)
     output = Path(arguments.output_dir) if arguments.output_dir else runs_dir / "reports"
-    results = run_sweep(sweep, runs_dir, Machine.whole(arguments.num_parallel), arguments.disable_tqdm)
+    machine = Machine.whole(arguments.num_parallel)
+    results = run_sweep(sweep, runs_dir, machine, arguments.disable_tqdm)
     output.mkdir(parents=True, exist_ok=True)
     text = report(results, runs_dir, command)
     figures = {sweep.name: picture(results)}
     figures |= {f"{sweep.name}-{name}": images for name, images in monitor_figures(results).items()}
-    write_json(output / f"{sweep.name}.json", as_json(results))
+    content = as_json(results)
+    complete = not any(arm.failed for arm in results.arms.values())
+    if sweep.glue_tasks:
+        records, failed = fine_tune(sweep, runs_dir, machine, arguments.disable_tqdm)
+        text += f"\n{glue_section(sweep, records, failed, runs_dir)}"
+        content["arms"] += glue_arms(records)
+        figures[f"{sweep.name}-glue"] = glue_picture(Summary(records, sweep.reference.label))
+        complete = complete and not failed
+    write_json(output / f"{sweep.name}.json", content)
     for name, images in figures.items():
         for ending, image in images.items():
             write_bytes(output / f"{name}.{ending}", image)
@@ -255,7 +299,7 @@ def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> b
     write_bytes(output / f"{sweep.name}.md", text.encode())
     print(text)
     print(f"Report: {output / sweep.name}.md, .png, .svg, .json")
-    return not any(arm.failed for arm in results.arms.values())
+    return complete
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -272,7 +316,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_writable(arguments.output_dir or arguments.runs_dir, "--output_dir")
         check_runs(sweep, Path(arguments.runs_dir))
         complete = sweep_and_report(sweep, arguments, shlex.join(["python", "scripts/sweep.py", *argv]))
-    except (SweepError, CannotWriteError, ComparisonError, ImageDataError, ModelError, ImportError) as error:
+    except (
+        SweepError,
+        CannotWriteError,
+        ComparisonError,
+        GlueDataError,
+        ImageDataError,
+        ModelError,
+        ImportError,
+    ) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
         print("\nInterrupted; the same command goes on where this stopped.", file=sys.stderr)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import glue_files
 import pytest
 from scripts_loading import REPOSITORY, load_script
 
@@ -18,6 +19,10 @@ SCRIPT = REPOSITORY / "scripts" / "sweep.py"
 TINY = [
     *("--max_train_samples", "40", "--max_validation_samples", "20", "--per_device_train_batch_size", "8"),
     *("--hidden_size", "16", "--num_hidden_layers", "1", "--num_attention_heads", "2", "--intermediate_size", "16"),
+]
+TINY_TEXT = [
+    *("--max_steps", "2", "--vocab_size", "60", "--hidden_size", "16", "--num_hidden_layers", "1"),
+    *("--num_attention_heads", "2", "--intermediate_size", "16", "--per_device_train_batch_size", "2"),
 ]
 GRID = ["grid", "--methods", "stock", "svd", "--seeds", "0", "1", "--disable_tqdm", "True"]
 
@@ -87,6 +92,53 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(tmp_path):
     assert outputs[0] == outputs[1]
 
 
+@pytest.mark.slow
+def test_table_4_from_pretraining_to_its_report(sweep, tmp_path, capsys):
+    glue_files.write_all(tmp_path / "glue")
+    text = "\n\n\n".join(f"Sentence {number} of CoLA, and its second {number} of RTE." for number in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    argv = ["table4", "--glue_data", str(tmp_path / "glue"), "--runs_dir", str(tmp_path / "runs"), "--", *TINY_TEXT]
+    argv += ["--train_file", str(tmp_path / "text.txt")]
+    sweep.main(argv)
+    output = capsys.readouterr().out
+    content = json.loads((tmp_path / "runs" / "reports" / "table4.json").read_text())
+    arms = {(arm["setting"], arm["variant"]): arm["values"] for arm in content["arms"]}
+    pretrained = [json.loads(file.read_text()) for file in tmp_path.glob("runs/crammed-bert-*/seed-*/metrics.json")]
+    assert len(pretrained) == 3 * 2
+    scored = list(tmp_path.glob("runs/crammed-bert-*/seed-*/*/seed-*/results.json"))
+    assert len(scored) == 3 * 2 * 3
+    headings = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2 (accuracy)"}
+    for file in scored:
+        (run,) = json.loads(file.read_text())["runs"]
+        ((score, *_),) = (scores.values() for scores in run["scores"].values())
+        assert arms[headings[run["task"]], run["model"]][str(run["seed"])] == pytest.approx(100 * score)
+        # The model keeps its conditioning.
+        assert (run["settings"]["conditioning"] is not None) == (run["model"] == "identity, lambda 1")
+        assert run["facts"]["model_name_or_path"] == str(file.parents[2])
+    losses = {record["final"]["validation_loss"] for record in pretrained}
+    assert {arms["Crammed BERT", name][seed] for _, name in arms for seed in "01"} == losses
+    for line in ("identity, lambda 1 minus stock", "identity, lambda 1 minus stock, norm of identity, lambda 1"):
+        assert f"| {line} | 95 % interval |" in output
+    assert (tmp_path / "runs" / "reports" / "table4-glue.png").stat().st_size > 10_000
+    sweep.main(argv)  # everything is there already
+    assert capsys.readouterr().out == output
+
+
+def test_the_plan_of_table_4(sweep, capsys):
+    sweep.main(["table4", "--scale", "paper", "--gpu_teraflops", "50"])
+    output = capsys.readouterr().out
+    commands = [shlex.split(line)[2:] for line in output.splitlines() if line.startswith("accelerate launch")]
+    trained = [command[command.index("--output_dir") + 1] for command in commands if "--preset" in command]
+    assert len(trained) == 3 * 5
+    scored = [command[command.index("--model_name_or_path") + 1] for command in commands if "--tasks" in command]
+    assert sorted(scored) == sorted(trained * 8)
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| Crammed")]
+    assert rows[0] == ["Crammed BERT", "15", "by the clock", "24.00", "360.0"]
+    # About six operations for each of 85 million weights and 128 tokens, and five passes over 949,098 examples.
+    assert float(rows[1][2]) == pytest.approx(6 * 85e6 * 128 * 5 * 949_098, rel=0.1)
+    assert float(rows[1][3]) == pytest.approx(float(rows[1][2]) / 5e13 / 3600, abs=0.01)
+
+
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_paper_scale_prints_commands_that_parse(sweep, name, capsys, monkeypatch):
     monkeypatch.setattr(sweep, "training_operations", lambda arguments: 3.6e18 * arguments.num_train_epochs)
@@ -121,6 +173,8 @@ def test_the_costs_are_those_of_the_models(sweep, capsys):
         (["grid", "--script", "missing.py"], "--script missing.py does not exist"),
         (["grid", "--methods", "svdd"], "svdd.*stock"),
         (["grid", "--num_parallel", "0"], "--num_parallel 0"),
+        (["table5", "--glue_data", "glue"], "--glue_data: of table4; leave it out of table5"),
+        (["table4", "--glue_data", "nowhere"], r"nowhere.*CoLA.*train\.tsv"),
     ],
 )
 def test_what_is_refused(sweep, argv, message, tmp_path):

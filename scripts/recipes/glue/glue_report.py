@@ -40,14 +40,14 @@ ADVICE_ON_INTERVALS = (
 
 def markdown(summary: Summary) -> str:
     """Return the report: the table of all models, the failed runs, and what the reader has to know."""
-    parts = [markdown_table(_header(summary), _rows(summary))]
+    parts = [markdown_table(table_header(summary), _rows(summary))]
     if summary.failures:
         parts.append(_failure_table(summary))
     parts += [f"{note}\n" for note in notes(summary)]
     return "\n".join(parts)
 
 
-def _header(summary: Summary) -> list[str]:
+def table_header(summary: Summary) -> list[str]:
     header = ["model", "statistic", *(column.heading for column in summary.columns), "average (of how many numbers)"]
     return header if summary.one_mnli is None else [*header, "average with one MNLI number"]
 
@@ -69,7 +69,7 @@ def _rows(summary: Summary) -> list[list[str]]:
         rows.append([CONSTANT, "", *cells, *[NOTHING] * (1 + (summary.one_mnli is not None))])
     for model in summary.models:
         if model != summary.reference:
-            rows += _difference_rows(summary, model)
+            rows += difference_rows(summary, model)
     return rows
 
 
@@ -90,7 +90,7 @@ def _of_columns(average: Scores) -> str:
     return "" if average.columns is None else f" ({average.columns})"
 
 
-def _difference_rows(summary: Summary, model: str) -> list[list[str]]:
+def difference_rows(summary: Summary, model: str) -> list[list[str]]:
     found = [summary.difference(model, column) for column in (*summary.columns, None)]
     filler = [] if summary.one_mnli is None else [NOTHING]
     name = f"{model} minus {summary.reference}"

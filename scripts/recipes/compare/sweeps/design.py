@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from ..comparison import ComparisonError, read_run
 
 Flags = tuple[str, ...]
 
@@ -81,6 +84,8 @@ class Sweep:
         published: The paper's table, as header and rows, with a caption; None where it has none.
         results: Of layout "results", the columns: names in the record of a saved model, with their headers; in percent.
         draws_monitor: Whether its report has the papers' figures of what the monitor saw.
+        glue_tasks: What every model is fine-tuned on then, by the names of `eval_glue.py`; none where empty.
+        glue_flags: Of that script, for all of them.
     """
 
     name: str
@@ -98,6 +103,8 @@ class Sweep:
     published: tuple[str, tuple[tuple[str, ...], ...]] | None = field(default=None, repr=False)
     results: tuple[tuple[str, str], ...] = ()
     draws_monitor: bool = False
+    glue_tasks: tuple[str, ...] = ()
+    glue_flags: Flags = ()
 
     def __post_init__(self) -> None:
         for kind, items in (("settings", self.settings), ("variants", self.variants)):
@@ -188,6 +195,13 @@ class PlannedRun:
         digest = hashlib.sha256(json.dumps([self.script.name, *self.flags]).encode()).hexdigest()[:10]
         name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return runs_dir / f"{name}-{digest}" / f"seed-{self.seed}"
+
+    def finished(self, runs_dir: Path) -> Any:
+        """Return the record of the run if it came to its end; None for any other."""
+        try:
+            return read_run(self.directory(runs_dir))
+        except ComparisonError:
+            return None
 
     def arguments(self, runs_dir: Path, *, anew: bool = False) -> list[str]:
         """Its command line, behind the script.

@@ -20,7 +20,6 @@ from transformers.utils import logging
 from hf_specattn.files import write_bytes
 
 from ...run.checkpointing import list_checkpoints
-from ..comparison import ComparisonError, Run, read_run
 from .design import PlannedRun, SweepError
 
 LOG_FILE = "log.txt"
@@ -75,14 +74,6 @@ class Machine:
         return cls(parallel, max(1, cores // parallel), gpus)
 
 
-def finished(run: PlannedRun, runs_dir: Path) -> Run | None:
-    """Return the record of a run that came to its end; None for any other."""
-    try:
-        return read_run(run.directory(runs_dir))
-    except ComparisonError:
-        return None
-
-
 def failure(run: PlannedRun, runs_dir: Path) -> str:
     """Return the last line that a run which did not come to its end printed."""
     file = run.directory(runs_dir) / LOG_FILE
@@ -112,7 +103,7 @@ def run_all(
         disable_tqdm: No bar; nor is there one where the output is no terminal.
         train: For tests; called in a process of its own.
     """
-    waiting = [run for run in dict.fromkeys(runs) if finished(run, runs_dir) is None]
+    waiting = [run for run in dict.fromkeys(runs) if run.finished(runs_dir) is None]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", *PRELOADED])
     slots = list(range(machine.parallel))
@@ -134,7 +125,7 @@ def run_all(
                 run, slot = running.pop(process)
                 slots.append(slot)
                 bar.update()
-                if process.exitcode != 0 or finished(run, runs_dir) is None:
+                if process.exitcode != 0 or run.finished(runs_dir) is None:
                     failed.append(run)
                     logger.warning(f"{run.directory(runs_dir)} failed: {failure(run, runs_dir)}")
     finally:  # of an interruption: nothing is left running behind it

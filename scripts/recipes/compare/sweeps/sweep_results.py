@@ -8,7 +8,6 @@ from statistics import fmean, median, stdev
 
 from ..comparison import Metric, PairedDifference, Run, find_differences, find_metric, paired_difference
 from .design import PlannedRun, Setting, Sweep, Variant
-from .runner import finished
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def choose(tried: Mapping[float, float | None], metric: Metric) -> float | None:
 
 def read_arm(runs: Iterable[PlannedRun], runs_dir: Path) -> ArmResult:
     """Read the runs of an arm."""
-    records = {run: finished(run, runs_dir) for run in runs}
+    records = {run: run.finished(runs_dir) for run in runs}
     return ArmResult(
         {run.seed: record for run, record in records.items() if record is not None},
         tuple(run for run, record in records.items() if record is None),

@@ -122,13 +122,19 @@ def text_operations(arguments: PretrainArguments) -> float:
     Raises:
         SweepError: for a run by the clock.
     """
-    state = torch.get_rng_state()
-    model = CrammedBertForMaskedLM(arguments.new_model_config(arguments.vocab_size)).eval()
-    torch.set_rng_state(state)
-    counter: Any = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(input_ids=torch.ones(1, arguments.max_seq_length, dtype=torch.int64))
     tokens = arguments.training_tokens(arguments.per_device_train_batch_size * arguments.max_seq_length)
     if tokens is None:
         raise SweepError("--max_train_hours: a run by the clock has no count of operations; give --max_steps.")
-    return float(PASSES * counter.get_total_flops() * tokens / arguments.max_seq_length)
+    operations = sequence_operations(CrammedBertForMaskedLM, arguments, arguments.max_seq_length)
+    return operations * tokens / arguments.max_seq_length
+
+
+def sequence_operations(model_class: Callable[[Any], Any], arguments: PretrainArguments, length: int) -> float:
+    """Operations of training on one sequence, with the head of a class of models."""
+    state = torch.get_rng_state()
+    model = model_class(arguments.new_model_config(arguments.vocab_size)).eval()
+    torch.set_rng_state(state)
+    counter: Any = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(input_ids=torch.ones(1, length, dtype=torch.int64))
+    return float(PASSES * counter.get_total_flops())

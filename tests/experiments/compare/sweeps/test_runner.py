@@ -13,7 +13,7 @@ from image_records import write_image_record
 
 from recipes.compare.sweeps import runner
 from recipes.compare.sweeps.design import PlannedRun, SweepError
-from recipes.compare.sweeps.runner import LOG_FILE, Machine, failure, finished, run_all
+from recipes.compare.sweeps.runner import LOG_FILE, Machine, failure, run_all
 
 ONE = Machine(parallel=1, threads=1)
 PRELOADED = tuple(runner.PRELOADED)
@@ -56,7 +56,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert run_all(runs[:1], tmp_path, ONE, train=train) == []
     assert run_all(runs, tmp_path, Machine(1, 3), train=train) == []
     assert (tmp_path / "order.txt").read_text().splitlines() == ["a 0 1 None", "b 0 3 None", "a 1 3 None"]
-    record = finished(planned("a", seed=1), tmp_path)
+    record = planned("a", seed=1).finished(tmp_path)
     assert record is not None
     assert record.seed == 1
 
@@ -64,7 +64,7 @@ def test_finished_runs_are_not_run_again(tmp_path):
 def test_failures_are_returned_and_the_others_run(tmp_path):
     runs = [planned("failing"), planned("a"), planned("recordless")]
     assert run_all(runs, tmp_path, ONE, train=train) == [planned("failing"), planned("recordless")]
-    assert finished(planned("a"), tmp_path) is not None
+    assert planned("a").finished(tmp_path) is not None
     assert failure(planned("failing"), tmp_path) == "failing is the last line"
     assert failure(planned("never run"), tmp_path) == "it printed nothing"
 
