@@ -1,7 +1,7 @@
 """The console command `specattn`: make, look at and publish conditioned, folded and balanced checkpoints, and reports.
 
-It is no part of the package: importing that imports torch and transformers, for which neither help nor a wrong flag should
-wait. So the commands import what they need.
+It is not part of the package, because importing that imports torch and transformers, for which neither help nor a wrong
+flag should wait. So the commands import what they need.
 """
 
 import os
@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from hf_specattn.checkpoints.conversion import Options, Result
 
-TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: where an error was raised is shown
+TRACEBACK = "SPECATTN_TRACEBACK"  # set in the environment: show where an error was raised
 # Of the types that this package raises, with a message for users.
 OWN_ERRORS = (ValueError, OSError, ImportError)
 HTTP_LIBRARIES = ("httpx", "httpcore", "requests", "urllib3")
@@ -35,20 +35,20 @@ app = typer.Typer(
 )
 
 Src = Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder, or the name of a model on the Hub.")]
-Dst = Annotated[str, typer.Argument(metavar="DST", help="The folder to write; it is there whole or not at all.")]
+Dst = Annotated[
+    str, typer.Argument(metavar="DST", help="The folder to write; it is written completely or not at all.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of SRC on the Hub.")]
 Dtype = Annotated[
     Literal["auto", "float32", "float64", "float16", "bfloat16"],
-    typer.Option(help="Of the written weights; auto is that of SRC."),
+    typer.Option(help="dtype of the written weights; auto keeps that of SRC."),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a DST that is not empty, as a whole.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the whole folder DST if it is not empty.")]
 AllowPickle = Annotated[
-    bool, typer.Option("--allow-pickle", help="Load weights that are only there as a pickle, with weights_only.")
+    bool, typer.Option("--allow-pickle", help="Load weights that exist only as a pickle, with weights_only.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document in place of text.")]
-BaseModel = Annotated[
-    str | None, typer.Option(help="Name of SRC on the Hub, for the model card, where SRC is a folder.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+BaseModel = Annotated[str | None, typer.Option(help="Name of SRC on the Hub, for the model card, if SRC is a folder.")]
 
 
 @app.command()
@@ -58,7 +58,7 @@ def convert(
     method: Annotated[
         Literal["identity", "svd"] | None,
         typer.Option(
-            help="C = lambda * I, or C from the SVD of W. Default: identity, or with --preconditioner no correction."
+            help="C = lambda * I, or C from the SVD of W. Default: identity; with --preconditioner, no correction."
         ),
     ] = None,
     lambda_: Annotated[
@@ -97,7 +97,7 @@ def convert(
     ] = None,
     preconditioner_scale: Annotated[
         Literal["unit", "rms", "match"] | None,
-        typer.Option(help="What the norm becomes; match is what it is on a probe. Default: unit."),
+        typer.Option(help="The norm afterward; match keeps the mean norm measured on a probe. Default: unit."),
     ] = None,
     preconditioner_eps: Annotated[
         float | None, typer.Option(help="Smallest norm to divide by. Default: 1e-6.")
@@ -109,9 +109,9 @@ def convert(
     allow_pickle: AllowPickle = False,
     json: Json = False,
 ) -> None:
-    """Make a conditioned checkpoint of a stock one: each query, key and value projection computes with W + C.
+    """Make a conditioned checkpoint from a stock one: each query, key and value projection computes with W + C.
 
-    With --preconditioner, a preconditioned one.
+    With --preconditioner, make a preconditioned one.
     """
     options = _options(revision, dtype, overwrite, allow_pickle, base_model)
     from hf_specattn import PreconditionerConfig, SpectralConfig
@@ -146,7 +146,7 @@ def fold(
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Make a plain checkpoint of a conditioned one: W + C in the weights of the stock architecture."""
+    """Make a plain checkpoint from a conditioned one: W + C in the weights of the stock architecture."""
     options = _options(revision, dtype, overwrite, base_model=base_model)
     from hf_specattn.checkpoints.conversion import fold_checkpoint
 
@@ -164,7 +164,7 @@ def balance(
     allow_pickle: AllowPickle = False,
     json: Json = False,
 ) -> None:
-    """Make each head of a stock checkpoint better conditioned along its gauge, with its outputs kept."""
+    """Make the heads of a stock checkpoint better conditioned without changing its outputs."""
     options = _options(revision, dtype, overwrite, allow_pickle, base_model)
     from hf_specattn.checkpoints.conversion import balance_checkpoint
 
@@ -186,18 +186,18 @@ def inspect(src: Src, revision: Revision = None, allow_pickle: AllowPickle = Fal
 def push(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint's folder.")],
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Name on the Hub: organization/model.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and ask nothing of the Hub.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files; do not contact the Hub.")] = False,
     card_dir: Annotated[
-        Path | None, typer.Option(help="Also write the card and its picture as they are published into this folder.")
+        Path | None, typer.Option(help="Also write the card and its figure, as published, into this folder.")
     ] = None,
-    new_card: Annotated[bool, typer.Option("--new-card", help="Write a new model card although SRC has one.")] = False,
+    new_card: Annotated[bool, typer.Option("--new-card", help="Write a new model card even if SRC has one.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created where it does not exist.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to; created if it does not exist.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
     commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     json: Json = False,
 ) -> None:
-    """Publish a checkpoint in one commit, with model card and remote code. Log in with `hf auth login` first."""
+    """Publish a checkpoint in one commit, with a model card and remote code. Log in with `hf auth login` first."""
     _load_library()
     from hf_specattn.checkpoints import publishing
     from hf_specattn.files import require_writable
@@ -261,7 +261,7 @@ def report(
 
         _report(as_json(told))
     else:
-        _report(f"Wrote {told['page']}, with its figures beside it.")
+        _report(f"Wrote {told['page']}, with its figures next to it.")
 
 
 @app.command(
@@ -279,7 +279,7 @@ def report_training() -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", help="Print the versions of this package and of what it runs on, and exit.")
+        bool, typer.Option("--version", help="Print the versions of this package and of its environment, and exit.")
     ] = False,
     json: Json = False,
 ) -> None:
@@ -386,7 +386,7 @@ def expand_home(words: Sequence[str]) -> list[str]:
 
 
 def explain(error: Exception) -> str:
-    """What a user is told of an error, whatever raised it: in our own messages the way out is said already."""
+    """What the user is told about an error from any source; our own messages already say what to do."""
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     import hf_specattn
@@ -411,8 +411,8 @@ def explain(error: Exception) -> str:
         return f"{error}. Install it: pip install {error.name}."
     return (
         f"{kind.__name__}{f': {lines[0]}' if lines else ''}. Something in the checkpoint is not as transformers and "
-        "this package expect it: a file there (config.json, the index, tokenizer_config.json, modules.json, README.md) was "
-        "edited, or is damaged, and is to be restored from its source. If all are whole, report this with what "
+        "this package expect it: a file there (config.json, the index, tokenizer_config.json, modules.json, "
+        "README.md) was edited or is damaged; restore it from its source. If all are intact, report this with what "
         f"{TRACEBACK}=1 shows."
     )
 

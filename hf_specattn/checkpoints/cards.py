@@ -1,4 +1,4 @@
-"""Model cards: the templates in `model_cards/`, filled in with what is known of a checkpoint."""
+"""Model cards: the templates in `model_cards/`, filled in with what is known about a checkpoint."""
 
 import importlib.resources
 import json
@@ -24,7 +24,7 @@ from .remote_code import auto_map, needs_remote_code
 CARD = "README.md"
 TEMPLATES = "hf_specattn.model_cards"
 
-# What a source's card says that holds for what is made of it too.
+# The parts of a source's card that also apply to what is made from it.
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "tags", "pipeline_tag", "library_name")
 LISTS = ("language", "datasets", "tags", "license", "base_model")  # of which there may be several
 TEMPLATE_OF = {"convert": "conditioned.md", "fold": "folded.md", "balance": "balanced.md"}
@@ -32,7 +32,7 @@ PRECONDITIONER_TEMPLATE = "preconditioner.md"  # the part of each that is about 
 
 
 def source_card(folder: Path) -> dict[str, Any]:
-    """What the metadata of a checkpoint's README.md say; empty where there are none, or they are no YAML.
+    """What the metadata of a checkpoint's README.md say; empty if there are none, or they are not YAML.
 
     Raises:
         ValueError: for a field of another type than the Hub's.
@@ -48,13 +48,13 @@ def source_card(folder: Path) -> dict[str, Any]:
     for name, value in found.items():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or (isinstance(value, list) and name not in LISTS):
-            allowed = "a text or a list of texts" if name in LISTS else "a text"
+            allowed = "a string or a list of strings" if name in LISTS else "a text"
             raise ValueError(f"{file}: {name} in its metadata is {value!r}, but must be {allowed}; correct it.")
     return {name: [value] if name == "tags" and isinstance(value, str) else value for name, value in found.items()}
 
 
 def write_card(folder: Path, record: Record, repo_id: str | None = None) -> list[str]:
-    """Write README.md and, where matplotlib is installed, the picture; return the names of the files."""
+    """Write README.md and, if matplotlib is installed, the figure; return the names of the files."""
     files = card_files(folder, record, repo_id)
     for name, content in files.items():
         (folder / name).write_bytes(content)
@@ -62,7 +62,7 @@ def write_card(folder: Path, record: Record, repo_id: str | None = None) -> list
 
 
 def card_files(folder: Path, record: Record, repo_id: str | None = None) -> dict[str, bytes]:
-    """The model card of a checkpoint, and its picture where matplotlib is installed: file name -> content.
+    """The model card of a checkpoint, and its figure if matplotlib is installed: file name -> content.
 
     Args:
         folder: of the checkpoint; its config.json and `evaluations*.json` are read.
@@ -160,7 +160,7 @@ def _variables(
         "license": record.card.get("license"),
         "spectral": record.spectral,
         "init": record.init,
-        # Of weights alone nothing is known of a source, and no change was measured.
+        # For weights alone the source is unknown, and no change was measured.
         "made_here": record.init is not None or record.comparison["relative"] > 0,
         "comparison": record.comparison,
         "diagonal_loss": record.diagonal_loss,

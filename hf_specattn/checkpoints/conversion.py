@@ -1,4 +1,4 @@
-"""A checkpoint in, another one out: conditioned (`convert`), folded, or balanced.
+"""One checkpoint in, another out: conditioned (`convert`), folded, or balanced.
 
 Memory: the model in its stored dtype (the correction too, of an svd model) and one layer in float64, which is the largest
 module, often the embedding, while the dtype's own error is measured.
@@ -61,7 +61,7 @@ class Result:
         folder: the destination.
         table: the condition numbers per layer, as text.
         comparison: the change of the outputs on the probe.
-        notes: what else is to be known, one sentence or more each.
+        notes: further remarks, one or more sentences each.
         files: the names of the files written.
     """
 
@@ -83,9 +83,9 @@ class Options:
     Attributes:
         revision: branch, tag or commit, of a source on the Hub.
         dtype: of the written weights; None for the source's.
-        overwrite: replace a destination that is not empty, as a whole.
+        overwrite: replace the whole destination if it is not empty.
         allow_pickle: load pickled weights, with `weights_only`.
-        base_model: name on the Hub of the source, for the card; None takes it from the source where it is known.
+        base_model: name on the Hub of the source, for the card; None takes it from the source if known.
     """
 
     revision: str | None = None
@@ -117,11 +117,11 @@ def convert(
     options: Options | None = None,
     preconditioner: PreconditionerConfig | None = None,
 ) -> Result:
-    """Make a conditioned or preconditioned checkpoint of a stock one: weights, configuration, tokenizer, code and card.
+    """Make a conditioned or preconditioned checkpoint from a stock one: weights, configuration, tokenizer, code and card.
 
     Args:
         source: a folder, or a model on the Hub.
-        destination: the new folder; it is there whole or not at all.
+        destination: the new folder; it is written completely or not at all.
         config: what to add where; None for no corrections.
         init: as in [`condition`]. `"preserve"` must keep the outputs to the tolerance of the dtype (until they are
             preconditioned).
@@ -135,7 +135,7 @@ def convert(
     """
     check_choice("init", init, INITS)
     if config is None and preconditioner is None:
-        raise ValueError("There is nothing to convert to: give a SpectralConfig, a PreconditionerConfig, or both.")
+        raise ValueError("There is nothing to convert to: pass a SpectralConfig, a PreconditionerConfig, or both.")
 
     def work(found: Source, model: Any) -> _Done:
         _refuse_unsaveable(found)
@@ -176,7 +176,7 @@ def _precondition(model: Any, preconditioner: PreconditionerConfig, probe: Probe
 
 
 def fold_checkpoint(source: str, destination: str | Path, options: Options | None = None) -> Result:
-    """Make a plain checkpoint of the stock architecture of a conditioned one; a preconditioner stays.
+    """Make a plain checkpoint of the stock architecture from a conditioned one; a preconditioner stays.
 
     Arguments, errors and result as in [`convert`]; a source that is not conditioned is an error.
     """
@@ -220,7 +220,7 @@ def _kept_preconditioner(model: Any) -> tuple[PreconditionerConfig | None, list[
 
 @torch.no_grad()
 def _compute_in_float64(model: Any) -> None:
-    """Compute the svd corrections again, in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
+    """Recompute the svd corrections in float64: in float32 an ill-conditioned weight leaves them four digits or fewer.
 
     It decides what an additive model computes. A preserved one computes with W, whatever C is.
     """
@@ -265,8 +265,9 @@ def _refuse_wrong_state(command: str, found: Source) -> None:
         )
     if command == "convert" and found.is_preconditioned:
         raise SourceError(
-            f"{found.name} is already preconditioned, which no fold takes away: convert the stock checkpoint that it was "
-            "made of. To add corrections to it as it is, load it, condition(model, SpectralConfig(...)), and save it."
+            f"{found.name} is already preconditioned, which fold does not remove: convert the stock checkpoint that "
+            "it was made from. To add corrections to it as it is, load it, condition(model, SpectralConfig(...)), "
+            "and save it."
         )
     if command == "fold" and not found.is_conditioned:
         what = "preconditioned" if found.is_preconditioned else "a stock"
@@ -305,15 +306,18 @@ def _notes(command: str, found: Source, done: _Done, info: dict[str, Any], optio
     if done.diagonal_loss is not None:
         where = "folded" if command == "fold" else "preserved"
         notes.append(
-            f"In {dtype}, the {where} weights hold W's diagonal with a mean relative error of {done.diagonal_loss:.2g}, "
-            "because beside lambda few digits are left for it. The outputs are within the tolerance; --dtype float32 keeps W."
+            f"In {dtype}, the {where} weights hold W's diagonal with a mean relative error of "
+            f"{done.diagonal_loss:.2g}, because next to lambda few digits are left for it. The outputs are within the "
+            "tolerance; --dtype float32 keeps W."
         )
     if len(found.dtypes) > 1 and options.dtype is None:
         notes.append(f"The source mixes {', '.join(found.dtypes)}; everything was loaded and written in {dtype}.")
     if missing := sorted(info["missing_keys"]):
-        notes.append(f"Not in the source, and so not written (a model draws them at random): {_some(missing)}.")
+        notes.append(f"Not in the source, and so not written (a model initializes them at random): {_some(missing)}.")
     if unexpected := sorted(info["unexpected_keys"]):
-        notes.append(f"In the source, but no part of {found.model_class.__name__}, and left out: {_some(unexpected)}.")
+        notes.append(
+            f"In the source, but not part of {found.model_class.__name__}, and left out: {_some(unexpected)}."
+        )
     if command == "balance":
         notes.append(
             "Conditioning moves, it does not vanish: what W_V loses W_O takes up, and W_Q and W_K share theirs. The function "
@@ -321,7 +325,8 @@ def _notes(command: str, found: Source, done: _Done, info: dict[str, Any], optio
         )
     if done.preconditioner is not None and command != "convert":
         notes.append(
-            "The preconditioner stays: no weight can hold it, and the checkpoint needs this package, or its code beside it."
+            "The preconditioner stays: no weight can hold it, and the checkpoint needs this package, or the code "
+            "saved with it."
         )
     return notes
 

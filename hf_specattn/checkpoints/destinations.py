@@ -1,4 +1,4 @@
-"""A destination folder that is there whole or not at all, with weights divided into files as the source's are."""
+"""A destination folder that is written completely or not at all, with weights split into files as in the source."""
 
 import contextlib
 import json
@@ -36,8 +36,8 @@ WEIGHT = ".weight"
 # What `replace_folder` calls an existing folder while it puts another in its place.
 REPLACED = "-replaced"
 
-# What goes with the weights and is copied as it is: tokenizers, processors, and the modules of Sentence Transformers.
-# Wherever such a file names the model's classes, it names stock ones or none.
+# What belongs to the weights and is copied unchanged: tokenizers, processors, and the modules of Sentence
+# Transformers. If such a file names the model's classes, it names stock ones or none.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -60,11 +60,11 @@ SENTENCE_TRANSFORMERS_MODULES = "modules.json"
 
 
 class DestinationError(ValueError):
-    """A destination that must not or cannot be written to; the message says what to do."""
+    """A destination must not or cannot be written to; the message says what to do."""
 
 
 def check_destination(destination: Path, source: Path | None, overwrite: bool) -> None:
-    """Refuse, before any work, a destination that holds something, or that is the source or a part of it.
+    """Before any work, refuse a destination that is not empty, or that is the source or a part of it.
 
     Args:
         source: The source's folder.
@@ -79,16 +79,16 @@ def check_destination(destination: Path, source: Path | None, overwrite: bool) -
         source = source.resolve()
         if source == destination or destination in source.parents:
             raise DestinationError(
-                f"DST {destination} {'is' if source == destination else 'contains'} SRC {source}, which would be lost; give "
-                "another folder."
+                f"DST {destination} {'is' if source == destination else 'contains'} SRC {source}, which would be "
+                "lost; choose another folder."
             )
         if source in destination.parents:
             raise DestinationError(
-                f"DST {destination} lies in SRC {source}, which is only read: it would become a part of that checkpoint. "
-                "Give a folder elsewhere."
+                f"DST {destination} lies in SRC {source}, which is only read: it would become a part of that "
+                "checkpoint. Choose a folder elsewhere."
             )
     if destination.exists() and not destination.is_dir():
-        raise DestinationError(f"DST {destination} is a file; give a folder.")
+        raise DestinationError(f"DST {destination} is a file; choose a folder.")
     _refuse_full(destination, overwrite)
     try:
         require_writable(destination.parent, "The folder of DST,")  # it is made beside its place, and renamed
@@ -99,17 +99,18 @@ def check_destination(destination: Path, source: Path | None, overwrite: bool) -
 def _refuse_full(destination: Path, overwrite: bool) -> None:
     if holds_files(destination) and not overwrite:
         raise DestinationError(
-            f"DST {destination} is not empty; give another folder, or --overwrite (overwrite=True) to replace it as a whole."
+            f"DST {destination} is not empty; choose another folder, or pass --overwrite (overwrite=True) to replace "
+            "the whole folder."
         )
 
 
 @contextlib.contextmanager
 def whole_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `destination`, which takes its place once the block has run without an error.
+    """Yield a temporary folder next to `destination`, which replaces it once the block has run without an error.
 
-    Whatever ends the process before leaves `destination` as it was; the next one for the same destination removes what was
-    left. An interruption between the two renames that exchange an existing folder leaves it under a hidden name; the next
-    `check_destination` gives it its own back.
+    If the process ends earlier, `destination` is unchanged; the next one for the same destination cleans up. An
+    interruption between the two renames that replace an existing folder leaves it under a hidden name; the next
+    `check_destination` restores its name.
 
     Args:
         overwrite: As of `check_destination`, which is asked again at the end: files may have come since, of a second command
@@ -135,18 +136,18 @@ def whole_folder(destination: Path, overwrite: bool = False) -> Iterator[Path]:
         _refuse_full(destination, overwrite)
         if files_in(destination) != present:
             raise DestinationError(
-                f"DST {destination} was changed meanwhile; nothing in it was replaced. Start again."
+                f"DST {destination} was changed in the meantime; nothing in it was replaced. Run the command again."
             )
         replace_folder(temporary, destination)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if is_disk_full(error):
-            raise DestinationError(f"There is too little space for {destination}; nothing was written.") from error
+            raise DestinationError(f"There is not enough space for {destination}; nothing was written.") from error
         raise
 
 
 def _leftovers(destination: Path) -> Iterator[Path]:
-    """What dead processes left of this destination alone: the folder around it is the user's."""
+    """What dead processes left of this destination only: the folder around it is the user's."""
     for path in sorted(destination.parent.glob(f".{destination.name}.tmp-*")):
         match = TEMPORARY_NAME.fullmatch(path.name)
         own = None if match is None else f".{destination.name}.tmp-{match[1]}"
@@ -155,7 +156,7 @@ def _leftovers(destination: Path) -> Iterator[Path]:
 
 
 def _restore_replaced(destination: Path) -> None:
-    """Undo an exchange that was interrupted between its two renames: the old folder gets its name back."""
+    """Undo a replacement that was interrupted between its two renames: the old folder gets its name back."""
     for path in _leftovers(destination):
         if path.name.endswith(REPLACED) and not destination.exists():
             logger.warning(f"An interrupted conversion had moved {destination} aside; it is back.")
@@ -169,7 +170,7 @@ def _remove_leftovers(destination: Path) -> None:
 
 
 def check_space(destination: Path, needed: int) -> None:
-    """Refuse, before any work, a disk that has not `needed` bytes.
+    """Before any work, refuse a disk without `needed` free bytes.
 
     Raises:
         DestinationError: naming both figures.
@@ -177,8 +178,8 @@ def check_space(destination: Path, needed: int) -> None:
     existing = next(folder for folder in (destination.resolve(), *destination.resolve().parents) if folder.is_dir())
     if (free := shutil.disk_usage(existing).free) < needed:
         raise DestinationError(
-            f"DST {destination} needs about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free at least "
-            f"{megabytes(needed - free)}, or give a folder on another disk."
+            f"DST {destination} needs about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free at "
+            f"least {megabytes(needed - free)}, or choose a folder on another disk."
         )
 
 
@@ -262,7 +263,7 @@ def companions(source: Path) -> list[str]:
 
 
 def refuse_links_out(source: Path, files: Iterable[Path]) -> None:
-    """Refuse files that are links to somewhere outside of the checkpoint: what is there is nobody's to copy or publish.
+    """Refuse files that are links out of the checkpoint: what is there must not be copied or published.
 
     Links into the Hub's cache are how huggingface_hub keeps a checkpoint.
     """
@@ -271,8 +272,8 @@ def refuse_links_out(source: Path, files: Iterable[Path]) -> None:
         cached = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
         if not (cached or source.resolve() in target.parents):
             raise DestinationError(
-                f"{file} is a link to a file outside of the checkpoint, {target}. Put a copy in its place if it belongs to "
-                "the checkpoint, or remove it."
+                f"{file} is a link to a file outside of the checkpoint, {target}. Replace it by a copy if it belongs "
+                "to the checkpoint, or remove it."
             )
 
 

@@ -1,6 +1,6 @@
-"""What was measured of a checkpoint, in files beside it: experiments write them, the model card shows them.
+"""Evaluations of a checkpoint, in files next to it: experiments write them, the model card shows them.
 
-A file has the form of the Hub's `model-index`, as in a model card's metadata. Those of several evaluations lie side by side:
+A file has the format of the Hub's `model-index`, as in a model card's metadata. There may be several evaluations:
 `evaluations.json` of the training run, `evaluations_glue-<model>.json` of `eval_glue.py`, and others of your own.
 """
 
@@ -20,11 +20,11 @@ EVALUATION_FILES = "evaluations*.json"
 def write_evaluations(
     folder: str | Path, model_name: str, results: Sequence[EvalResult], file_name: str = EVALUATIONS
 ) -> Path:
-    """Write what was measured of a model into a checkpoint's folder.
+    """Write evaluation results of a model into a checkpoint's folder.
 
     Args:
-        model_name: of the model that was evaluated; the card has a name of its own.
-        file_name: something that `evaluations*.json` matches.
+        model_name: of the model that was evaluated; the card has its own name.
+        file_name: a name that `evaluations*.json` matches.
 
     Returns:
         The file.
@@ -38,7 +38,7 @@ def write_evaluations(
 
 
 def read_evaluations(folder: str | Path) -> list[EvalResult]:
-    """What all files `evaluations*.json` of a folder say, in the order of their names; empty where there are none.
+    """The content of all files `evaluations*.json` in a folder, in the order of their names; empty if there are none.
 
     Raises:
         ValueError: for a damaged file, and for two files with the same metric of the same data.

@@ -22,10 +22,10 @@ class Inspection:
     """What was found.
 
     Attributes:
-        facts: name -> what is to be said, in order.
+        facts: name -> value, in order.
         rows: condition numbers of W, and of W + C, per projection.
-        is_conditioned: whether W + C is another matrix than W.
-        heads: what its preconditioner does to each attention on a random probe; empty where it has none.
+        is_conditioned: whether W + C differs from W.
+        heads: what its preconditioner does to each attention on a random probe; empty if it has none.
         settings: of the correction and the preconditioner, by the names of config.json; empty for a stock model.
     """
 
@@ -36,7 +36,7 @@ class Inspection:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """What `describe` says, for `--json`; condition numbers that are infinite are None."""
+        """What `describe` says, for `--json`; infinite condition numbers are None."""
         facts = {"facts": self.facts, "is_conditioned": self.is_conditioned, "settings": self.settings}
         return {**facts, "projections": self.rows, "heads": heads_rows(self.heads)}
 
@@ -49,7 +49,7 @@ class Inspection:
 
 
 def inspect_checkpoint(source: str, revision: str | None = None, allow_pickle: bool = False) -> Inspection:
-    """Load a checkpoint and say what it is.
+    """Load a checkpoint and describe it.
 
     Args:
         source: a folder, or a model on the Hub.

@@ -1,4 +1,4 @@
-"""The picture of a model card: condition numbers over the layers, before and after."""
+"""The figure of a model card: condition numbers over the layers, before and after."""
 
 from ..figures import OKABE_ITO, new_figure, render
 from .records import KappaRow, Record
@@ -9,7 +9,7 @@ PICTURE = "kappa.png"
 def kappa_picture(record: Record) -> bytes | None:
     """A PNG with one panel per projection: kappa of the whole projection over the layers, before and after.
 
-    None where matplotlib is not installed, or there is nothing to draw.
+    None if matplotlib is not installed, or there is nothing to draw.
     """
     panels: dict[str, list[KappaRow]] = {}
     for row in record.rows:

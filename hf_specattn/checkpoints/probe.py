@@ -1,4 +1,4 @@
-"""How the outputs on a small probe batch change, measured against what the dtype itself costs."""
+"""How much the outputs on a small probe batch change, compared with the error of the dtype itself."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from ..layers import HALF_PRECISION, SpectralLayer, correction_matrix, spectral_
 
 @dataclass(frozen=True)
 class Comparison:
-    """The outputs on the probe after, against those before.
+    """The outputs on the probe afterward, compared with those before.
 
     Attributes:
         absolute: the greatest difference.
         relative: the same relative to the greatest value of the tensor.
-        dtype_error: the relative change of the outputs before when the same weights compute in float64; None where it was
-            not measured.
-        tolerance: the greatest relative change that was allowed; None where the function was meant to change.
+        dtype_error: the relative change of the original outputs when the same weights compute in float64; None if it
+        was not measured.
+        tolerance: the greatest relative change that was allowed; None if the function was meant to change.
     """
 
     absolute: float
@@ -34,7 +34,7 @@ class Comparison:
         """One line."""
         line = f"Largest change of an output on the probe: {self.absolute:.2g}, relative {self.relative:.2g}"
         if self.tolerance is None:
-            return f"{line}. The function is another one: train the model before use."
+            return f"{line}. The function has changed: train the model before use."
         measured = "" if self.dtype_error is None else f", the dtype's own error is {self.dtype_error:.2g}"
         return f"{line} (allowed {self.tolerance:.2g}{measured})."
 
@@ -80,9 +80,10 @@ class Probe:
         assert self.tolerance is not None
         measured = "" if self.dtype_error is None else f", of which the dtype's own error is {self.dtype_error:.2g}"
         return OutputChangedError(
-            f"{what} would change the outputs by {change.relative:.2g} relative to the greatest ({change.absolute:.2g} "
-            f"absolute), more than the tolerance of {self.tolerance:.2g}{measured}. Nothing was written. Rounding to {dtype} "
-            f"costs too much: write a wider type (--dtype {_wider(dtype)}), or choose a smaller lambda.",
+            f"{what} would change the outputs by {change.relative:.2g} relative to the greatest "
+            f"({change.absolute:.2g} absolute), more than the tolerance of {self.tolerance:.2g}{measured}. Nothing "
+            f"was written. Rounding to {dtype} loses too much: write a wider type (--dtype {_wider(dtype)}), or "
+            "choose a smaller lambda.",
             change,
             self.tolerance,
         )
@@ -101,7 +102,7 @@ def make_batch(model: Any) -> Mapping[str, Tensor]:
 
 
 class Diagonals:
-    """What of W's entries under `lambda * I` survives, which in half precision a sum with lambda rounds away.
+    """How much of W's diagonal survives the sum with `lambda * I`, which in half precision rounds it away.
 
     Args:
         model: stock, about to be conditioned with `spectral` and `init="preserve"`; or conditioned, about to be folded.
@@ -125,7 +126,7 @@ class Diagonals:
 
     @torch.no_grad()
     def loss(self, model: nn.Module) -> float | None:
-        """Mean error of the entries of W that can be got back from the model as it stands, relative to their mean size.
+        """Mean error of the entries of W that can be recovered from the model, relative to their mean size.
 
         Preserved weights are W - C, folded ones W + C. None where nothing is rounded.
         """

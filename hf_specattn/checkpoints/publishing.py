@@ -1,8 +1,8 @@
 """Publishing to the Hub in one commit: `specattn push`, and `push_to_hub` of conditioned models.
 
-What a checkpoint lacks for others (remote code, `auto_map`, a model card) is added to the commit; the folder stays as it is.
-Tokens are left to huggingface_hub (`hf auth login` or HF_TOKEN): nothing here takes one from the command line, prints or
-stores one.
+What a checkpoint lacks for other users (remote code, `auto_map`, a model card) is added to the commit; the folder does
+not change. Tokens are left to huggingface_hub (`hf auth login` or HF_TOKEN): nothing here takes one from the command
+line, prints or stores one.
 """
 
 import fnmatch
@@ -47,7 +47,7 @@ PUBLISHED = (
 
 
 class PublishingError(ValueError):
-    """What cannot be published; the message says what to do."""
+    """Something that cannot be published; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Publication:
     left_out: tuple[str, ...]
 
     def describe(self) -> str:
-        """The list of files, with their sizes and which of them were made now."""
+        """The list of files, with their sizes and whether they were generated."""
         lines = [
             f"  {name}  {_size(content):,} bytes{'' if isinstance(content, Path) else '  (generated)'}"
             for name, content in self.files.items()
@@ -76,7 +76,7 @@ class Publication:
         return "\n".join([summary, *lines, *left_out])
 
     def write_card(self, folder: Path) -> list[str]:
-        """Write the model card and its picture into a folder, to be read; return the names of the files."""
+        """Write the model card and its figure into a folder, for review; return the names of the files."""
         folder.mkdir(parents=True, exist_ok=True)
         names = [name for name in (CARD, PICTURE) if name in self.files]
         for name in names:
@@ -95,7 +95,7 @@ def plan(folder: str | Path, repo_id: str, new_card: bool = False) -> Publicatio
     Args:
         folder: a conditioned, folded, balanced or stock checkpoint; checked like the source of a conversion.
         repo_id: name on the Hub, such as "organization/model".
-        new_card: write a new model card although the folder has a README.md.
+        new_card: write a new model card even if the folder has a README.md.
 
     Raises:
         SourceError: if it is not a checkpoint, a damaged one, or pickled.
@@ -103,7 +103,7 @@ def plan(folder: str | Path, repo_id: str, new_card: bool = False) -> Publicatio
     """
     _check_repo_id(repo_id)
     if not Path(folder).expanduser().is_dir():
-        raise PublishingError(f"SRC {folder} is not a folder; only what lies here can be published.")
+        raise PublishingError(f"SRC {folder} is not a folder; only local folders can be published.")
     found = find_source(str(folder))
     present = files_in(found.folder)
     chosen = [name for name in present if _is_published(name, found)]
@@ -128,11 +128,11 @@ def publish(
     commit_description: str | None = None,
     token: str | bool | None = None,
 ) -> CommitInfo:
-    """Create the repository where it does not exist, and upload everything in one commit.
+    """Create the repository if it does not exist, and upload everything in one commit.
 
     Args:
         private: of a new repository; None for the organization's default.
-        revision: branch to commit to; created where it does not exist.
+        revision: branch to commit to; created if it does not exist.
         create_pr: open a pull request instead of committing to the branch.
         commit_message, commit_description: of the commit.
         token: for huggingface_hub; None takes the one of `hf auth login`.
@@ -173,7 +173,7 @@ def push_model(
 ) -> str:
     """`push_to_hub` of a conditioned model: as the stock method, with remote code for every head and a generated card.
 
-    A README.md that the repository has stays; delete it there to have a new one.
+    An existing README.md in the repository is kept; delete it there to get a new one.
 
     Returns:
         The address of the commit, as the stock method does.
@@ -205,7 +205,7 @@ def _check_repo_id(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise PublishingError(
-            f"{repo_id!r} is not a name on the Hub: {error} Give one such as 'organization/model'."
+            f"{repo_id!r} is not a valid name on the Hub: {error} Use one such as 'organization/model'."
         ) from error
 
 
@@ -228,14 +228,14 @@ def _record(found: Source) -> Record:
     record = read_record(found.folder)
     card = source_card(found.folder)
     if record is not None:
-        # A licence or a tag that the user added to the README since then counts.
+        # A license or a tag that the user added to the README since then counts.
         base = card.pop("base_model", None)
         base = record.base_model or (base if isinstance(base, str) else None)
         return replace(record, card={**record.card, **card}, base_model=base)
     if found.is_stock:
         raise SourceError(
-            f"{found.name} has no {CARD}, and is a stock checkpoint that `specattn` did not write, of which nothing is known "
-            f"to write one. Add a {CARD}."
+            f"{found.name} has no {CARD}, and is a stock checkpoint that `specattn` did not write, so there is "
+            f"nothing to write one from. Add a {CARD}."
         )
     model, _ = load_model(found)
     return replace(_model_record(model, found.config, found.folder.name), card=card)

@@ -1,4 +1,4 @@
-"""What was done to a checkpoint, in a file beside its weights: what a model card can say afterwards without the source."""
+"""A record of what was done to a checkpoint, in a file next to its weights, so that a model card does not need the source."""
 
 import json
 import math
@@ -27,7 +27,7 @@ class KappaRow:
         projection: `query`, `key`, `value` or `output`.
         before, after: of the whole projection. For a conditioned model of W and W + C, for a balanced one of W and W.
         head_before, head_after: means over the heads.
-        note: what is to be said of this row, or "".
+        note: a remark on this row, or "".
     """
 
     name: str
@@ -70,8 +70,8 @@ class Record:
         comparison: the change of the outputs on the probe (see `probe.Comparison`).
         diagonal_loss: mean relative error of W's diagonal that half precision cost; None where it cost nothing.
         rows: the condition numbers.
-        notes: what else is to be said.
-        card: what the source's model card says: licence, language, tags, datasets.
+        notes: further remarks.
+        card: what the source's model card says: license, language, tags, datasets.
         version: of this package.
         preconditioner: settings of the preconditioner; None where there is none.
         heads: what it does to the heads.
@@ -98,7 +98,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in a checkpoint's folder; None where there is none, or one of another version's format."""
+    """The record in a checkpoint's folder; None if there is none, or one in another version's format."""
     try:
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT:

@@ -1,4 +1,4 @@
-"""The source files that a checkpoint carries, with which `trust_remote_code=True` loads it where the package is missing.
+"""The source files in a checkpoint with which `trust_remote_code=True` loads it where the package is missing.
 
 transformers copies such files from one flat folder and follows `from .x import y`; `auto_map` in config.json names the class
 for each Auto class. `save_pretrained` would name that of the saved head alone.
@@ -89,9 +89,10 @@ def refuse_outside(model_type: str) -> None:
     if stock_type in OUTSIDE:
         config_class = OUTSIDE[stock_type][0]
         raise ValueError(
-            f"model type {stock_type!r} was made known by register_architecture: its code ({config_class.__module__}) lies "
-            "outside this package and cannot travel with a checkpoint. Save the model with save_pretrained, and make the "
-            "same call before you load it; or fold it (hf_specattn.fold(model)), and share it as you share your stock model."
+            f"model type {stock_type!r} was registered by register_architecture: its code ({config_class.__module__}) "
+            "is not part of this package and cannot be saved with a checkpoint. Save the model with save_pretrained, "
+            "and make the same call before you load it; or fold it (hf_specattn.fold(model)), and share it as you "
+            "share your stock model."
         )
 
 

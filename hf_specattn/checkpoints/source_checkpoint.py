@@ -1,4 +1,4 @@
-"""A source checkpoint: found in a folder or on the Hub, and checked before any work is done on it."""
+"""A source checkpoint: found in a folder or on the Hub, and checked before any work on it."""
 
 import json
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ CONFIG = "config.json"
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# Weights of other frameworks, and where the error says that they are.
+# Weight files of other frameworks, which the error mentions.
 FOREIGN_WEIGHTS = ("tf_model.h5", "flax_model.msgpack", "*.gguf", "*.ckpt*")
 
 # What is fetched from the Hub: weights of the folder itself, and every small file of text.
@@ -50,7 +50,7 @@ INTEGER_DTYPES = ("I8", "U8")
 
 
 class SourceError(ValueError):
-    """Something that is not a checkpoint, a damaged one, or one that cannot be worked on; the message says what to do."""
+    """The source is not a checkpoint, is damaged, or cannot be processed; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Its name on the Hub, or the folder's own name: nothing of where the folder lies."""
+        """Its name on the Hub, or the folder's own name without its path."""
         return self.hub_id or self.folder.name
 
     @property
@@ -153,12 +153,12 @@ def find_source(
 
 
 def _refuse_other_contents(config: dict[str, Any], folder: Path, path_or_id: str) -> None:
-    """A folder that holds more than it says, or says more than it holds."""
+    """Refuse a folder whose weights and config.json do not match."""
     if (folder / ADAPTER_CONFIG).is_file():
         raise SourceError(
-            f"{path_or_id} has an adapter of PEFT beside its weights ({ADAPTER_CONFIG}), which transformers adds when "
-            "it loads them. Merge it (model.merge_and_unload(), then save_pretrained into another folder), or move the "
-            "adapter's files away if the model without it is meant."
+            f"{path_or_id} has a PEFT adapter next to its weights ({ADAPTER_CONFIG}), which transformers adds when it "
+            "loads them. Merge it (model.merge_and_unload(), then save_pretrained into another folder), or move the "
+            "adapter's files away if you want the model without it."
         )
     if not str(config["model_type"]).startswith(MODEL_TYPE_PREFIX):
         known = config["model_type"] in ARCHITECTURES
@@ -205,8 +205,9 @@ def load_model(source: Source, dtype: torch.dtype | None = None) -> tuple[Any, d
     model, info = loaded
     if mismatched := sorted(_key(entry) for entry in info["mismatched_keys"]):
         raise SourceError(
-            f"{source.name}: {len(mismatched)} tensor(s) have other shapes than config.json says, such as "
-            f"{mismatched[0]}. Either the weights or config.json belong to another model; restore them from their source."
+            f"{source.name}: {len(mismatched)} tensor(s) do not have the shapes that config.json says, such as "
+            f"{mismatched[0]}. Either the weights or config.json belong to another model; restore them from their "
+            "source."
         )
     _check_projections(source, model, set(info["missing_keys"]))
     return model.eval(), info
@@ -233,7 +234,7 @@ def _check_projections(source: Source, model: Any, missing: set[str]) -> None:
     if lost:
         raise SourceError(
             f"{source.name} lacks {len(lost)} weight(s) of its projections, such as {lost[0]}: they would be random numbers. "
-            f'Either files are missing, or "architectures" in {CONFIG} names a class that the weights are not of.'
+            f'Either files are missing, or "architectures" in {CONFIG} names the wrong class for these weights.'
         )
 
 
@@ -249,7 +250,7 @@ def _locate(
             raise SourceError(f"revision={revision!r} is for the Hub, but {path_or_id} is a folder; leave it out.")
         return path.resolve(), None, None
     if path.exists():
-        raise SourceError(f"{path_or_id} is a file, not a checkpoint; give the folder that holds its {CONFIG}.")
+        raise SourceError(f"{path_or_id} is a file, not a checkpoint; pass the folder that contains its {CONFIG}.")
     try:
         validate_repo_id(path_or_id)
     except HFValidationError as error:
@@ -278,12 +279,12 @@ def _read_config(folder: Path, path_or_id: str) -> dict[str, Any]:
     if not file.is_file():
         if (folder / ADAPTER_CONFIG).is_file():
             raise SourceError(
-                f"{path_or_id} is an adapter of PEFT, not a model: it has {ADAPTER_CONFIG} and no {CONFIG}. Merge it "
-                "into its base model first (model.merge_and_unload().save_pretrained(...))."
+                f"{path_or_id} is a PEFT adapter, not a model: it has {ADAPTER_CONFIG} and no {CONFIG}. Merge it into "
+                "its base model first (model.merge_and_unload().save_pretrained(...))."
             )
         raise SourceError(
-            f"{path_or_id} is not a checkpoint: it has no {CONFIG}. Give a folder that save_pretrained wrote, or a model on "
-            "the Hub."
+            f"{path_or_id} is not a checkpoint: it has no {CONFIG}. Pass a folder that save_pretrained wrote, or a "
+            "model on the Hub."
         )
     config = read_json(file)
     if not isinstance(config.get("model_type"), str):
@@ -321,8 +322,9 @@ def _refuse_quantized_config(config: dict[str, Any], path_or_id: str) -> None:
 
 def _quantized(where: Any, what: str) -> str:
     return (
-        f"{where} is quantized ({what}), which is not supported: neither a correction nor a gauge fits quantized weights. "
-        "Start from the checkpoint that it was quantized from, and quantize the result (folded, if it is conditioned)."
+        f"{where} is quantized ({what}), which is not supported: quantized weights can be neither corrected nor "
+        "balanced. Start from the checkpoint that it was quantized from, and quantize the result (folded, if it is "
+        "conditioned)."
     )
 
 
@@ -343,7 +345,7 @@ def _list_shards(folder: Path, path_or_id: str, allow_pickle: bool) -> tuple[dic
             )
         return ({single: ()} if found == single else _read_index(folder / index)), is_pickle
     foreign = sorted(file.name for pattern in FOREIGN_WEIGHTS for file in folder.glob(pattern))
-    also = f" It has {', '.join(foreign)}, which is of another framework." if foreign else ""
+    also = f" It has {', '.join(foreign)}, which belongs to another framework." if foreign else ""
     raise SourceError(
         f"{path_or_id} is not a checkpoint with weights: it has neither {SAFETENSORS} nor {SAFETENSORS_INDEX}.{also}"
     )
@@ -360,9 +362,7 @@ def _read_index(file: Path) -> dict[str, tuple[str, ...]]:
     shards: dict[str, list[str]] = {}
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise SourceError(
-                f"{file} is damaged: {tensor} is said to be in {shard!r}, which is not a file beside it."
-            )
+            raise SourceError(f"{file} is damaged: {tensor} is listed in {shard!r}, which is not a file next to it.")
         shards.setdefault(shard, []).append(tensor)
     if absent := sorted(shard for shard in shards if not (file.parent / shard).is_file()):
         raise SourceError(
@@ -384,7 +384,8 @@ def _open_shards(
                 stored = {name: stream.get_slice(name).get_dtype() for name in stream.keys()}  # noqa: SIM118  no mapping
         except (SafetensorError, OSError) as error:
             raise SourceError(
-                f"{file} is truncated or corrupted, or no safetensors file at all: {error}. Restore it from its source."
+                f"{file} is truncated or corrupted, or not a safetensors file at all: {error}. Restore it from its "
+                "source."
             ) from error
         if lost := sorted(set(listed) - set(stored)):
             raise SourceError(f"{file} lacks {lost[0]}, which the index lists in it. Restore it from its source.")

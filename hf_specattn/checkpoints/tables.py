@@ -10,7 +10,7 @@ def format_rows(rows: Sequence[KappaRow], is_conditioned: bool) -> str:
     """One line per projection: the condition number of the whole projection, and the mean over its heads.
 
     Args:
-        is_conditioned: show `W + C` beside `W`.
+        is_conditioned: show `W + C` next to `W`.
     """
     header = ("projection", "kappa(W)", "kappa(W+C)", "per head", "per head+C", "")
     cells = [header] + [

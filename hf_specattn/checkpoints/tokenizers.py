@@ -10,7 +10,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model")
 
 
 def name_tokenizer_class(source: Path, folder: Path) -> None:
-    """Write the tokenizer's class into tokenizer_config.json, where AutoTokenizer would else ask the model type."""
+    """Write the tokenizer's class into tokenizer_config.json, so that AutoTokenizer need not infer it from the model type."""
     if not any(True for pattern in TOKENIZER_FILES for _ in folder.glob(pattern)):
         return
     file = folder / TOKENIZER_CONFIG

@@ -114,7 +114,7 @@ def test_convert_inspect_fold(specattn, source, tmp_path):
         lambda_={"query": 1.0, "value": 2.5}, targets=("query", "value"), granularity="head"
     )
     assert len(re.findall(r"^encoder\.layer\.\d\S* (query|value) ", out, re.MULTILINE)) == 4
-    assert "The function is another one" in out
+    assert "The function has changed" in out
     assert f"Written: {tmp_path / 'new'}" in out
 
     code, out, _ = specattn("inspect", tmp_path / "new")
@@ -159,7 +159,7 @@ def test_balance_says_that_conditioning_moves(specattn, source, tmp_path):
         (("convert", "SRC", "SRC"), "which would be lost"),
         (("fold", "SRC", "DST"), "not conditioned"),
         (("inspect", "DST"), "neither a folder nor a name"),
-        (("push", "SRC", "no name"), "is not a name on the Hub"),
+        (("push", "SRC", "no name"), "is not a valid name on the Hub"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
@@ -354,18 +354,18 @@ def spoil(name, value):
 
 QUERY = "encoder.layer.0.attention.self.query"
 DAMAGES = {
-    "text for a number": (in_config(hidden_size="32"), "restored from its source"),
-    "no number of heads": (in_config(num_attention_heads=None), "restored from its source"),
+    "text for a number": (in_config(hidden_size="32"), "restore it from its source"),
+    "no number of heads": (in_config(num_attention_heads=None), "restore it from its source"),
     "a list for the type": (in_config(model_type=["bert"]), "names no model_type"),
     "a list for a lambda": (in_config(lambda_=[1]), "lambda_=[1] means nothing to method='svd'"),
     "auto_map a number": (in_config(auto_map=5), "is damaged: auto_map is 5, not a dict."),
     "an index without metadata": (index(), "has no metadata, which transformers reads"),
     "an index with metadata that are a list": (index(metadata=[]), "has no metadata, which transformers reads"),
-    "modules.json a number": (write("modules.json", 5), "restored from its source"),
-    "modules.json with numbers": (write("modules.json", [5]), "restored from its source"),
-    "modules.json cut off": (write("modules.json", '[{"path": '), "restored from its source"),
-    "tokenizer_config.json a list": (tokenizer_of([]), "restored from its source"),
-    "tokenizer_config.json cut off": (tokenizer_of('{"a"'), "restored from its source"),
+    "modules.json a number": (write("modules.json", 5), "restore it from its source"),
+    "modules.json with numbers": (write("modules.json", [5]), "restore it from its source"),
+    "modules.json cut off": (write("modules.json", '[{"path": '), "restore it from its source"),
+    "tokenizer_config.json a list": (tokenizer_of([]), "restore it from its source"),
+    "tokenizer_config.json cut off": (tokenizer_of('{"a"'), "restore it from its source"),
     "a licence that is false": (readme(license=False), "license in its metadata is False, but must be a text"),
     "a tag that is a number": (readme(tags=["a", 5]), "tags in its metadata is ['a', 5], but must be"),
     "a pipeline that is a list": (
@@ -376,7 +376,7 @@ DAMAGES = {
     "inf in C": (spoil(f"{QUERY}.correction", math.inf), "has nan or inf entries"),
     "an adapter beside": (
         write("adapter_config.json", {"peft_type": "LORA"}),
-        "has an adapter of PEFT beside its weights",
+        "has a PEFT adapter next to its weights",
     ),
     "a stock type with the flag": (
         in_config(model_type="bert", architectures=["BertModel"]),
@@ -430,7 +430,7 @@ def test_the_traceback_can_be_asked_for(specattn, conditioned, tmp_path, monkeyp
             "/some/file: Permission denied. Check that it is there",
         ),
         (ModuleNotFoundError("No module named 'jinja2'", name="jinja2"), "Install it: pip install jinja2."),
-        (RecursionError("maximum recursion depth exceeded"), "restored from its source"),
+        (RecursionError("maximum recursion depth exceeded"), "restore it from its source"),
         (KeyError("metadata"), "KeyError: 'metadata'. Something in the checkpoint is not as"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,

@@ -156,7 +156,7 @@ def test_the_same_call_again_changes_nothing_and_the_stock_classes_load_as_befor
 
 
 def test_its_code_cannot_travel_and_that_is_said(tmp_path):
-    reason = r"register_architecture.*outside this package and cannot travel.*save_pretrained.*fold it"
+    reason = r"register_architecture.*not part of this package and cannot be saved.*save_pretrained.*fold it"
     stock_model().save_pretrained(tmp_path / "stock")
     model = AutoModel.from_pretrained(tmp_path / "stock", spectral_conditioning=True, lambda_=0.5)
     model.save_pretrained(tmp_path / "conditioned")

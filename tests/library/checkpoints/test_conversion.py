@@ -281,7 +281,7 @@ def adapter(folder):
 DAMAGE = {
     "no config": (lambda folder: (folder / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
     "config no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-    "adapter": (adapter, "is an adapter of PEFT"),
+    "adapter": (adapter, "is a PEFT adapter"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "truncated": (truncated, r"model.safetensors is truncated or corrupted"),
     "corrupted": (corrupted, r"model.safetensors is truncated or corrupted"),
@@ -399,7 +399,7 @@ def test_an_error_while_writing_leaves_nothing(bert, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(conversion, "write_card", full)
-    with pytest.raises(DestinationError, match="too little space"):
+    with pytest.raises(DestinationError, match="not enough space"):
         convert(bert, tmp_path / "new", SpectralConfig())
     assert list(tmp_path.iterdir()) == []
 

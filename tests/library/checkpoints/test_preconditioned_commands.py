@@ -77,7 +77,7 @@ def test_convert_is_normalized_heads_and_w_plus_c(tiny, spectral, stock_checkpoi
     assert loaded.config.spectral_config == spectral
     assert loaded.config.preconditioner_config == ROW
     assert "third-party reading of arXiv 2603.27153" in result.describe()
-    assert "The function is another one: train the model before use." in result.describe()
+    assert "The function has changed: train the model before use." in result.describe()
     record = json.loads((tmp_path / "new" / "specattn.json").read_text())
     assert record["preconditioner"] == ROW.to_dict()
     assert record["spectral"] == (None if spectral is None else spectral.to_dict())

@@ -207,13 +207,13 @@ def test_push_to_hub_of_a_preconditioned_model(api, stock_checkpoint):
 
 @pytest.mark.parametrize("repo_id", ["a/b/c", "bad name", ""])
 def test_a_bad_name_is_refused(repo_id, converted, api):
-    with pytest.raises(PublishingError, match="is not a name on the Hub"):
+    with pytest.raises(PublishingError, match="is not a valid name on the Hub"):
         plan(converted / "folded", repo_id)
     assert not api.method_calls
 
 
 def test_what_cannot_be_published(tmp_path, stock_checkpoint, api):
-    with pytest.raises(PublishingError, match="is not a folder; only what lies here can be published"):
+    with pytest.raises(PublishingError, match="is not a folder; only local folders can be published"):
         plan("someone/model", "me/x")
     with pytest.raises(SourceError, match=r"no config\.json"):
         plan(tmp_path, "me/x")
