@@ -1,4 +1,4 @@
-"""`balance`: a pretrained attention made better conditioned with its function kept, by moving along its gauge freedom.
+"""`balance` makes a pretrained attention better conditioned without changing its function, by using its gauge freedom.
 
 In the paper's orientation (`X W`), each head's output is unchanged under `W_Q M, W_K M^-T` and `W_V G, G^-1 W_O` for any
 invertible `M` and `G`, if the biases go along (`b_Q M, b_K M^-T, b_V G`):
@@ -8,9 +8,9 @@ invertible `M` and `G`, if the biases go along (`b_Q M, b_K M^-T, b_V G`):
 - Q/K: from the SVD `W_Q W_K^T = U S V^T`, `W_Q M = U S^1/2` and `W_K M^-T = V S^1/2`: both condition numbers become
   `sqrt(kappa(W_Q W_K^T))`, which is at most `sqrt(kappa(W_Q) kappa(W_K))`.
 
-Query heads that share a key/value head share its `M` and `G`; `W_Q` is then the group's query weights stacked. The
-conditioning does not vanish, it moves: from `W_V` into `W_O`, and between `W_Q` and `W_K`. And it is a property of the
-parameters, not of the function that they compute.
+Query heads that share a key/value head share its `M` and `G`; `W_Q` is then the group's query weights stacked.
+Ill-conditioning does not vanish, it moves: from `W_V` into `W_O`, and between `W_Q` and `W_K`. And it is a property of
+the parameters, not of the function that they compute.
 """
 
 import contextlib
@@ -54,10 +54,10 @@ class BalanceReport:
         shape: `(heads * head_dim, in_features)`; of the output projection `(heads * head_dim, out_features)`.
         before: spectrum of the weight, and of each head's block, as it stood; for the output projection a head's block is
             what maps that head's values to the output.
-        after: the same of the weight as it stands now, rounded to its dtype.
-        left_alone: why the projection stayed as it was; None where it was balanced.
-        left_alone_heads: the heads of this projection that stayed as they were, because a weight of their pair (query and
-            key, or value) is numerically rank-deficient.
+        after: the same for the new weight, rounded to its dtype.
+        left_alone: why the projection was not changed; None if it was balanced.
+        left_alone_heads: the heads of this projection that were not changed, because a weight of their pair (query and
+        key, or value) is numerically rank-deficient.
     """
 
     name: str
@@ -99,7 +99,7 @@ class BalanceReports(list[BalanceReport]):
 
 
 class OutputChangedError(RuntimeError):
-    """Balancing would change the outputs by more than the tolerance; the model was left as it was.
+    """Balancing would change the outputs by more than the tolerance; the model was not changed.
 
     Attributes:
         change: of the probe's outputs.
@@ -123,11 +123,11 @@ def balance(
     Each head's `W_V` gets condition number 1, and what it had moves into `W_O`; `W_Q` and `W_K` share theirs equally (see
     the module's docstring). Do not expect it to help quantization (docs/balance.md).
 
-    Stock modules stay stock modules, with the same parameter objects, so that checkpoints need no code of this
-    package. A gauge that would change the function is left alone (Q/K behind rotary position embeddings or q/k norms;
-    V/O where channels are mixed or normalized in between, or attention is preconditioned), as are numerically
-    rank-deficient heads, for which `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds
-    less than `head_dim`. The reports name them.
+    Stock modules stay stock modules, with the same parameter objects, so that checkpoints do not need this package. A
+    gauge that would change the function is left alone (Q/K behind rotary position embeddings or q/k norms; V/O where
+    channels are mixed or normalized in between, or attention is preconditioned), as are numerically rank-deficient
+    heads, for which `numpy.linalg.matrix_rank` in the weight's dtype (float32 for half precision) finds less than
+    `head_dim`. The reports name them.
 
     Computed in float64 and rounded to the weights' dtype once. Before any weight is changed, the outputs on `probe` are
     compared: with the balanced weights, substituted for one layer at a time, and without. Beyond the model, memory is
@@ -137,8 +137,9 @@ def balance(
     `name_or_path` becomes empty: no checkpoint of the balanced model exists yet, and an adapter that PEFT trains on it does
     not fit the old one.
 
-    Balance before an optimizer is made: its moments would belong to the old weights. The function is kept in training mode
-    too, but the gradients of the new weights differ, so training takes another path from the first step on.
+    Balance before you create an optimizer: its moments would belong to the old weights. The function is also kept in
+    training mode, but the gradients of the new weights differ, so training takes a different path from the first step
+    on.
 
     Args:
         model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.
@@ -191,7 +192,8 @@ def balance(
 
 
 def format_balance(reports: BalanceReports) -> str:
-    """A plain-text table, one line per projection, with what was left alone and why, and how the outputs changed."""
+    """Return a plain-text table with one line per projection that says what was left alone and why, and how the
+    outputs changed."""
     header = ("projection", "shape", "kappa", "balanced", "per head", "balanced", "worst head", "balanced", "")
     measured = "" if reports.dtype_error is None else f", the dtype's own error is {reports.dtype_error:.2g}"
     return "\n".join(
@@ -595,7 +597,7 @@ def _check_attentions(model: nn.Module, attentions: Sequence[_Attention]) -> Non
     seen: dict[nn.Module, str] = {}
     for name, module in parts:
         if module in seen:
-            raise ValueError(f"{name} and {seen[module]} are one module; a shared projection has no gauge.")
+            raise ValueError(f"{name} and {seen[module]} are the same module; a shared projection has no gauge.")
         seen[module] = name
     refuse_unordinary(model, parts, "balance", ("weight", "bias"))
     for name, module in parts:
@@ -620,7 +622,7 @@ def _least_precise(attentions: Sequence[_Attention]) -> torch.dtype:
 
 
 def probe_batch(model: nn.Module) -> dict[str, Tensor]:
-    """A small random input for a transformers model of text or images: 16 tokens, or one picture; the same each time.
+    """A small random input for a text or image model of transformers: 16 tokens, or one image; the same each time.
 
     Raises:
         ValueError: where the configuration does not say what the model takes.
@@ -754,9 +756,9 @@ def _balanced_outputs(model: nn.Module, probe: Mapping[str, Any], attentions: Se
     if missed:
         names = sorted(set(missed.values()))
         raise ValueError(
-            f"The probe ({', '.join(probe)}) does not run the projections of {', '.join(names[:4])}"
-            f"{', ...' if len(names) > 4 else ''}, so that the outputs would show nothing. Pass probe={{...}} that runs "
-            "all of the model (a decoder with cross-attention needs encoder_hidden_states)."
+            f"The probe ({', '.join(probe)}) does not run the projections of "
+            f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}, so that the outputs would show nothing. Pass "
+            f"probe={{...}} that runs the whole model (a decoder with cross-attention needs encoder_hidden_states)."
         )
     return outputs
 
@@ -850,9 +852,10 @@ def _too_large(
     )
     return OutputChangedError(
         f"Balancing would change the outputs by {change.relative:.2g} relative to the greatest ({change.absolute:.2g} "
-        f"absolute), more than the tolerance of {tolerance:.2g}{measured}, so the model was left as it was. Either the "
-        f"rounding of the balanced weights to {dtype} costs too much (balance model.float() and cast it afterwards, or pass "
-        "tolerance=), or something stands between the projections of this model that architectures.py does not know.",
+        f"absolute), more than the tolerance of {tolerance:.2g}{measured}, so the model was not changed. Either the "
+        f"rounding of the balanced weights to {dtype} loses too much (balance model.float() and cast it afterwards, "
+        "or pass tolerance=), or something stands between the projections of this model that architectures.py does "
+        "not know.",
         change,
         tolerance,
     )

@@ -1,4 +1,4 @@
-"""Dynamic corrections under transformers' Trainer."""
+"""Dynamic corrections with transformers' Trainer."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from .conditioning import refresh, refresh_interval
 class SpectralCallback(TrainerCallback):
     """Recompute the svd corrections of a model every `refresh_every` optimizer steps.
 
-    For `Trainer(..., callbacks=[SpectralCallback()])`. It does nothing to models without dynamic corrections.
+    Use it as `Trainer(..., callbacks=[SpectralCallback()])`. It does nothing to models without dynamic corrections.
 
     Args:
         exact: whether to use an SVD or matrix products, as in [`refresh`]; None lets the device decide.

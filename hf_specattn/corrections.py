@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor`, in float32 if it was stored in half precision: LAPACK has no kernel below."""
+    """`tensor`, in float32 if it was stored in half precision, for which LAPACK has no kernel."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
@@ -63,9 +63,9 @@ def condition_number(weight: Tensor) -> Tensor:
 def weyl_bound(sigma_max: float, lambda_: float) -> float | None:
     """The bound on `kappa(W + lambda_ * I_k)` that Weyl's inequalities give: `(lambda_ + s_1) / (lambda_ - s_1)`.
 
-    It stands in for Theorem 3.8, which is false as printed: its proof bounds `sigma_min(W + lambda_ I)` by
-    `lambda_ - sigma_max(W)` (eq. 53) and goes on with `lambda_ - sigma_min(W)` (eq. 55). `diag(-10, eps)` with lambda 10
-    meets the printed assumption, and `W + 10 I` is singular.
+    It replaces Theorem 3.8, which is false as printed: its proof bounds `sigma_min(W + lambda_ I)` by
+    `lambda_ - sigma_max(W)` (eq. 53) and goes on with `lambda_ - sigma_min(W)` (eq. 55). `diag(-10, eps)` with lambda
+    10 satisfies the printed assumption, but `W + 10 I` is singular.
 
     Returns:
         The bound, or None where `lambda_ <= sigma_max(W)` and nothing is guaranteed.

@@ -76,8 +76,8 @@ class CrammedBertConfig(PreTrainedConfig):
         initializer_range: standard deviation of every Linear and Embedding at initialization.
         position_scale: the learned factor of the position table at initialization; None: `hidden_size**-0.5`, as published.
         layer_norm_eps: epsilon of every LayerNorm.
-        attention_residual: whether attention is added to its input; false lets it replace that (the feed-forward is added as
-            ever).
+        attention_residual: whether attention is added to its input; if false, it replaces the input (the feed-forward
+        is still added).
         pad_token_id: token whose embedding starts as zero, or None.
         tie_word_embeddings: whether the decoder uses the token embeddings as its weight.
         sparse_prediction: whether `CrammedBertForMaskedLM` decodes only labelled positions while training.
@@ -125,13 +125,15 @@ class CrammedBertConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < 1:
-                raise ValueError(f"{name}={rate} is no dropout rate: give a number from 0 up to, not including, 1.")
+                raise ValueError(
+                    f"{name}={rate} is not a dropout rate: give a number from 0 up to, but not including, 1."
+                )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown: give one of {', '.join(sorted(ACT2FN))}.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"pad_token_id={self.pad_token_id} lies outside the vocabulary (0 to {self.vocab_size - 1}): "
-                "give an id inside it, or None for a model without padding."
+                f"pad_token_id={self.pad_token_id} is outside the vocabulary (0 to {self.vocab_size - 1}): give an id "
+                "inside it, or None for a model without padding."
             )
 
 
@@ -228,8 +230,8 @@ class CrammedBertEmbeddings(nn.Module):
             if length > limit:
                 raise ValueError(
                     f"The input has {length} tokens and the model {limit} positions (max_position_embeddings): "
-                    f"truncate to {limit} tokens, or load the model with max_position_embeddings={length} (the "
-                    "table is no parameter, but positions beyond those of training are untrained)."
+                    f"truncate to {limit} tokens, or load the model with max_position_embeddings={length} (the table "
+                    "is not a parameter, but positions beyond those of training are untrained)."
                 )
             positions = self.position_table[:length]
         else:
@@ -285,7 +287,8 @@ class CrammedBertSelfAttention(nn.Module):
         self.query = nn.Linear(config.hidden_size, self.all_head_size, bias=False)
         self.key = nn.Linear(config.hidden_size, self.all_head_size, bias=False)
         self.value = nn.Linear(config.hidden_size, self.all_head_size, bias=False)
-        # A module, though only its rate is read: what switches dropout off by walking over modules then finds it.
+        # A module, although only its rate is read, so that code that disables dropout by walking over modules finds
+        # it.
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(
@@ -481,7 +484,7 @@ def _gather_positions(
     if positions.dim() != 2 or positions.shape[0] != hidden_states.shape[0]:
         raise ValueError(
             f"masked_positions have shape {tuple(positions.shape)} and must have (batch, k) with batch = "
-            f"{hidden_states.shape[0]}; where sequences differ in their number, fill up with -1."
+            f"{hidden_states.shape[0]}; if sequences differ in their number, pad with -1."
         )
     positions = positions.to(hidden_states.device, torch.long)
     rows = positions.clamp(min=0)

@@ -1,7 +1,7 @@
-"""What conditioning asks about adapters of PEFT that are on a model already (how they are put on: `peft`).
+"""What conditioning needs to know about PEFT adapters that a model already has (how they are added: `peft`).
 
-This file travels with checkpoints as remote code. transformers demands every package that such a file imports, so PEFT is
-taken from the modules that are loaded: where it is not among them, nobody can have put an adapter on.
+This file travels with checkpoints as remote code. transformers demands every package that such a file imports, so PEFT
+is looked up among the loaded modules: if it is not among them, nobody can have added an adapter.
 """
 
 import importlib
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def adapted_layers(model: nn.Module) -> set[nn.Module]:
-    """The modules of `model` that lie under an adapter of PEFT."""
+    """The modules of `model` that are under a PEFT adapter."""
     if sys.modules.get("peft") is None:  # absent, or its import is blocked
         return set()
     tuner_layer: Any = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
@@ -23,7 +23,7 @@ def refuse_adapters(model: nn.Module) -> None:
     """For `condition`: an adapter was trained on the base model as it is, and its configuration names that one.
 
     Raises:
-        ValueError: if PEFT has put anything on `model`.
+        ValueError: if PEFT has added anything to `model`.
     """
     if sys.modules.get("peft") is None:
         return
@@ -35,7 +35,8 @@ def refuse_adapters(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, wrappers):
             raise ValueError(
-                f"{name or 'The model'} is a {type(module).__module__}.{type(module).__name__}: the model carries an "
-                "adapter, which was made for the model without corrections. Merge it (model = model.merge_and_unload()) or "
-                "take it off (model = model.unload()), condition, and put adapters on afterwards."
+                f"{name or 'The model'} is a {type(module).__module__}.{type(module).__name__}: the model has an "
+                "adapter, which was made for the model without corrections. Merge it (model = "
+                "model.merge_and_unload()) or remove it (model = model.unload()), condition, and add adapters "
+                "afterwards."
             )

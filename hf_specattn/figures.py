@@ -1,20 +1,20 @@
-"""Markdown tables and pictures, as every report here has them."""
+"""Markdown tables and figures, shared by all reports."""
 
 import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-# Okabe and Ito's palette: told apart with any colour vision, and in grey.
+# Okabe and Ito's palette: distinguishable with any color vision, and in gray.
 OKABE_ITO = {"blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "orange": "#E69F00"}
-# The rest of Okabe and Ito's palette but its yellow, which is too light for lines on white.
+# The rest of Okabe and Ito's palette except yellow, which is too light for lines on white.
 COLORS = (*OKABE_ITO.values(), "#56B4E9", "#CC79A7", "#000000")
-# Powers of ten beyond which a figure says no more than that.
+# Powers of ten at which a figure caps its values.
 LOG10_LIMITS = (-30.0, 30.0)
-MARKERS = "os^Dv*XP"  # one more than colours, so that both repeat together only after many groups
+MARKERS = "os^Dv*XP"  # one more than the colors, so that both repeat together only after many groups
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table: the first column to the left, the others to the right; `|` within cells is escaped."""
+    """Return a Markdown table: the first column left-aligned, the others right-aligned; `|` within cells is escaped."""
     lines = [_table_row(header), f"|---|{'---:|' * (len(header) - 1)}", *map(_table_row, rows)]
     return "\n".join(lines) + "\n"
 
@@ -32,7 +32,7 @@ def log10_of(values: Any) -> Any:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """Return an empty matplotlib figure, its size in inches, that needs no display.
+    """Return an empty matplotlib figure that needs no display; its size is in inches.
 
     Raises:
         ImportError: if matplotlib is missing.
@@ -42,13 +42,13 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib import figure
     except ImportError as error:
         raise ImportError(
-            "The picture needs matplotlib, which is not installed: pip install 'hf_specattn[train]'."
+            "The figure needs matplotlib, which is not installed: pip install 'hf_specattn[train]'."
         ) from error
     return figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def capped(log10: Any) -> tuple[Any, Any]:
-    """Decimal logarithms within `LOG10_LIMITS`, and which of them were beyond; nan, which is not a number, stays."""
+    """Decimal logarithms clipped to `LOG10_LIMITS`, and which of them were beyond; nan stays."""
     import numpy as np
 
     log10 = np.asarray(log10, dtype=float)
@@ -57,7 +57,7 @@ def capped(log10: Any) -> tuple[Any, Any]:
 
 
 def draw_log10(axes: Any, x: Any, log10: Any, **style: Any) -> None:
-    """Plot decimal logarithms over `x`, on an axis of logarithms: what is beyond `LOG10_LIMITS` at its edge, with a mark.
+    """Plot decimal logarithms over `x`; values beyond `LOG10_LIMITS` are drawn at the limit, with a mark.
 
     matplotlib's own logarithmic axes overflow at 1e308, and leave out what is infinite or zero.
     """
@@ -75,7 +75,7 @@ def draw_log10(axes: Any, x: Any, log10: Any, **style: Any) -> None:
 def label_powers(axes: Any, *axis_names: str) -> None:
     """Label axes on which decimal logarithms are drawn ("x", "y") with the numbers themselves: 2, 50, 1e+06.
 
-    Call it when everything is drawn: the ticks are those of the limits as they are then.
+    Call it when everything is drawn: the ticks depend on the limits at that time.
     """
     import numpy as np
     from matplotlib.ticker import MaxNLocator

@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all.
+"""Files and folders that are written completely or not at all.
 
-They are written under a hidden temporary name with the number of the writing process, `.<name>.tmp-<process>`, and renamed.
-By that number what killed processes left is told from what others are writing.
+They are written under a hidden temporary name with the id of the writing process, `.<name>.tmp-<process>`, and renamed.
+The id distinguishes what killed processes left from what others are still writing.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ logger = logging.get_logger(__name__)
 # The second group: eight characters of `tempfile`, or what a folder that is being replaced bears.
 TEMPORARY_NAME = re.compile(r"\..+\.tmp-(\d+)(-[a-z0-9_]{8})?")
 
-# What a process number that is in use names is another run's work, unless nothing in it changed for so long: then the
-# number has been given to another process since.
+# Work under the id of a living process is another run's, unless nothing in it has changed for this long: then the id
+# has been reused by another process.
 ABANDONED_AFTER_SECONDS = 3600
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -35,16 +35,16 @@ CANNOT_WRITE = (*NO_SPACE, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, er
 
 PROBE_BYTES = 2**12
 
-# Held for as long as something works in a folder; it stays when a process is killed, and says nothing then.
+# Locked for as long as something works in a folder; it stays when a process is killed, but is no longer locked.
 LOCK_FILE = ".in-use.lock"
 
 
 class CannotWriteError(ValueError):
-    """A folder that cannot be written to, or is another process's at the moment; the message says what to do."""
+    """A folder cannot be written to, or another process is using it; the message says what to do."""
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write to a temporary name in the same folder, force it to the disk and rename it to `path`."""
+    """Write to a temporary name in the same folder, flush it to disk and rename it to `path`."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{temporary_name(path.name)}-")
     try:
@@ -74,10 +74,10 @@ def temporary_name(name: str) -> str:
 
 
 def remove_leftovers(directory: str | Path) -> None:
-    """Remove the temporary files and folders in `directory` that processes left which are no more.
+    """Remove the temporary files and folders in `directory` that ended processes left.
 
-    Those of this process's own number count as left, too: numbers recur, in containers at every start. So call it before
-    anything is written. The folder must be this machine's affair, because processes of another are not seen.
+    Those with this process's own id count as left, too, because ids recur, in containers at every start. So call it before
+    anything is written. Only this machine may use the folder, because processes on other machines are not seen.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -105,12 +105,12 @@ def is_being_written(temporary: Path, process: int) -> bool:
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of that number exists on this machine; taken for granted where there is no harmless way to ask."""
+    """Whether a process with that id exists on this machine; assumed where there is no harmless way to ask."""
     if os.name == "nt":
         return True
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):  # the latter: no process can have that number
+    except (ProcessLookupError, OverflowError):  # the latter: no process can have that id
         return False
     except OSError:  # it exists, but is another user's
         return True
@@ -120,8 +120,8 @@ def is_alive(process: int) -> bool:
 def checksum(file: Path) -> str:
     """Return the CRC-32 of a file, in hexadecimal.
 
-    Damage by accident is what it must find, not forgery, and it is the fastest that Python has: several times as fast as
-    SHA-256 and BLAKE2, whose time would show for checkpoints of gigabytes.
+    It has to detect accidental damage, not forgery, and it is the fastest checksum in Python: several times as fast as
+    SHA-256 and BLAKE2, whose time would be noticeable for checkpoints of gigabytes.
     """
     value = 0
     with file.open("rb") as stream:
@@ -131,9 +131,9 @@ def checksum(file: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the list of names in a folder, to the disk."""
+    """Flush a file, or the list of names in a folder, to disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -142,7 +142,7 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:
-    """Give the complete `temporary` its name, durably."""
+    """Rename the complete `temporary` to its final name, durably."""
     aside = temporary.with_name(f"{temporary.name}-replaced")
     if folder.exists():  # a damaged one, or of an earlier run
         os.rename(folder, aside)
@@ -152,13 +152,13 @@ def replace_folder(temporary: Path, folder: Path) -> None:
 
 
 def require_writable(folder: str | Path, flag: str, needed: int = 0) -> None:
-    """Refuse, before any work, a folder in which nothing could be written; it need not exist yet, and nothing is left in it.
+    """Before any work, refuse a folder that cannot be written to; it need not exist yet, and nothing is left in it.
 
-    A file is written, without a name: permissions say nothing of read-only or full disks, nor to root.
+    A file without a name is written: permissions do not reveal read-only or full disks, and mean nothing to root.
 
     Args:
-        folder: Where something is to be written.
-        flag: What named it, for the message.
+        folder: Where something will be written.
+        flag: The flag that names it, for the message.
         needed: Bytes that must be free there.
 
     Raises:
@@ -168,7 +168,7 @@ def require_writable(folder: str | Path, flag: str, needed: int = 0) -> None:
     try:
         while not existing.exists() and existing != existing.parent:
             if existing.is_symlink():
-                raise FileExistsError(f"{existing} is a link that leads nowhere")
+                raise FileExistsError(f"{existing} is a broken link")
             existing = existing.parent
         if not existing.is_dir():
             raise NotADirectoryError(f"{existing} is a file, not a folder")
@@ -179,28 +179,28 @@ def require_writable(folder: str | Path, flag: str, needed: int = 0) -> None:
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise CannotWriteError(
-            f"{flag} {folder} cannot be written: {error.strerror or error} ({existing}). Name a folder that can, or make "
-            "this one writable."
+            f"{flag} {folder} cannot be written: {error.strerror or error} ({existing}). Choose another folder, or "
+            "make this one writable."
         ) from error
     if free < needed:
         raise CannotWriteError(
-            f"{flag} {folder} will need about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free at "
-            f"least {megabytes(needed - free)}, or name a folder on another disk."
+            f"{flag} {folder} will need about {megabytes(needed)}, and {megabytes(free)} are free on that disk. Free "
+            f"at least {megabytes(needed - free)}, or choose a folder on another disk."
         )
 
 
 def holds_files(folder: str | Path) -> bool:
-    """Whether there is anything in a folder, a left lock apart."""
+    """Whether there is anything in a folder, except for a leftover lock."""
     folder = Path(folder)
     return folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 class FolderLock:
-    """That one process at a time works in a folder. The system lets go of it when the process ends, however it does.
+    """A lock that lets only one process at a time work in a folder. The system releases it however the process ends.
 
     Args:
-        folder: Made when the lock is taken.
-        flag: What named it, for the message.
+        folder: Created when the lock is taken.
+        flag: The flag that names it, for the message.
     """
 
     def __init__(self, folder: str | Path, flag: str) -> None:
@@ -224,17 +224,19 @@ class FolderLock:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise CannotWriteError(
-                f"{self.flag} {self.folder} is in use: another process works in it. Name another folder, or wait for its end."
+                f"{self.flag} {self.folder} is in use by another process. Choose another folder, or wait until that "
+                "process ends."
             ) from None
         except NotImplementedError:
             logger.warning(f"{self.folder} lies on a file system without locks: nothing keeps a second run out of it.")
         except OSError as error:
             raise CannotWriteError(
-                f"{self.flag} {self.folder} cannot be written: {error}. Name a folder that can, or make this one writable."
+                f"{self.flag} {self.folder} cannot be written: {error}. Choose another folder, or make this one "
+                "writable."
             ) from error
 
     def release(self) -> None:
-        """Let go of the lock, if it was taken; a folder that it made goes, too, where nothing was put into it."""
+        """Release the lock, if it was taken; a folder that it created is removed if it is empty."""
         if not self._lock.is_locked:
             return
         (self.folder / LOCK_FILE).unlink(missing_ok=True)
@@ -250,7 +252,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def cannot_be_written(error: BaseException) -> bool:
-    """Whether an error says that a disk is full, read-only or gone, or a folder not the user's to write in."""
+    """Whether an error says that a disk is full, read-only or gone, or that the user may not write to a folder."""
     return is_disk_full(error) or getattr(error, "errno", None) in CANNOT_WRITE
 
 

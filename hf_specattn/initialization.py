@@ -1,9 +1,9 @@
-"""How query, key, value and output begin: initializations to compare conditioning with.
+"""Initializations of query, key, value and output to compare conditioning with.
 
-A fixed correction is an initialization with `C` added, and the centre of the weight decay. It also makes the weights larger.
-Whether a gain is the conditioning's or the scale's is told by stock models that differ from the usual one in the scale, or in
-the spectrum, alone; and *conditioned initialization* (arXiv 2609.07086), by the method's own authors, reports what the fixed
-correction does, or better, without anything fixed.
+A fixed correction amounts to an initialization with `C` added, and another center of the weight decay. It also makes the
+weights larger. Stock models that differ from the usual one only in scale, or only in the spectrum, show whether a gain comes
+from the conditioning or from the scale; *conditioned initialization* (arXiv 2609.07086), by the method's own authors, reports
+gains as large as those of the fixed correction, or larger, with nothing fixed.
 """
 
 import math
@@ -36,7 +36,8 @@ OUTPUT_NAMES = ("proj", "o_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Initialization:
-    """How the query, key and value weights of a stock model, or other targets, begin; steps in the order of the arguments.
+    """How to initialize query, key and value weights, or other targets, of a stock model; steps in the order of the
+    arguments.
 
     Args:
         kind: `"default"` keeps them. `"orthogonal"` replaces each of them by a random matrix with equal singular values and
@@ -51,7 +52,7 @@ class Initialization:
         targets: a non-empty subset of query, key, value and output. "conditioned" is of the first three, "mimetic" of all.
 
     Raises:
-        ValueError: for values that cannot be, and for a scale beside a norm.
+        ValueError: for invalid values, and for a scale together with a norm.
     """
 
     kind: str = "default"
@@ -64,7 +65,7 @@ class Initialization:
         object.__setattr__(self, "targets", checked_targets(self.targets))
         if self.kind in WITH_OWN_NORM and self.targets != PROJECTIONS:
             raise ValueError(
-                f"targets={self.targets}: the start {self.kind!r} sets all projections; leave targets out."
+                f"targets={self.targets}: kind={self.kind!r} initializes all projections; leave targets out."
             )
         for number in self.scale.values() if isinstance(self.scale, Mapping) else [self.scale]:
             if not 0 < number < math.inf:
@@ -75,7 +76,7 @@ class Initialization:
             checked_targets(list(self.scale))
         if self.norm_reference is not None and self.scale != 1:
             raise ValueError(
-                f"scale={self.scale} would change the norm that norm_reference sets; give one of the two."
+                f"scale={self.scale} would change the norm that norm_reference sets; pass only one of the two."
             )
 
     @property
@@ -84,7 +85,7 @@ class Initialization:
         return {*self.targets, *(self.scale if isinstance(self.scale, Mapping) else ())}
 
     def kind_for(self, projection: str) -> str:
-        """How a projection begins, before it is scaled."""
+        """How a projection is initialized, before it is scaled."""
         return self.kind if projection in self.targets else "default"
 
     def scale_for(self, projection: str) -> float:
@@ -112,7 +113,7 @@ def initialize(
 ) -> None:
     """Set the query, key and value weights of a stock model (or others) in place; each block of a fused tensor for itself.
 
-    Draws from torch's global generator. Biases stay as they are. It is no part of a checkpoint: what is saved are weights.
+    Draws from torch's global generator. Biases do not change. A checkpoint does not record it: only weights are saved.
 
     Args:
         model: not conditioned yet; [`condition`] may follow.
@@ -120,8 +121,8 @@ def initialize(
         architecture: as in [`condition`].
 
     Raises:
-        ValueError: for bad settings, a conditioned model, one in which no projections are known or whose weights are tied,
-            quantized or no ordinary ones, and for a mimetic start of one whose output projection is not known.
+        ValueError: for bad settings, a conditioned model, one without known projections or with tied, quantized or
+        otherwise unusual weights, and for a mimetic initialization if the output projection is not known.
     """
     refuse_no_module(model, "initialize")
     initialization = Initialization(kind, scale, norm_reference, tuple(targets))
@@ -129,8 +130,8 @@ def initialize(
         return
     if (first := next(spectral_layers(model), None)) is not None:
         raise ValueError(
-            f"{first[0]} is already conditioned, with corrections for the weights as they stand; initialize the stock model, "
-            "then condition it."
+            f"{first[0]} is already conditioned, with corrections for its current weights; initialize the stock "
+            "model, then condition it."
         )
     projections = [
         item
@@ -150,7 +151,7 @@ def initialize(
 
 
 def _target_norms(item: Projection, initialization: Initialization) -> dict[str, Tensor]:
-    """The Frobenius norm that each block is to have before it is scaled."""
+    """The Frobenius norm that each block should have before it is scaled."""
     matrix = item.orient(item.module.weight)
     if initialization.norm_reference is not None:
         matrix = matrix + correction_matrix(matrix, item.layout, initialization.norm_reference)
@@ -206,8 +207,8 @@ def _initialize_mimetic(model: nn.Module, projections: list[Projection], archite
             heads |= dict(zip(item.layout.projections, item.layout.heads))
         if set(parts) != {"query", "key", "value"} or heads["query"] != heads["key"]:
             raise ValueError(
-                f"A mimetic start: {name} has not as many query as key heads, all from one input; take another "
-                "start for this model."
+                f"A mimetic initialization needs as many key heads as query heads, all with one input, which {name} "
+                "does not have; choose another one."
             )
         width, head_dim = parts["query"].shape[1], len(parts["query"]) // heads["query"]
         pairs = [mimetic_factors(width, head_dim, *MIMETIC_QUERY_KEY) for _ in range(heads["query"])]
@@ -220,7 +221,7 @@ def _initialize_mimetic(model: nn.Module, projections: list[Projection], archite
 
 
 def _output_projection(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> Any:
-    """The module with W_O: where the table has it, else the child with a usual name."""
+    """The module with W_O: from the table, or else the child with a usual name."""
     located = output_module(model, name, spec)
     if located is not None:
         found: nn.Module | None = located[1]

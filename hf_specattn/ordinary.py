@@ -1,7 +1,7 @@
-"""Whether a projection is an ordinary module: one whose class decides what it computes, from a weight that is there.
+"""Whether a projection is an ordinary module: one that computes what its class says, from a weight that is in memory.
 
-Libraries hang their own forward pass, weight or storage on a module. A change of class has no effect on those, and a write
-to their `weight` is lost. Whoever changes projections asks [`refuse_unordinary`] before anything is written.
+Some libraries attach their own forward method, weight or storage to a module. A change of class has no effect on those, and
+a write to their `weight` is lost. Code that changes projections calls [`refuse_unordinary`] before anything is written.
 """
 
 import functools
@@ -16,15 +16,15 @@ from .compat import forward_under_hooks, hooks_of_accelerate, set_forward_under_
 
 
 def refuse_no_module(model: Any, verb: str) -> None:
-    """Refuse what is no model, such as the name of one.
+    """Refuse what is not a model, such as the name of one.
 
     Raises:
         ValueError: saying what to pass.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{verb}({model!r}): that is a {type(model).__name__}, and a model is needed, a torch.nn.Module. Load it first: "
-            "AutoModel.from_pretrained(...)."
+            f"{verb}({model!r}): that is a {type(model).__name__}, but a model (a torch.nn.Module) is needed. Load it "
+            "first: AutoModel.from_pretrained(...)."
         )
 
 
@@ -43,14 +43,14 @@ def refuse_unordinary(
     Args:
         model: what the modules belong to; a tensor that two of its modules share is tied.
         parts: name and module of each.
-        verb: what is to be done, for the message: "condition", "fold", "refresh", "balance", "initialize".
+        verb: what will be done, for the message: "condition", "fold", "refresh", "balance", "initialize".
         tensors: names of the parameters that are read or written.
-        sharded: take DTensors.
-        offloaded: take weights that accelerate keeps elsewhere and that [`write`] reaches.
-        reads_only: the parameters stay as they are, so that they may be tied.
+        sharded: accept DTensors.
+        offloaded: accept weights that accelerate keeps elsewhere and that [`write`] reaches.
+        reads_only: the parameters are not changed, so they may be tied.
 
     Raises:
-        ValueError: naming the module, what it carries, and the way out.
+        ValueError: naming the module, the problem, and what to do.
     """
     parts, tensors = list(parts), tuple(tensors)
     owners = {} if reads_only else _owners(model)
@@ -64,25 +64,26 @@ def refuse_unordinary(
             problem = _tensor_problem(module, tensor_name, tensor, verb, sharded, offloaded)
             shared = owners.get(id(tensor), ())
             if not reads_only and len(shared) > 1:
-                problem = f"is tied: {shared} share it. Untie it first, or leave the model as it is"
+                problem = f"is tied: {shared} share it. Untie it first, or do not change the model"
             if problem:
                 raise ValueError(f"The {tensor_name} of {name or type(model).__name__} {problem}.")
 
 
 def module_problem(module: nn.Module, verb: str) -> str | None:
-    """What a module carries that stands between its class and its output, with the way out; None where it is ordinary."""
+    """What makes a module compute something else than its class says, with what to do; None if it is ordinary."""
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
         return (
-            f"carries a parametrization of {names} (torch.nn.utils.parametrize): its value is computed from other tensors. "
-            f"Make it plain with torch.nn.utils.parametrize.remove_parametrizations(module, {names!r}), then {verb}."
+            f"has a parametrization of {names} (torch.nn.utils.parametrize): its value is computed from other "
+            f"tensors. Make it plain with torch.nn.utils.parametrize.remove_parametrizations(module, {names!r}), then "
+            f"{verb}."
         )
     if "forward" in vars(module) and not _is_hooked_by_accelerate(module):
         hook = " over a hook of accelerate" if hooks_of_accelerate(module) else ""
         return (
-            f"carries a forward pass of its own{hook} ({_describe(vars(module)['forward'])}), which a change of the module "
-            f"does not reach. Take it off (del module.forward; hooks by "
-            f"accelerate.hooks.remove_hook_from_submodules(model)), {verb}, and put it on again."
+            f"has its own forward method{hook} ({_describe(vars(module)['forward'])}), which a change of the module "
+            "does not reach. Remove it (del module.forward; hooks by "
+            f"accelerate.hooks.remove_hook_from_submodules(model)), {verb}, and set it again."
         )
     return None
 
@@ -127,7 +128,7 @@ def _tensor_problem(
         return _computed_problem(module, name, verb)
     if is_foreign(tensor) or not tensor.is_floating_point() or tensor.element_size() < 2:
         return (
-            f"is quantized or no floating-point parameter ({type(tensor.data).__name__}, {tensor.dtype}). "
+            f"is quantized or not a floating-point parameter ({type(tensor.data).__name__}, {tensor.dtype}). "
             f"{verb.capitalize()} the model before quantizing it"
         )
     if hasattr(tensor, "full_tensor") and not sharded:
@@ -137,17 +138,17 @@ def _tensor_problem(
     if tensor.is_meta and not (offloaded and _store(module, name) is not None):
         return (
             "is on the meta device and has no values: it is offloaded, or was never loaded. Load the model with "
-            f"device_map='cpu' (or on one device), {verb}, and offload what save_pretrained then writes"
+            f"device_map='cpu' (or on one device), {verb}, save it with save_pretrained, and offload that"
         )
     if tensor.numel() == 0:
-        return f"is empty: it is partitioned (DeepSpeed ZeRO-3) or was never made. Gather it, or {verb} before that"
+        return f"is empty: it is partitioned (DeepSpeed ZeRO-3) or was never created. Gather it, or {verb} before that"
     if tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return "was made under torch.inference_mode and cannot be written. Load the model outside of it"
+        return "was created under torch.inference_mode and cannot be written. Load the model outside of it"
     return None
 
 
 def _computed_problem(module: nn.Module, name: str, verb: str) -> str:
-    """A parameter that is none: pruning and normalization compute it again before each forward pass."""
+    """Not a real parameter: pruning and normalization recompute it before each forward pass."""
     own = [*_own_names(module.named_parameters), *_own_names(module.named_buffers)]
     parts = [each for each in own if each.startswith(f"{name}_")]
     if f"{name}_mask" in own:
@@ -157,9 +158,9 @@ def _computed_problem(module: nn.Module, name: str, verb: str) -> str:
     elif f"{name}_u" in own:
         what, way_out = "normalized by spectral_norm", f"torch.nn.utils.remove_spectral_norm(module, {name!r})"
     else:
-        what, way_out = "no parameter of its module", "whatever put it there"
+        what, way_out = "not a parameter of its module", "whatever put it there"
     made_of = f" (computed from {', '.join(parts)})" if parts else ""
-    return f"is {what}{made_of}, and what is written to it is lost. Make it plain first: {way_out}, then {verb}"
+    return f"is {what}{made_of}, and anything written to it is lost. Make it plain first: {way_out}, then {verb}"
 
 
 def _own_names(tensors: Callable[..., Iterable[tuple[str, Tensor]]]) -> list[str]:
@@ -167,7 +168,7 @@ def _own_names(tensors: Callable[..., Iterable[tuple[str, Tensor]]]) -> list[str
 
 
 def is_foreign(tensor: Tensor) -> bool:
-    """Whether a tensor is of a class that keeps its values in a way of its own (torchao's, bitsandbytes', quanto's)."""
+    """Whether a tensor's class stores its values in its own way (torchao's, bitsandbytes', quanto's)."""
     kind = type(tensor.data)
     of_torch = kind.__module__.partition(".")[0] == "torch"
     return not of_torch or kind.__module__.startswith(("torch.sparse", "torch.ao"))
@@ -182,7 +183,7 @@ def _weights_map(module: nn.Module) -> Any:
 
 
 def _store(module: nn.Module, name: str) -> tuple[MutableMapping[str, Tensor], str] | None:
-    """Where a new value for an offloaded tensor goes, and under which key; None where it cannot be put anywhere."""
+    """Where a new value for an offloaded tensor goes, and under which key; None if there is no such place."""
     weights, key = _weights_map(module), name
     if weights is None or name not in weights:
         return None

@@ -1,7 +1,7 @@
 """The preconditioner of attention: its settings, and the output projections that apply it.
 
-Each head's output is equilibrated on its way into the output projection (a third-party reading of arXiv 2603.27153; see
-`preconditioning`). A stock output projection becomes a preconditioned one by a change of its class alone: there is no
+Each head's output is equilibrated before the output projection (a third-party reading of arXiv 2603.27153; see
+`preconditioning`). A stock output projection becomes a preconditioned one only by a change of its class: there is no
 parameter and no buffer.
 """
 
@@ -30,11 +30,11 @@ class PreconditionerConfig:
     Args:
         axis: `"row"` divides each position's output by its norm over the head's channels; `"column"` each channel by its
             norm over the positions. A column mixes positions, so it is refused where they are masked.
-        gradient: `"detached"` takes the norm for a constant in the backward pass, `"through"` differentiates it too.
+        gradient: `"detached"` treats the norm as a constant in the backward pass, `"through"` differentiates it too.
         scale: what the norm becomes. `"unit"`: 1. `"rms"`: the root of the number of entries, so that their root mean
-            square is 1 (of rows: RMSNorm per head, without gain). `"match"`: the mean norm that the layer's heads had on
-            a probe when the preconditioner was put on, a fixed number; this control tells the equilibration from the
-            change of scale that the other two bring along.
+            square is 1 (of rows: RMSNorm per head, without gain). `"match"`: the mean norm that the layer's heads had
+            on a probe when the preconditioner was added, a fixed number; this control separates the equilibration from
+            the change of scale that the other two cause.
         eps: norms below it count as `eps`, so that a head's output of zero stays zero.
 
     Raises:
@@ -88,8 +88,8 @@ def precondition_heads(
     """
     if preconditioner.axis == "column" and input.dim() < 3:
         raise ValueError(
-            f"axis='column' needs (batch, positions, channels), but what enters the output projection has the shape "
-            f"{tuple(input.shape)}, in which positions of several samples may stand in one row; use axis='row'."
+            "axis='column' needs (batch, positions, channels), but the input of the output projection has the shape "
+            f"{tuple(input.shape)}, in which positions of several samples may be mixed; use axis='row'."
         )
     dim = -1 if preconditioner.axis == "row" else -3
     values = at_least_float32(input.unflatten(-1, (heads, -1)))
@@ -104,7 +104,7 @@ def precondition_heads(
 
 
 class PreconditionedLayer(ChangedLayer):
-    """What preconditioned `Linear` and `Conv1D` share. Made by `make_preconditioned`, never constructed.
+    """What preconditioned `Linear` and `Conv1D` share. Created by `make_preconditioned`, never constructed directly.
 
     Attributes:
         preconditioner: the settings.
@@ -113,8 +113,8 @@ class PreconditionedLayer(ChangedLayer):
     """
 
     lost = (
-        "would get its input as it stands instead of preconditioned. No weight holds a preconditioner: leave the output "
-        "projections out of what is quantized or converted to fp8."
+        "would get its input without preconditioning. No weight holds a preconditioner: do not quantize the output "
+        "projections or convert them to fp8."
     )
     weight: Any  # nn.Parameter; declared by the stock class too
     preconditioner: PreconditionerConfig

@@ -50,12 +50,12 @@ class ProjectionReport:
         layout: `separate`, `qkv_blocked` or `qkv_interleaved`.
         shape: `(heads * head_dim, in_features)` of this projection; `(out_features, heads * head_dim)` of the output.
         method, lambda_, granularity: what was applied; lambda_ is None for svd.
-        before: spectrum of W as it stood.
-        after: spectrum of `W + C` as it stands now.
+        before: spectrum of the original W.
+        after: spectrum of the current `W + C`.
         weyl_bound: identity added to W: the bound `(lambda_ + s_1) / (lambda_ - s_1)` on the condition number of each block
             that got its own `C` (the worst of them), s_1 being its `sigma_max`; None where `lambda_ <= s_1` and nothing is
-            guaranteed, for svd, and for a preserved weight, whose `W + C` is the W that was there.
-        preserved: whether C was taken out of W first (`init="preserve"`).
+            guaranteed, for svd, and for a preserved weight, whose `W + C` is the original W.
+        preserved: whether C was subtracted from W first (`init="preserve"`).
     """
 
     name: str
@@ -72,17 +72,17 @@ class ProjectionReport:
 
     @property
     def sigma_min(self) -> float:
-        """Smallest singular value of W as it stood."""
+        """Smallest singular value of the original W."""
         return self.before.sigma_min
 
     @property
     def sigma_max(self) -> float:
-        """Largest singular value of W as it stood."""
+        """Largest singular value of the original W."""
         return self.before.sigma_max
 
     @property
     def kappa_before(self) -> float:
-        """Condition number of W as it stood."""
+        """Condition number of the original W."""
         return self.before.kappa
 
     @property
@@ -97,7 +97,7 @@ class ProjectionReport:
 
     @property
     def kappa_fell(self) -> bool:
-        """Whether the condition number of the whole projection is below what it was."""
+        """Whether the condition number of the whole projection is lower than before."""
         return self.kappa_after < self.kappa_before
 
 
@@ -141,13 +141,13 @@ def _worst_weyl_bound(granularity: str, before: Spectrum, lambda_: float) -> flo
 
 
 def format_reports(reports: Sequence[ProjectionReport]) -> str:
-    """A plain-text table, one line per projection; where kappa grew, the line says so."""
+    """Return a plain-text table with one line per projection; where kappa grew, the line says so."""
     header = ("projection", "shape", "sigma_min", "sigma_max", "kappa(W)", "kappa(W+C)", "per head", "per head+C", "")
     return text_table([header, *map(_row, reports)])
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Lines with the first column to the left and the others to the right; all rows have as many cells."""
+    """Lines with the first column left-aligned and the others right-aligned; all rows have the same number of cells."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = (
         [cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(zip(row, widths))]

@@ -340,7 +340,7 @@ def test_what_is_no_model_is_named(number):
         "initialize": lambda: initialize(number, "orthogonal"),
     }.items():
         with pytest.raises(
-            ValueError, match=rf"^{verb}\(.*a model is needed, a torch.nn.Module. Load it first: AutoModel"
+            ValueError, match=rf"^{verb}\(.*a model \(a torch.nn.Module\) is needed. Load it first: AutoModel"
         ):
             use()
 

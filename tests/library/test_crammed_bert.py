@@ -647,10 +647,10 @@ def test_exports_with_any_length():
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be positive"),
         ({"initializer_range": 0.0}, "initializer_range=0.0 must be positive"),
         ({"position_scale": -1.0}, "position_scale=-1.0 must be positive"),
-        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 is no dropout rate"),
-        ({"classifier_dropout": -0.1}, "classifier_dropout=-0.1 is no dropout rate"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob=1.0 is not a dropout rate"),
+        ({"classifier_dropout": -0.1}, "classifier_dropout=-0.1 is not a dropout rate"),
         ({"hidden_act": "gelo"}, "hidden_act='gelo' is unknown: give one of .*gelu"),
-        ({"pad_token_id": VOCABULARY}, f"pad_token_id={VOCABULARY} lies outside the vocabulary"),
+        ({"pad_token_id": VOCABULARY}, f"pad_token_id={VOCABULARY} is outside the vocabulary"),
     ],
 )
 def test_config_refuses(changes, message):

@@ -178,7 +178,7 @@ def test_the_norm_of_a_conditioned_output(model):
 
 def test_what_cannot_be_is_refused(model):
     for settings, message in (
-        ({"kind": "mimetic", "targets": ("value", "output")}, "sets all projections; leave targets out"),
+        ({"kind": "mimetic", "targets": ("value", "output")}, "initializes all projections; leave targets out"),
         ({"kind": "orthogonal", "targets": ("values",)}, "non-empty subset"),
         ({"kind": "default", "scale": {"values": 2.0}}, "non-empty subset"),
         ({"kind": "default", "scale": {"value": 0.0}}, "finite number above 0"),
@@ -192,7 +192,7 @@ def test_what_cannot_be_is_refused(model):
     for scale in (0.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite number above 0"):
             initialize(model, "default", scale=scale)
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="pass only one of the two"):
         Initialization("default", 2.0, SpectralConfig("svd"))
     with pytest.raises(ValueError, match="No query, key or value projection"):
         initialize(torch.nn.Linear(2, 2), "default", scale=2.0)
@@ -213,7 +213,7 @@ def test_nothing_is_done_by_default(model):
 
 def test_a_mimetic_start_needs_the_output_projection():
     llama = ARCHITECTURES["llama"].model()
-    with pytest.raises(ValueError, match="has not as many query as key heads"):
+    with pytest.raises(ValueError, match="needs as many key heads as query heads"):
         initialize(llama, "mimetic")
     spec = AttentionSpec("BertSelfAttention", {name: name for name in ("query", "key", "value")})
     with pytest.raises(ValueError, match=r"the output projection of .* is not known; pass architecture="):

@@ -94,10 +94,10 @@ def scaled(layer):
 
 
 HUNG_ON = {
-    own_forward: "forward pass of its own.*del module.forward",
-    compiled_forward: "forward pass of its own",
+    own_forward: "its own forward method.*del module.forward",
+    compiled_forward: "its own forward method",
     over_a_hook: "over a hook of accelerate.*remove_hook_from_submodules",
-    foreign_under_a_hook: "forward pass of its own over a hook",
+    foreign_under_a_hook: "its own forward method over a hook",
     scaled: "parametrization of weight.*remove_parametrizations",
     parametrizations.weight_norm: "parametrization of weight",
     parametrizations.spectral_norm: "parametrization of weight",

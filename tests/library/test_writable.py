@@ -32,7 +32,7 @@ def test_files_and_links_in_the_way(tmp_path):
     refused(tmp_path / "file", "is a file, not a folder")
     refused(tmp_path / "file" / "run", "file is a file, not a folder")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    refused(tmp_path / "link" / "run", "is a link that leads nowhere")
+    refused(tmp_path / "link" / "run", "is a broken link")
     refused(tmp_path / ("n" * 300), "File name too long")
 
 
@@ -83,7 +83,7 @@ def test_the_second_is_refused_until_the_first_has_ended(tmp_path):
     process.start()
     assert held.wait(60)
     lock = FolderLock(tmp_path / "run", "--output_dir")
-    with pytest.raises(CannotWriteError, match="run is in use: another process works in it"):
+    with pytest.raises(CannotWriteError, match="run is in use by another process"):
         lock.acquire()
     lock.release()  # takes nothing from the other
     assert (tmp_path / "run" / LOCK_FILE).exists()

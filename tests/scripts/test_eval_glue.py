@@ -841,7 +841,7 @@ def test_nothing_optional_is_needed(evaluate, checkpoints, data, tmp_path):
     result = run_process(
         [sys.executable, "-c", WITHOUT.format(scripts=str(SCRIPT.parent), without=()), *models, *flags], tmp_path
     )
-    assert "glue.png and glue.svg are left out: The picture needs matplotlib" in result.stderr
+    assert "glue.png and glue.svg are left out: The figure needs matplotlib" in result.stderr
     assert not (tmp_path / "run" / "glue.png").exists()
     expected = runs_of(evaluate("crammed svd", "mrpc,stsb", seeds=2, name="expected"))
     for key, record in runs_of(tmp_path / "run").items():

@@ -470,7 +470,7 @@ def test_the_second_of_two_runs_in_a_folder_is_refused(pretrain, monkeypatch, tm
     lock = FolderLock(tmp_path / "run", "--output_dir")
     lock.acquire()
     for flags in ([], [RESUME], ["--overwrite_output_dir"]):
-        with pytest.raises(SystemExit, match=r"^error: --output_dir .* is in use: another process works in it"):
+        with pytest.raises(SystemExit, match=r"^error: --output_dir .* is in use by another process"):
             pretrain(*flags)
     lock.release()
     folder = pretrain()

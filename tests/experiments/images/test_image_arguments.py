@@ -39,7 +39,7 @@ def refusal(parse, capsys):
         ("--model_ema_decay 1", "--model_ema_decay 1.0 must be above 0"),
         ("--hidden_size 30", "must be a multiple of --num_attention_heads 4"),
         ("--match_norm_of 3", "--match_norm_of '3': give svd"),
-        ("--match_norm_of svd --initialization_scale 2", "give one of the two"),
+        ("--match_norm_of svd --initialization_scale 2", "pass only one of the two"),
         ("--match_norm_of svd --spectral_conditioning", "leave out --spectral_conditioning"),
         ("--eval_only", "name it with --model_name_or_path"),
         ("--resume_from_checkpoint --overwrite_output_dir", "give one"),

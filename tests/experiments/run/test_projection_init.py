@@ -41,11 +41,11 @@ def test_what_cannot_be_is_refused():
     for scale in ("0", "nan", "inf", "query=0"):
         with pytest.raises(ValueError, match=r"--initialization_scale.* finite number above 0"):
             InitializationArguments(initialization_scale=scale).initialization()
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="pass only one of the two"):
         InitializationArguments(match_norm_of="svd", initialization_scale="2").initialization()
     with pytest.raises(ValueError, match="--initialization_scale 'much' is neither a number"):
         InitializationArguments(initialization_scale="much").initialization()
-    with pytest.raises(ValueError, match="sets all projections; leave targets out"):
+    with pytest.raises(ValueError, match="initializes all projections; leave targets out"):
         InitializationArguments(projection_init="mimetic", projection_init_targets=["value"]).initialization()
     with pytest.raises(ValueError, match=r"--match_norm_of makes the control.*leave out --spectral_conditioning"):
         check_initialization(InitializationArguments(match_norm_of="svd"), SpectralArguments(True))

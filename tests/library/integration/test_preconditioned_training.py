@@ -212,14 +212,16 @@ def test_nothing_takes_the_place_of_a_preconditioned_projection(spectral, tmp_pa
     output = model.encoder.layer[1].attention.output
     with pytest.raises(
         ValueError,
-        match=r"place of the conditioned projection dense would get its input as it stands.*leave the output",
+        match=r"place of the conditioned projection dense would get its input without preconditioning.*do not quantize",
     ):
         output.dense = torch.nn.Linear(32, 32)
     output.dense = output.dense  # itself is no other
     model.encoder.layer[0].attention.self.query = torch.nn.Linear(32, 32)  # what is stock may be replaced
     # round the guard: found when the model is saved
     dict.__setitem__(model.encoder.layer[0].attention.output._modules, "dense", torch.nn.Linear(32, 32))
-    with pytest.raises(ValueError, match=r"layer.0.attention.output.dense would get its input as it stands"):
+    with pytest.raises(
+        ValueError, match=r"layer.0.attention.output.dense would get its input without preconditioning"
+    ):
         model.save_pretrained(tmp_path)
 
 
