@@ -1,8 +1,9 @@
-"""Every name of transformers that is not a public interface: what it is for, and what happens where a release lacks it.
+"""Every name of transformers that is not public: what it is for, and what happens if a release lacks it.
 
-This file travels with checkpoints as remote code, so it imports transformers and torch alone (what concerns PEFT, datasets
-and accelerate is in `compat_extras`, but for what hooks leave on a module, because files that travel ask for that). Each
-name is looked up when it is needed: a renamed one costs what is said beside it, and never the import of the package.
+This file travels with checkpoints as remote code, so it imports transformers and torch alone (what concerns PEFT,
+datasets and accelerate is in `compat_extras`, but for what hooks leave on a module, because files that travel ask for
+that). Each name is looked up when it is needed: if it was renamed, the consequence is the one stated with it, and the
+package can still be imported.
 """
 
 import importlib
@@ -20,7 +21,7 @@ logger = logging.get_logger(__name__)
 
 
 class UnsupportedTransformersError(RuntimeError):
-    """This release of transformers lacks something without which a result would be wrong."""
+    """This release of transformers lacks something without which results would be wrong."""
 
 
 def _private(module: str, name: str, consequence: str) -> Any:
@@ -33,8 +34,8 @@ def _private(module: str, name: str, consequence: str) -> Any:
         return getattr(importlib.import_module(f"transformers.{module}"), name)
     except (ImportError, AttributeError) as error:
         raise UnsupportedTransformersError(
-            f"transformers {transformers.__version__} has no transformers.{module}.{name}, without which {consequence}. "
-            "Install a release that this package names (pip install hf_specattn), and report this one."
+            f"transformers {transformers.__version__} has no transformers.{module}.{name}, without which "
+            f"{consequence}. Install a supported release (pip install hf_specattn), and report this one."
         ) from error
 
 
@@ -127,7 +128,7 @@ def expect_missing(model: Any, pattern: str) -> None:
 
 
 def not_saved(model: Any) -> set[str]:
-    """Names of the tensors that `save_pretrained` leaves out; none where a release does not say."""
+    """Names of the tensors that `save_pretrained` leaves out; none if a release does not say."""
     return set(getattr(model, "_keys_to_ignore_on_save", None) or ())
 
 
@@ -154,8 +155,8 @@ def add_metadata_on_save(
 ) -> None:
     """Let `add` complete the metadata of every safetensors file that a model's `save_pretrained` writes, from now on.
 
-    `save_pretrained` takes none, and to add it afterwards would be to write each file twice. Where a release writes otherwise
-    there is a warning, and the files have no checksums.
+    `save_pretrained` takes none, and adding it afterwards would mean writing each file twice. If a release writes
+    files differently, there is a warning, and the files have no checksums.
 
     Args:
         add: `(tensors, metadata)` -> metadata.
@@ -166,8 +167,8 @@ def add_metadata_on_save(
         write = module.safe_save_file
     except AttributeError:
         logger.warning_once(
-            f"transformers {transformers.__version__} does not write safetensors as this package expects: corrections are "
-            "saved without checksums, so that damage of the file may not be noticed."
+            f"transformers {transformers.__version__} does not write safetensors as this package expects: corrections "
+            "are saved without checksums, so damage to the file may go unnoticed."
         )
         return
     if getattr(write, "adds_checksums", False):
@@ -194,7 +195,7 @@ def relative_imports(file: Path) -> list[Path]:
 
 
 def tasks_of_pipelines() -> Mapping[str, Mapping[str, str]]:
-    """Task of the Hub -> stock classes for it; empty where a release has no such table, so that a card names no task."""
+    """Task of the Hub -> stock classes for it; empty if a release has no such table, so that a card names no task."""
     try:
         return importlib.import_module("transformers.modelcard").TASK_MAPPING
     except (ImportError, AttributeError):

@@ -1,4 +1,4 @@
-"""Private names of PEFT, accelerate and datasets that the library and the recipes touch, each with its reason.
+"""Private names of PEFT, accelerate and datasets that the library and the recipes use, each with its reason.
 
 (transformers' are in `compat`, but for two that the recipes alone need: `compat` travels with checkpoints.)
 
@@ -23,12 +23,12 @@ logger = logging.get_logger(__name__)
 
 
 class MissingNameError(RuntimeError):
-    """The installed release of a library lacks a private name; the message says which, what is lost, and what to do."""
+    """The installed release of a library lacks a private name; the message says which, what does not work, and what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PrivateName:
-    """A name that a library does not promise to keep.
+    """A name that a library may change without notice.
 
     Attributes:
         library: The library, as it is imported and installed.
@@ -91,12 +91,12 @@ class PrivateName:
 
 # --- PEFT ------------------------------------------------------------------------------------------------------------
 
-_FOLD = "Call hf_specattn.fold(model) before you put an adapter on, or install peft 0.21."
+_FOLD = "Call hf_specattn.fold(model) before you add an adapter, or install peft 0.21."
 
 INJECT_ADAPTER = PrivateName(
     "peft",
     "tuners.tuners_utils.BaseTuner.inject_adapter",
-    "every way to put an adapter on goes through",
+    "every way to add an adapter goes through",
     "Adapters that work on the weight, such as DoRA, are no longer refused on conditioned projections and compute wrongly.",
     _FOLD,
 )
@@ -125,14 +125,14 @@ PREPARE_CONFIG = PrivateName(
     "peft",
     "tuners.tuners_utils.BaseTuner._prepare_adapter_config",
     "fills in the default target modules",
-    "An adapter that works on the weight is refused on a conditioned model, wherever it would be put on.",
+    "An adapter that works on the weight is refused on a conditioned model, wherever it would be added.",
     _FOLD,
 )
 MATCHES_TARGET = PrivateName(
     "peft",
     "tuners.tuners_utils.BaseTuner._check_target_module_exists",
-    "says whether an adapter is put on a module",
-    "An adapter that works on the weight is refused on a conditioned model, wherever it would be put on.",
+    "says whether an adapter is added to a module",
+    "An adapter that works on the weight is refused on a conditioned model, wherever it would be added.",
     _FOLD,
 )
 ADAPTER_STATE = PrivateName(
@@ -145,17 +145,17 @@ ADAPTER_STATE = PrivateName(
 IS_LORA_VARIANT = PrivateName(
     "peft",
     "LoraConfig.is_lora_variant",  # not an attribute: it is in the metadata of the class's fields
-    "marks the settings that make LoRA compute otherwise",
+    "marks the settings that make LoRA compute differently",
     "Of the variants that work on the weight only use_dora is still refused on conditioned projections.",
     _FOLD,
 )
 
 
 def when_imported(library: str, action: Callable[[], None]) -> None:
-    """Call `action` at once if a library is imported, otherwise when somebody imports it. A second call changes nothing.
+    """Call `action` at once if a library is imported, otherwise when it is imported. A second call changes nothing.
 
-    No library offers this, and importing it for the purpose would take long. What stands in for it is a finder of
-    Python's `sys.meta_path`.
+    No library offers this, and importing one for this purpose would be slow, so this uses a finder on Python's
+    `sys.meta_path`.
     """
     if sys.modules.get(library) is not None:  # None: its import is blocked
         action()
@@ -197,7 +197,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def wrap(name: PrivateName, wrapper: Callable[[Any], Any]) -> None:
-    """Put `wrapper(value)` in the place of a value; where there is none, warn."""
+    """Replace a value by `wrapper(value)`; if there is none, warn."""
     try:
         owner = name.owner()
     except MissingNameError as error:
@@ -229,8 +229,8 @@ def adaption_prompt_settings() -> dict[str, Any]:
 def target_matcher(tuner: Any, config: Any, model: Any) -> Callable[[str], bool]:
     """Return the function that says of a module's name whether a tuner puts its adapter on it.
 
-    The default target modules are filled into `config`, as PEFT does next, and does again. Where PEFT cannot be asked,
-    there is a warning and every module counts: better refused than wrong.
+    The default target modules are filled into `config`, as PEFT itself does next. If PEFT cannot be asked, there is a warning
+    and every module counts: better refused than wrong.
     """
     try:
         prepare, matches = PREPARE_CONFIG.of(tuner), MATCHES_TARGET.of(tuner)
@@ -259,7 +259,7 @@ FSDP_PLUGIN = PrivateName(
     "accelerate",
     "state.AcceleratorState.fsdp_plugin",
     "holds the settings of FSDP",
-    "Models cannot be sharded: the wrong modules would be, and FSDP of version 1 would not be noticed.",
+    "Models cannot be sharded: the wrong modules would be, and FSDP1 would not be noticed.",
     "Train without FSDP (scripts/accelerate_configs/several_gpus.yaml), or install accelerate 1.15.",
 )
 
@@ -274,7 +274,7 @@ def fsdp_plugin(accelerator: Any) -> Any:
 
 
 def shard_on_cpu(accelerator: Any) -> None:
-    """Make a run on CPU processes one under FSDP, as the environment says; accelerate leaves it out there.
+    """Enable FSDP in a run on CPU processes, as the environment says; accelerate does not.
 
     Raises:
         MissingNameError: if accelerate does not take FSDP from its state.
@@ -294,21 +294,21 @@ def shard_on_cpu(accelerator: Any) -> None:
 FINGERPRINT = PrivateName(
     "datasets",
     "Dataset._fingerprint",
-    "tells the rows of a dataset from others",
-    "A run could go on with other images than it began with.",
-    "Give the images as folders (--train_dir, --validation_dir), or install datasets 5.2.",
+    "distinguishes the rows of a dataset from others",
+    "A run could continue with other images than it started with.",
+    "Pass the images as folders (--train_dir, --validation_dir), or install datasets 5.2.",
 )
 DATASETS_ERROR = PrivateName(
     "datasets",
     "exceptions.DatasetsError",
-    "is the class of its own errors",
-    "Every error of reading a dataset is taken for one of the data.",
+    "is the base class of its errors",
+    "Every error while reading a dataset is treated as an error of the data.",
     "The message has the cause.",
 )
 
 
 def fingerprint(rows: Any) -> str:
-    """Return what tells a `datasets.Dataset` from others.
+    """Return what distinguishes a `datasets.Dataset` from others.
 
     Raises:
         MissingNameError: if `datasets` does not say.
@@ -331,7 +331,7 @@ NO_SPLIT_MODULES = PrivateName(
     "PreTrainedModel._no_split_modules",
     "names the classes of a model's layers",
     "FSDP2 has no units and gathers the whole model at once, which takes more memory.",
-    "Name the layers' class by fsdp_transformer_layer_cls_to_wrap in accelerate's configuration.",
+    "Name the layers' class with fsdp_transformer_layer_cls_to_wrap in accelerate's configuration.",
 )
 FROM_CONFIG = PrivateName(
     "transformers",
@@ -343,7 +343,7 @@ FROM_CONFIG = PrivateName(
 
 
 def layer_class_names(model: Any) -> set[str]:
-    """Return the names of the classes that transformers does not split, of a model; none, with a warning."""
+    """Return the names of a model's classes that transformers does not split; if there are none, warn."""
     try:
         return set(NO_SPLIT_MODULES.of(model) or ())
     except MissingNameError as error:

@@ -30,14 +30,14 @@ class Advice:
     """What was found on one batch.
 
     Attributes:
-        saturated_layers: places of the attention layers in which more than half of the rows have a weight above 0.999.
-        lambda_: the present lambda of query and key (the larger one), of identity conditioning; else None.
-        unsaturated_lambda: the largest lambda for query and key, to two digits and below the present one, at which no layer
-            is saturated on this batch; None where none was needed or found.
+        saturated_layers: indices of the attention layers in which more than half of the rows have a weight above 0.999.
+        lambda_: the current lambda of query and key (the larger one) with identity conditioning; otherwise None.
+        unsaturated_lambda: the largest lambda for query and key, to two digits and below the current one, at which no layer
+            is saturated on this batch; None if none was needed or found.
         unbounded: projections whose `lambda <= sigma_max(W)`, so that nothing is guaranteed.
         bounded_lambda: the lambda at which the Weyl bound gives kappa(W + C) <= 3 for all conditioned projections; None where
             the bound holds everywhere.
-        bounded_saturates: whether that lambda on query and key saturates a layer; None where it was not tried.
+        bounded_saturates: whether that lambda on query and key saturates a layer; None if it was not tried.
         path_rank: effective rank of the product of all layers' `W_O W_V` over the width, where some attention has no residual
             connection around it; else None, and where it cannot be told.
     """
@@ -51,7 +51,7 @@ class Advice:
     path_rank: float | None = None
 
     def warnings(self) -> list[str]:
-        """One sentence for each thing that is wrong; empty where nothing is."""
+        """One sentence for each problem; empty if there is none."""
         return [*self._of_saturation(), *self._of_bound(), *self._of_path()]
 
     def _of_saturation(self) -> list[str]:
@@ -63,11 +63,11 @@ class Advice:
         )
         if self.unsaturated_lambda is not None:
             return [
-                f"{effect}With lambda_={self.unsaturated_lambda:g} on query and key in place of {self.lambda_:g} no layer is "
-                "saturated on this batch."
+                f"{effect}With lambda_={self.unsaturated_lambda:g} on query and key instead of {self.lambda_:g} no "
+                "layer is saturated on this batch."
             ]
         if self.lambda_ is None:
-            return [f"{effect}No lambda is at work; scale W_Q and W_K down, or take method='identity' with lambda_=1."]
+            return [f"{effect}No lambda is in use; scale W_Q and W_K down, or use method='identity' with lambda_=1."]
         return [
             f"{effect}No smaller lambda on query and key changes that (tried down to {self.lambda_ * SMALLEST_FACTOR:g}): "
             "W_Q and W_K themselves are too large."
@@ -82,7 +82,7 @@ class Advice:
             f"number of W + C; lambda_={self.bounded_lambda:g} would give at most 3."
         )
         if self.bounded_saturates:
-            text += " On query and key it saturates the softmax: take it for value, and method='svd' for them."
+            text += " On query and key it saturates the softmax: use it for value, and method='svd' for query and key."
         return [text]
 
     def _of_path(self) -> list[str]:
@@ -90,19 +90,19 @@ class Advice:
             return []
         return [
             "Attention has no residual connection around it, and the product of its W_O W_V over all layers passes "
-            f"{self.path_rank:.0%} of the directions. Here the conditioning of value and output matters, more than that of "
-            "query and key: take method='svd' with targets=('value', 'output'), or initialize(model, 'orthogonal', "
-            "targets=('value', 'output'))."
+            f"{self.path_rank:.0%} of the directions. Here the conditioning of value and output matters more than "
+            "that of query and key: use method='svd' with targets=('value', 'output'), or initialize(model, "
+            "'orthogonal', targets=('value', 'output'))."
         ]
 
 
 def advise(
     model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None, *, bound: bool = True
 ) -> Advice:
-    """Look at the model's attention on a batch, and find by trial which lambda would do better.
+    """Examine the model's attention on a batch, and find by trial which lambda would work better.
 
-    Each trial is a forward pass with another lambda; the model is left as it was. For a model conditioned with
-    `init="additive"`, before training: later W has grown around its lambda.
+    Each trial is a forward pass with another lambda; the model is not changed. It is meant for a model conditioned with
+    `init="additive"`, before training: later, W has adapted to its lambda.
 
     Args, errors: as in [`capture`]; without `bound` the Weyl bound, which takes an SVD of each weight, is left out.
     """
@@ -141,15 +141,15 @@ def _path_rank(model: nn.Module, architecture: Architecture) -> float | None:
 
 
 def unsaturated_lambda(model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None) -> float | None:
-    """The largest lambda, at most the present one, at which no layer's softmax is saturated on a batch.
+    """The largest lambda, at most the current one, at which no layer's softmax is saturated on a batch.
 
-    All projections share it. It is found by trial, a forward pass each, to 5 %; the model is left as it was.
+    All projections share it. It is found by trial, a forward pass each, to 5 %; the model is not changed.
 
     Args, errors: as in [`capture`]; the model is conditioned by the identity with one lambda, with `init="additive"`.
 
     Returns:
-        The present lambda where nothing is saturated, else a smaller one, rounded down to three digits; None where a
-        thousandth of the present one saturates, too.
+        The current lambda if nothing is saturated, otherwise a smaller one, rounded down to three digits; None if even
+        a thousandth of the current one saturates.
     """
     layers = _identity_layers(model, architecture)
     (lambda_,) = {layer.spectral.lambda_for(name) for layer in layers for name in layer.spectral.targets}
@@ -163,7 +163,7 @@ def unsaturated_lambda(model: nn.Module, inputs: Mapping[str, Any], architecture
 
 
 def _largest_fine(is_fine: Any, lambda_: float, width: float = 0.05, digits: int = 2) -> float | None:
-    """The largest lambda below the present one, by bisection of its logarithm to a width, rounded down to `digits` digits."""
+    """The largest lambda below the current one, by bisection of its logarithm to a width, rounded down to `digits` digits."""
     low, high = math.log(SMALLEST_FACTOR), 0.0
     if not is_fine(SMALLEST_FACTOR):
         return None

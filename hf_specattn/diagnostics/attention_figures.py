@@ -1,4 +1,4 @@
-"""Pictures of the conditioning of attention: of one model, and of training runs in the paper's layout."""
+"""Figures of the conditioning of attention: of one model, and of training runs in the paper's layout."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from .saturation import Saturation
 from .spectra import ProjectionSpectra
 
 PROJECTION_ORDER = ("query", "key", "value", "output")
-# Perceptually uniform, and told apart with any colour vision.
+# Perceptually uniform, and distinguishable with any color vision.
 COLOR_MAP = "viridis"
 Record = Mapping[str, Any]
 
@@ -98,7 +98,7 @@ def heat_maps_figure(rows: Sequence[ProjectionSpectra], saturations: Sequence[Sa
 
 
 def jacobian_figure(rows: Sequence[Any]) -> Any:
-    """kappa of the Jacobian of the heads looked at, beside the indicator, over the layers.
+    """kappa of the Jacobian of the measured heads, next to the indicator, over the layers.
 
     Args:
         rows: `JacobianRow`s of the report.
@@ -171,7 +171,7 @@ def training_figure(groups: Mapping[str, Sequence[Sequence[Record]]]) -> Any:
 def outcome_figure(
     groups: Mapping[str, Sequence[Sequence[Record]]], outcomes: Mapping[str, Sequence[float]], measure: str
 ) -> Any:
-    """What training came to, against kappa(W + C) and the Jacobian's kappa at its end: one marker per run.
+    """The outcome of training against the final kappa(W + C) and kappa of the Jacobian: one marker per run.
 
     Args:
         groups: as in [`training_figure`].
@@ -209,7 +209,7 @@ def _curves(records: Sequence[Record]) -> tuple[list[int], dict[str, list[float]
 
 
 def _infinite(record: Record) -> dict[str, float]:
-    """The condition numbers of a measurement of which one is infinite: JSON has null there, and no mean holds it."""
+    """The condition numbers of a measurement, some of which may be infinite: JSON has null there, and they enter no mean."""
     rows = {name: rows for name, rows in record.items() if name.startswith(("kappa", "indicator"))}
     return {name: np.inf for name, by_layer in rows.items() if any(None in row for row in by_layer)}
 

@@ -34,7 +34,7 @@ from .spectra import ProjectionSpectra, spectra
 
 PAGE = "report.html"
 
-# The paper's stock ViT-B heads lie at some 1e2 to 1e3; above, float32 products lose half of their digits.
+# The paper's stock ViT-B heads are at about 1e2 to 1e3; above that, float32 products lose half of their digits.
 LARGE_KAPPA = 1e3
 
 
@@ -46,7 +46,7 @@ class JacobianRow:
         layer, head: which.
         kappa: its condition number; a lower bound where `is_lower_bound`.
         is_lower_bound: see [`JacobianSpectrum`].
-        rank: the number of nonzero singular values; None where unknown.
+        rank: the number of nonzero singular values; None if unknown.
         shape: of J.
         indicator: the factors of (10).
     """
@@ -68,9 +68,9 @@ class Diagnosis:
         spectra: of every projection, W_O included.
         products: of every head's `W_Q^T W_K` and `W_O W_V`.
         saturation: of every layer on the batch.
-        jacobians: of the heads looked at.
+        jacobians: of the measured heads.
         warnings: what is wrong, in sentences.
-        preconditioning: what the preconditioner does to the heads; empty where there is none.
+        preconditioning: what the preconditioner does to the heads; empty if there is none.
     """
 
     spectra: list[ProjectionSpectra]
@@ -157,7 +157,7 @@ def write_report(
     queries: int | None = 16,
     jacobian_heads: int | None = None,
 ) -> Path:
-    """Look at the model on `data`, and write `report.html` and its figures (PNG and SVG) into `folder`.
+    """Examine the model on `data`, and write `report.html` and its figures (PNG and SVG) into `folder`.
 
     Args:
         title: of the page; None: the model's class.
@@ -175,9 +175,9 @@ def write_report(
 
 
 def write_diagnosis(diagnosis: Diagnosis, folder: str | Path, title: str) -> Path:
-    """Write a diagnosis as `report.html`, with its figures (PNG and SVG) beside it; returns the page.
+    """Write a diagnosis as `report.html`, with its figures (PNG and SVG) next to it; returns the page.
 
-    The page needs nothing beside itself: it has no scripts, and the pictures are in it.
+    The page is self-contained: it has no scripts, and the figures are in it.
     """
     figures = {
         "spectra": spectra_figure(diagnosis.spectra),
@@ -245,7 +245,7 @@ def page_of(diagnosis: Diagnosis, images: Mapping[str, bytes], title: str) -> st
 
 
 def number(value: float) -> str:
-    """Four digits, as everywhere on the page."""
+    """Four digits, as everywhere else on the page."""
     return f"{value:.4g}"
 
 
@@ -261,15 +261,15 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
     ]
     if worst.effective.kappa > LARGE_KAPPA:
         found.append(
-            f"That is above {number(LARGE_KAPPA)}: some directions of the input hardly reach the attention. "
-            "Condition the model before training (method svd bounds kappa by 2, identity with lambda 1 is the mildest), or "
-            "balance a trained one, which keeps its function."
+            f"That is above {number(LARGE_KAPPA)}: some directions of the input hardly reach the attention. Condition "
+            "the model before training (svd bounds kappa by 2, identity with lambda 1 is the mildest), or balance a "
+            "trained one, which keeps its function."
         )
     if grown := [row for row in used if row.effective.kappa > row.raw.kappa * (1 + 1e-6)]:
         names = ", ".join(f"{row.projection} of layer {row.layer}" for row in grown[:4])
         found.append(
-            f"Conditioning made {len(grown)} of {len(used)} projections worse than W alone: {names}"
-            f"{' ...' if len(grown) > 4 else ''}. Take another lambda, or method svd."
+            f"Conditioning made {len(grown)} of {len(used)} projections worse than W alone: "
+            f"{names}{' ...' if len(grown) > 4 else ''}. Use another lambda, or method svd."
         )
     entropies = [row.entropy.mean().item() / max(row.uniform_entropy, 1e-12) for row in diagnosis.saturation]
     least = min(range(len(entropies)), key=entropies.__getitem__)
@@ -282,11 +282,11 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
         grew, heads = sum(len(row.kappa_grew) for row in reports), sum(len(row.kappa_before) for row in reports)
         found.append(
             f"The attention is preconditioned, {reports[0].preconditioner.describe()} ({SOURCE}): on this input the "
-            f"condition number of what a head gives grew in {grew} of {heads} heads. The Jacobians are of what they give "
-            "before it."
+            f"condition number of a head's output grew in {grew} of {heads} heads. The Jacobians are those of the "
+            "outputs before it."
         )
     if any(row.is_lower_bound for row in diagnosis.jacobians):
-        found.append("Some Jacobians are conditioned worse than can be resolved; their numbers are lower bounds.")
+        found.append("The conditioning of some Jacobians is too bad to be resolved; their numbers are lower bounds.")
     found.append(
         "kappa(W) is a property of the parameters: other weights with other kappa compute the same function. The products "
         "W_O W_V and W_Q^T W_K of each head are the same in all of them."

@@ -20,11 +20,11 @@ class Attention:
     """One attention module, stock or conditioned.
 
     Attributes:
-        layer: its place among the model's attention modules, from 0.
+        layer: its index among the model's attention modules, from 0.
         name: its full name.
         module: itself.
         holders: the modules that hold query, key and value.
-        output_name: full name of the module with W_O; None where the architecture does not say where it is.
+        output_name: full name of the module with W_O; None if the architecture does not say where it is.
         root: the model.
         heads: the number of heads of each projection.
     """
@@ -57,7 +57,7 @@ class Attention:
         return blocks
 
     def output(self) -> nn.Module | None:
-        """The module with W_O; None where the architecture does not say where it is.
+        """The module with W_O; None if the architecture does not say where it is.
 
         Raises:
             ValueError: if it is not where the architecture says, or has no weight that can be read.
@@ -73,9 +73,9 @@ class Attention:
             ) from error
         if not isinstance(module, SpectralLayer) and stock_class_of(module) not in SPECTRAL_CLASSES:
             raise ValueError(
-                f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is read "
-                "from exact torch.nn.Linear and transformers Conv1D modules only. Look at the model before quantizing it or "
-                "wrapping it with PEFT."
+                f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is "
+                "read from exact torch.nn.Linear and transformers Conv1D modules only. Examine the model before "
+                "quantizing it or wrapping it with PEFT."
             )
         _check_readable(self.output_name, module.weight)
         return module
@@ -120,11 +120,11 @@ def _for_each(blocks: Tensor, heads: int) -> Tensor:
 def find_attentions(
     model: nn.Module, architecture: Architecture = None, layers: Iterable[int] | None = None
 ) -> list[Attention]:
-    """Every attention module of `model`, or those of the given places, in the order of its modules.
+    """Every attention module of `model`, or those with the given indices, in the order of its modules.
 
     Args:
         architecture: as in [`condition`], for a model that the table of architectures does not know.
-        layers: places among the attention modules, from 0; negative ones count from the end. None: all.
+        layers: indices among the attention modules, from 0; negative ones count from the end. None: all.
 
     Raises:
         ValueError: where no projection is found, a place does not exist, or weights have no values that can be read
@@ -157,9 +157,9 @@ def _places(layers: Iterable[int], count: int) -> list[int]:
 
 def _check_readable(name: str, weight: object) -> None:
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(f"The weight of {name} is quantized; look at the model before quantizing it.")
+        raise ValueError(f"The weight of {name} is quantized; examine the model before quantizing it.")
     if hasattr(weight, "full_tensor"):
-        raise ValueError(f"The weight of {name} is sharded (a DTensor); look at the model before it is sharded.")
+        raise ValueError(f"The weight of {name} is sharded (a DTensor); examine the model before it is sharded.")
     if weight.is_meta:
         raise ValueError(f"The weight of {name} is on the meta device and has no values; load the weights first.")
 

@@ -1,4 +1,4 @@
-"""What every attention of a model sees and does in one real forward pass: inputs, weights, masks, by hooks."""
+"""The inputs, weights and masks of every attention in one real forward pass, recorded by hooks."""
 
 import contextlib
 import inspect
@@ -74,11 +74,11 @@ class CapturedAttention:
         Args:
             head: which of the query heads.
             sequence: which of the batch.
-            queries: look at the output at no more than this many tokens, spread evenly; None: at all of them.
+            queries: take the output at no more than this many tokens, spread evenly; None: at all of them.
 
         Raises:
-            ValueError: if the attention weights are not those that X, the weights, scale, mask and rotary embeddings give:
-                the module then does something else that this package does not know.
+            ValueError: if the attention weights are not those that X, the weights, scale, mask and rotary embeddings
+            give: the module then does something that this package does not know.
         """
         built = self._whole_head(head, sequence)
         self._check_explained(built, head, sequence)
@@ -145,14 +145,15 @@ def capture(
     """Run `model(**inputs)` once and record every attention module, or those of the chosen layers.
 
     In eval mode, without gradients, with eager attention (other kernels do not return their weights), and without the
-    compiled graph, if there is one. The model is left as it was, and no random number is drawn from the global generators.
+    compiled graph, if there is one. The model is not changed, and no random number is drawn from the global
+    generators.
 
     Args:
         inputs: keyword arguments of the forward pass; `attention_mask` `(batch, N)` says which tokens are padding.
         architecture, layers: as in [`spectra`].
 
     Raises:
-        ValueError: if an attention module is not run by these inputs, or does not tell its weights.
+        ValueError: if an attention module is not run by these inputs, or does not return its weights.
     """
     records = [_Record(attention) for attention in find_attentions(model, architecture, layers)]
     handles = [handle for record in records for handle in record.register()]
@@ -240,8 +241,8 @@ class _Record:
         name = self.attention.name
         if missing := {"query", "key", "value"} - set(self.inputs):
             raise ValueError(
-                f"{name} was not run by these inputs, or holds no {' and '.join(sorted(missing))}; pass inputs that run it "
-                "(a decoder with cross-attention needs encoder_hidden_states), or choose layers=."
+                f"{name} was not run by these inputs, or has no {' and '.join(sorted(missing))}; pass inputs that run "
+                "it (a decoder with cross-attention needs encoder_hidden_states), or choose layers=."
             )
         x, x_key = self.inputs["query"], self.inputs["key"]
         if x.dim() != 3:
@@ -270,12 +271,12 @@ class _Record:
         return captured if self.weights is not None else self._with_computed_weights(captured, module)
 
     def _with_computed_weights(self, captured: CapturedAttention, module: nn.Module) -> CapturedAttention:
-        """Where the module returns no weights, those that its input gives, if its output says that they are right."""
+        """If the module returns no weights, those computed from its input, provided that they explain its output."""
         name, count = self.attention.name, self.attention.heads["query"]
         if self.attended is None:
             raise ValueError(
-                f"{name} ({type(module).__name__}) returns no attention weights, and its output projection is not known, so "
-                "that they could not be checked. Pass architecture=AttentionSpec(..., output=...)."
+                f"{name} ({type(module).__name__}) returns no attention weights, and its output projection is not "
+                "known, so they could not be checked. Pass architecture=AttentionSpec(..., output=...)."
             )
         batch, rows = captured.x.shape[0], captured.x.shape[1]
         placeholder = captured.x.new_zeros(batch, count, rows, captured.x_key.shape[1])

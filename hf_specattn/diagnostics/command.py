@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 from ..balance import probe_batch
 from ..files import require_writable
 
-# What a text model is looked at on where no data are given.
+# What a text model reads if no data are given.
 DEFAULT_TEXT = (
-    "The condition number of a matrix is its largest singular value divided by its smallest. Where it is large, some "
+    "The condition number of a matrix is its largest singular value divided by its smallest. If it is large, some "
     "directions of the input hardly reach the output, and small changes of the weights along them are lost.",
     "A cat sat in the shade of the old wall and watched the road, on which nothing had moved since the morning.",
 )
@@ -50,7 +50,7 @@ def _batch(
     if model.main_input_name != "input_ids":
         if data is not None:
             raise ValueError(f"--data {data} is text, but {type(model).__name__} takes {model.main_input_name}.")
-        typer.echo("Looking at random input: its entropies and Jacobians say little about real ones.", err=True)
+        typer.echo("The input is random: its entropies and Jacobians say little about real data.", err=True)
         return probe_batch(model)
     lines = list(DEFAULT_TEXT) if data is None else _first_lines(data, sequences)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -70,5 +70,5 @@ def _first_lines(data: Path, count: int) -> list[str]:
     if not lines:
         raise ValueError(f"--data {data} has no line of text.")
     if any(character == "\0" or "\udc80" <= character <= "\udcff" for line in lines for character in line):
-        raise ValueError(f"--data {data} is not UTF-8 text: save it as UTF-8, or give another file.")
+        raise ValueError(f"--data {data} is not UTF-8 text: save it as UTF-8, or pass another file.")
     return lines

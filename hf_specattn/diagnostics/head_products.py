@@ -1,8 +1,8 @@
 """What a head computes with: the products `W_Q^T W_K` and `W_O W_V`, whose conditioning no gauge changes.
 
-Other weights of the same function, `W_Q M` and `W_K M^-T`, or `W_V G` and `G^-1 W_O`, have another kappa(W), and the same
-products. The signal passes through `W_O W_V` of each head, the scores are `X W_Q^T W_K X^T` (with rotary position embeddings
-at distance 0; they turn the middle of the product at others).
+Other weights of the same function, `W_Q M` and `W_K M^-T`, or `W_V G` and `G^-1 W_O`, have a different kappa(W), but
+the same products. The signal passes through `W_O W_V` of each head, the scores are `X W_Q^T W_K X^T` (with rotary
+position embeddings at distance 0; they turn the middle of the product at others).
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ class HeadProducts:
     """One of the two products of an attention, by head.
 
     Attributes:
-        layer: the place of the attention among the model's, from 0.
+        layer: index of the attention in the model, from 0.
         name: its full name.
         product: `query-key` or `output-value`.
         kappa_raw: condition number of each query head's product of the trained weights, on the head_dim directions that a
@@ -43,7 +43,7 @@ def head_products(
     layers: Iterable[int] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> list[HeadProducts]:
-    """The conditioning of each head's products, in the order of the model's attentions; without W_O where it is not known.
+    """The conditioning of each head's products, in the order of the model's attentions; without W_O if it is not known.
 
     Args, errors: as in [`spectra`].
     """
@@ -62,13 +62,14 @@ def value_path(
 ) -> Tensor | None:
     """Singular values of the product over all layers of `W_O W_V`, the last layer's first, descending.
 
-    It is what uniform attention makes of the mean token where nothing is added to what attention gives: without residual
-    connections a large ratio means that few directions pass. Of the weights that the forward pass uses.
+    It is what uniform attention turns the mean token into if nothing is added to the output of attention: without
+    residual connections, a large ratio means that few directions pass through. Computed from the weights that the
+    forward pass uses.
 
     Args, errors: as in [`spectra`].
 
     Returns:
-        `(width,)`; None where an output projection is not known, or layers have different widths.
+        `(width,)`; None if an output projection is not known, or layers have different widths.
     """
     path: Tensor | None = None
     for attention in find_attentions(model, architecture):

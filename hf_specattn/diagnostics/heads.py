@@ -10,7 +10,7 @@ from .attentions import to_dtype
 
 @dataclass(frozen=True, eq=False)
 class AttentionHead:
-    """`softmax(scale * Q K^T + mask) V` with `Q = X W_Q + b_Q` and so on, in float64 whatever is given.
+    """`softmax(scale * Q K^T + mask) V` with `Q = X W_Q + b_Q` and so on, always in float64.
 
     Weights are as `nn.Linear` stores them, the transposes of the paper's, and *effective*: the derivative with respect to W
     is that with respect to `W + C`.
@@ -24,7 +24,7 @@ class AttentionHead:
         value_bias: `(d_v,)`, or None. It does not appear in the Jacobian.
         mask: `(N, M)`, added to the scaled logits: -inf where a query must not see a key, or any other bias; boolean True
             where it may. None: every query sees every key.
-        x_key: `(M, D)`, the input of key and value where it is another one (cross-attention); None: `x`.
+        x_key: `(M, D)`, the input of key and value if it differs (cross-attention); None: `x`.
         rotation: `(N, d, d)`, the matrices `R_i` that take query i to `R_i q_i` (rotary position embeddings); None: none.
         key_rotation: `(M, d, d)`, likewise of the keys; None: `rotation`.
         epsilon: relative accuracy of `x`, which decides its rank; 0: that of its dtype.
@@ -118,11 +118,11 @@ class AttentionHead:
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; beside the others it must be {shape}.")
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; together with the others it must be {shape}.")
         if (self.rotation is None) != (self.keys_rotation is None) or (
             self.rotation is not None and self.key_rotation is None and rows != keys
         ):
-            raise ValueError("rotation and key_rotation go together; give both where there is an x_key.")
+            raise ValueError("rotation and key_rotation go together; pass both if there is an x_key.")
 
 
 def _float64(name: str, tensor: Tensor) -> Tensor:

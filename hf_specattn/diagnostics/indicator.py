@@ -24,7 +24,7 @@ class Indicator:
     """Each factor of (10), with condition numbers of the nonzero singular values.
 
     Attributes:
-        x: of the layer's input (in cross-attention the worse of the two).
+        x: of the layer's input (the worse of the two in cross-attention).
         softmax: of the block diagonal matrix of all `Lambda(P_i)`.
         query, key, value: of the effective weights.
     """
@@ -43,7 +43,7 @@ class Indicator:
 
     @property
     def log10_product(self) -> float:
-        """Its decimal logarithm, which a saturated softmax leaves finite, too."""
+        """Its decimal logarithm, which is finite even for a saturated softmax."""
         factors = (self.x, self.x, self.x, self.softmax, self.value, self.query + self.key)
         return sum(math.log10(factor) for factor in factors)
 
@@ -62,8 +62,9 @@ def jacobian_indicator(head: AttentionHead) -> Indicator:
 def softmax_jacobian_extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest nonzero and the largest eigenvalue of `diag(p) - p p^T` for each row p of attention weights.
 
-    Beside 0 they are the roots of `sum_j p_j / (p_j - mu) = 0`, one between each two neighbours among the sorted nonzero p.
-    So even an eigenvalue of 1e-30 in a saturated softmax has all its digits, where an eigensolver would return noise.
+    Apart from 0 they are the roots of `sum_j p_j / (p_j - mu) = 0`, one between each two neighbors among the sorted
+    nonzero p. So even an eigenvalue of 1e-30 in a saturated softmax has all its digits, where an eigensolver would
+    return noise.
 
     Args:
         weights: `(..., M)`, nonnegative, with rows that sum to 1; entries of 0 (masked keys) take no part.
@@ -71,7 +72,7 @@ def softmax_jacobian_extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two `(...)` float64 tensors; 0 for a row with a single nonzero entry, whose matrix is zero.
     """
-    # With a zero in front there are always two neighbours.
+    # With a zero in front there are always two neighbors.
     ordered = torch.nn.functional.pad(weights.double(), (1, 0)).sort(dim=-1).values
     count = (ordered > 0).sum(dim=-1, keepdim=True)
     first = (ordered.shape[-1] - count).clamp_max(ordered.shape[-1] - 2)
@@ -82,7 +83,7 @@ def softmax_jacobian_extremes(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root_between(weights: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """The root mu of `sum_j p_j / (p_j - mu)`, which rises from -inf to inf between two neighbours `(..., 1)`."""
+    """The root mu of `sum_j p_j / (p_j - mu)`, which rises from -inf to inf between two neighbors `(..., 1)`."""
     tiny = torch.finfo(torch.float64).tiny
     start, end = low.clamp_min(tiny).log(), high.clamp_min(tiny).log()
     for _ in range(BISECTIONS):

@@ -29,7 +29,7 @@ EPSILON = torch.finfo(torch.float64).eps
 FULL_SPECTRUM_SIZE = 384
 # Elements of J up to which its own SVD may be taken where squaring does not suffice: 256 MiB.
 SVD_ELEMENTS = 2**25
-# Rows of J that are looked at together, in elements.
+# Rows of J that are processed together, in elements.
 CHUNK_ELEMENTS = 2**24
 LANCZOS_TOLERANCE = 1e-11
 
@@ -44,11 +44,11 @@ class JacobianSpectrum:
 
     Attributes:
         sigma_max: the largest.
-        sigma_min: the smallest nonzero one; where `is_lower_bound`, the largest that it can be.
+        sigma_min: the smallest nonzero one; if `is_lower_bound`, its largest possible value.
         shape: of J: `(N d_v, 2 d D + d_v D)`.
-        rank: the number of nonzero singular values; None where `is_lower_bound`.
+        rank: the number of nonzero singular values; None if `is_lower_bound`.
         source: `"gram"` (eigenvalues of `J J^T` or `J^T J`) or `"svd"` (of J itself).
-        tolerance: singular values up to `tolerance * sigma_max` count as zero, or cannot be told from it.
+        tolerance: singular values up to `tolerance * sigma_max` count as zero, or cannot be distinguished from it.
         is_lower_bound: whether the smallest singular value is too small for the Gram matrix, and J too large for its SVD, so
             that `kappa` is only a lower bound.
         singular_values: all nonzero ones, descending, on request; else None.
@@ -65,7 +65,7 @@ class JacobianSpectrum:
 
     @property
     def kappa(self) -> float:
-        """`sigma_max / sigma_min`; a lower bound where `is_lower_bound`."""
+        """`sigma_max / sigma_min`; a lower bound if `is_lower_bound`."""
         return self.sigma_max / self.sigma_min if self.sigma_min > 0 else math.inf
 
     @property
@@ -83,12 +83,12 @@ def jacobian_spectrum(
 ) -> JacobianSpectrum:
     """The extreme singular values of the head's Jacobian with respect to (W_Q, W_K, W_V), in float64.
 
-    Of `J J^T` or `J^T J`, whichever is smaller. Squaring resolves singular values down to `sqrt(size * eps)` of the largest,
-    some 1e-6; where the smallest lies below, the SVD of J itself is taken if J is small enough, and otherwise kappa is
-    "at least" what can be resolved.
+    Of `J J^T` or `J^T J`, whichever is smaller. Squaring resolves singular values down to `sqrt(size * eps)` of the
+    largest, some 1e-6; if the smallest is below that, the SVD of J itself is computed if J is small enough; otherwise
+    kappa is "at least" what can be resolved.
 
     Args:
-        full: whether to return all singular values; takes `(4/3) size^3` operations instead of a third of that.
+        full: whether to return all singular values; takes `(4/3) size^3` operations instead of a third of that number.
         svd_elements: how many elements J may have, in the coordinates described above, for its SVD to be taken.
     """
     parts = JacobianParts.of(head)

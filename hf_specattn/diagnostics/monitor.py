@@ -1,4 +1,4 @@
-"""`SpectralMonitor`: the conditioning and saturation of attention while training, under the Trainer or in a loop."""
+"""`SpectralMonitor`: the conditioning and saturation of attention during training, with the Trainer or in a loop."""
 
 import contextlib
 import json
@@ -43,25 +43,25 @@ Values = dict[str, float]
 class SpectralMonitor(TrainerCallback):
     """Every `every` optimizer steps: spectra of W and W + C, the Jacobian's kappa, entropy, saturation, gradient norms.
 
-    For the Trainer, `SpectralMonitor().attach(trainer)`, which adds it as a callback and logs through `trainer.log`, so that
-    every tracker has the values; as a plain member of `callbacks=[...]` it logs to the state's history only. In a loop of
-    one's own: `begin` before the first step, `observe_gradients` before each optimizer's step, `measure` after it where
-    `is_due`, `end` after the last. The values are means over the chosen layers and all heads, as in the paper's figures; the
-    file has them by layer.
+    For the Trainer, `SpectralMonitor().attach(trainer)`, which adds it as a callback and logs through `trainer.log`,
+    so that every tracker has the values; as a plain member of `callbacks=[...]` it only logs to the state's history.
+    In your own loop, call `begin` before the first step, `observe_gradients` before each optimizer step, `measure`
+    after it if `is_due`, and `end` after the last. The values are means over the chosen layers and all heads, as in
+    the paper's figures; the file has them by layer.
 
-    Nothing about training changes: eval mode for one forward pass, no random number drawn, no gradient touched.
+    Training does not change: eval mode for one forward pass, no random number drawn, no gradient touched.
 
     Args:
         every: optimizer steps between measurements; there is one before the first step, too.
-        batch: keyword arguments of a forward pass on which attention is looked at; labels are left out. None: under the
-            Trainer the first two samples of the training data.
-        layers: places of the attention layers to look at, from 0, negative ones from the end. None: first, middle and last.
-        jacobian_heads: heads of each layer, spread evenly, whose Jacobian is looked at; 0: none.
+        batch: keyword arguments of a forward pass on which attention is measured; labels are left out. None: with the
+            Trainer, the first two samples of the training data.
+        layers: indices of the attention layers to measure, from 0, negative ones from the end. None: first, middle and last.
+        jacobian_heads: heads of each layer, spread evenly, whose Jacobian is computed; 0: none.
         queries: tokens at which the Jacobian's output is taken, spread evenly (see `CapturedAttention.head`): its cost grows
             with their third power.
         architecture: as in [`condition`].
-        file: JSON file for the measurements by layer. None: under the Trainer `spectral_monitor.json` in its output folder,
-            else nowhere.
+        file: JSON file for the measurements by layer. None: with the Trainer, `spectral_monitor.json` in its output
+        folder, otherwise none.
 
     Raises:
         ValueError: for numbers out of range.
@@ -96,19 +96,19 @@ class SpectralMonitor(TrainerCallback):
         self._began: float | None = None
         self._log: Callable[[Values], None] | None = None
 
-    # --- in a loop of your own ---
+    # --- in your own loop ---
 
     def first_values(self, model: nn.Module, step: int = 0) -> Values:
-        """Warn of what is wrong before training, and measure; `step` is where a resumed run goes on.
+        """Warn about problems before training, and measure; `step` is where a resumed run continues.
 
         Returns:
-            The values by name, each beginning with `spectral/`; empty for a resumed run, whose file is read instead.
+            The values by name, each starting with `spectral/`; empty for a resumed run, whose file is read instead.
 
         Raises:
-            ValueError: without a batch, or where the attention of this model cannot be looked at.
+            ValueError: without a batch, or if the attention of this model cannot be measured.
         """
         if self._batch is None:
-            raise ValueError("SpectralMonitor needs batch={...}, the keyword arguments of a forward pass to look at.")
+            raise ValueError("SpectralMonitor needs batch={...}, the keyword arguments of a forward pass.")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         self._began = time.perf_counter()
@@ -138,7 +138,7 @@ class SpectralMonitor(TrainerCallback):
                 self._gradients = (step, {name: [row.norms[name].tolist() for row in rows] for name in names})
 
     def measure(self, model: nn.Module, step: int) -> Values:
-        """Look at the model now, keep the record and write the file; returns the values for the trackers."""
+        """Measure the model now, keep the record and write the file; returns the values for the trackers."""
         with self._timed() as timer:
             record: dict[str, Any] = {"step": step, "layers": self.layers}
             rows = spectra(model, self.architecture, layers=self.layers)
@@ -160,14 +160,14 @@ class SpectralMonitor(TrainerCallback):
         return {f"{PREFIX}{name}": value for name, value in summary_of(record).items()}
 
     def end(self) -> str:
-        """Say what it cost, and return that line."""
+        """Log what it cost, and return that line."""
         total = 0.0 if self._began is None else time.perf_counter() - self._began
         share = f", {self.seconds / total:.1%} of the {total:.1f} s since training began" if total else ""
         line = f"Spectral monitor: {len(self.records)} measurements took {self.seconds:.2f} s{share}."
         logger.info(line)
         return line
 
-    # --- under the Trainer ---
+    # --- with the Trainer ---
 
     def attach(self, trainer: "Trainer") -> "SpectralMonitor":
         """Become a callback of the Trainer and log through it."""
@@ -197,14 +197,14 @@ class SpectralMonitor(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure where it is due."""
+        """Measure if it is due."""
         if state.is_world_process_zero and self.is_due(state.global_step):
             self._report(state, self.measure(kwargs["model"], state.global_step))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Say what it cost."""
+        """Log what it cost."""
         if state.is_world_process_zero:
             print(self.end())
 
@@ -241,7 +241,7 @@ class SpectralMonitor(TrainerCallback):
     def _timed(self) -> Iterator[list[float]]:
         """Add the time within to the cost; the list has it afterwards."""
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # what training has queued is not the monitor's
+            torch.cuda.synchronize()  # what training has queued does not count as the monitor's time
         started, timer = time.perf_counter(), [0.0]
         try:
             yield timer
@@ -344,7 +344,7 @@ def _first_samples(loader: Any, count: int = 2) -> Mapping[str, Any]:
     if dataset is None or isinstance(dataset, IterableDataset):
         raise ValueError(
             "SpectralMonitor cannot take samples from this training data without drawing from its stream; pass "
-            "batch={...}, the keyword arguments of a forward pass to look at."
+            f"batch={...}, the keyword arguments of a forward pass."
         )
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  collators draw from the global generator
     try:

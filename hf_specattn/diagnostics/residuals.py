@@ -1,4 +1,4 @@
-"""Whether tokens pass a layer by attention alone, without a residual connection around it."""
+"""Whether tokens pass a layer only through attention, without a residual connection around it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,13 +13,13 @@ from .capture import evaluating
 def lacks_residual(model: nn.Module, inputs: Mapping[str, Any], architecture: Architecture = None) -> bool | None:
     """Whether some attention has no residual connection around it.
 
-    Found by a forward pass in which every output projection gives zeros: where nothing goes around an attention, all tokens
-    of all sequences are then the same when they come to the next one.
+    Found by a forward pass in which every output projection gives zeros: if nothing bypasses an attention, all tokens
+    of all sequences are then identical when they reach the next one.
 
     Args, errors: as in [`capture`].
 
     Returns:
-        None where it cannot be told: an output projection is not known, or the model has a single attention.
+        None if it cannot be determined: an output projection is not known, or the model has a single attention.
     """
     attentions = find_attentions(model, architecture)
     outputs = [attention.output() for attention in attentions]
@@ -47,5 +47,5 @@ def _zeros(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
 def _all_rows_equal(tokens: Tensor) -> bool:
     rows = tokens.flatten(0, -2)
     spread, size = (rows - rows[0]).abs().max(), rows.abs().max()
-    # What is equal but for the order of sums; one row alone says nothing.
+    # Equal up to the order of sums; a single row says nothing.
     return len(rows) > 1 and bool(spread <= 100 * torch.finfo(rows.dtype).eps * size)

@@ -1,4 +1,4 @@
-"""Saturation of the softmax: with a large lambda on query and key every token may attend to itself alone."""
+"""Saturation of the softmax: with a large lambda on query and key every token may attend only to itself."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Saturation:
     """The attention weights of one layer; rows of padded queries do not count.
 
     Attributes:
-        layer: the place of the attention among the model's, from 0.
+        layer: index of the attention in the model, from 0.
         name: its full name.
         entropy: `(heads,)`, mean entropy of the rows, in nats; 0 is a softmax that picks one token.
         uniform_entropy: the same if every query attended evenly to all it may see: log N without a causal mask.
@@ -67,7 +67,7 @@ def attention_entropy(model: nn.Module, inputs: Mapping[str, Any], architecture:
     """Mean entropy of the attention weights, in nats, per layer and head.
 
     0 is a softmax that picks one token and passes no gradient to query and key; `log n` is uniform attention over n
-    tokens. The model runs once in eval mode with eager attention, and is left as it was.
+    tokens. The model runs once in eval mode with eager attention, and is not changed.
 
     Args:
         model: any model whose attention modules are known; see [`capture`].
@@ -84,7 +84,7 @@ class GradientNorms:
     """Frobenius norms of the gradient of one attention's weights, by head.
 
     Attributes:
-        layer: the place of the attention among the model's, from 0.
+        layer: index of the attention in the model, from 0.
         name: its full name.
         norms: `query`, `key` and `value`, each `(heads,)`.
     """

@@ -42,15 +42,15 @@ class FullSpectrum(Spectrum):
 
 @dataclass(frozen=True)
 class ProjectionSpectra:
-    """One projection of a model as it stands.
+    """One projection of a model in its current state.
 
     Attributes:
         name: full name of the module that holds the weight.
         projection: `query`, `key`, `value` or `output`.
         raw: spectrum of the trained weight W; a head's block is what maps the layer's input to that head's queries, keys
             or values, or, for the output projection, that head's values to the layer's output.
-        effective: spectrum of what the forward pass uses, `W + C`; the same object as `raw` where nothing is added.
-        layer: the place of its attention among the model's, from 0.
+        effective: spectrum of what the forward pass uses, `W + C`; the same object as `raw` if nothing is added.
+        layer: index of its attention in the model, from 0.
         shape: `(heads * head_dim, in_features)`; of the output projection `(out_features, heads * head_dim)`.
     """
 
@@ -75,9 +75,9 @@ def spectra(
 
     Args:
         architecture: as in [`condition`], for a model that the table of architectures does not know.
-        output: whether to add the output projection W_O of each attention whose place the architecture tells.
-        layers: places of attention modules, from 0, negative ones from the end. None: all.
-        dtype: to compute in; float32 is faster, and right to some 1e-7 of the *largest* singular value.
+        output: whether to add the output projection W_O of each attention for which the architecture says where it is.
+        layers: indices of attention modules, from 0, negative ones from the end. None: all.
+        dtype: to compute in; float32 is faster, and accurate to about 1e-7 of the *largest* singular value.
 
     Raises:
         ValueError: if no projection is found, or a layer does not exist.

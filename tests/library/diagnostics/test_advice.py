@@ -39,7 +39,7 @@ def test_names_the_largest_lambda_that_does_not_saturate(lambda_):
     assert largest_share(model) > 0.5
     assert advice.saturated_layers
     (warning,) = advice.warnings()
-    assert f"lambda_={advice.unsaturated_lambda:g} on query and key in place of {advice.lambda_:g}" in warning
+    assert f"lambda_={advice.unsaturated_lambda:g} on query and key instead of {advice.lambda_:g}" in warning
     assert_bit_equal(model.state_dict(), before)
     assert all(
         layer.spectral.lambda_ == lambda_ for layer in model.modules() if hasattr(layer, "spectral")
@@ -85,7 +85,7 @@ def test_a_bounding_lambda_that_saturates_is_said_to():
 def test_saturated_without_a_lambda():
     model = bert(initializer_range=3.0)
     (warning,) = advise(model, INPUTS).warnings()
-    assert "No lambda is at work" in warning
+    assert "No lambda is in use" in warning
     condition(model, SpectralConfig(lambda_=0.1))
     advice = advise(model, INPUTS)
     assert advice.unsaturated_lambda is None
