@@ -299,7 +299,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
         entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
         return [entry | {"current": False} for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of this command ({error}); move it away.") from error
+        raise ValueError(f"{path} is not a result of this command ({error}); move it away.") from error
 
 
 def measure(item: Item, results: Results, limit_s: float, whose: str) -> None:

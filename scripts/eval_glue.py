@@ -125,7 +125,7 @@ def check_reference(arguments: GlueArguments, variants: Sequence[ModelVariant], 
     names = dict.fromkeys([*(variant.label for variant in variants), *(record.model for record in results.read())])
     if arguments.reference is not None and arguments.reference not in names:
         raise ResultsError(
-            f"--reference {arguments.reference!r} is no model; the models are {', '.join(map(repr, names))}."
+            f"--reference {arguments.reference!r} is not a model; the models are {', '.join(map(repr, names))}."
         )
 
 

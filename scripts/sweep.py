@@ -158,7 +158,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[str, SweepArguments, list[str]
     argv, behind = list(argv), []
     if "--" in argv:
         argv, behind = argv[: argv.index("--")], argv[argv.index("--") + 1 :]
-    # What is no flag of the sweep is one of its runs, whose script says so otherwise.
+    # What is not a flag of the sweep is one of its runs, whose script rejects it otherwise.
     arguments, positional, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     return positional.sweep, arguments, [*unknown, *behind]
 

@@ -158,7 +158,7 @@ DAMAGES = {
 def test_damage_is_an_error_wherever_a_checkpoint_is_read(damage, refresh_every, tmp_path):
     conditioned(refresh_every=refresh_every).save_pretrained(tmp_path / "c")
     rewrite(tmp_path / "c", DAMAGES[damage], keep_metadata=True)
-    message = r"model\.safetensors is damaged: encoder\.layer\.\d\.attention\.self\.query\.correction has a different checksum"
+    message = r"model\.safetensors is damaged: encoder\.layer\.\d\.attention\.self\.query\.correction has a different"
     for read in (
         lambda: AutoModel.from_pretrained(tmp_path / "c"),
         lambda: AutoModel.from_pretrained(tmp_path / "c", dtype=torch.bfloat16),

@@ -337,7 +337,7 @@ def test_refuses_a_file_that_is_not_its_own(gpu, tmp_path, capsys):
     (tmp_path / "gpu.json").write_text("{}")
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)])
-    assert "gpu.json is no result of this command" in capsys.readouterr().err
+    assert "gpu.json is not a result of this command" in capsys.readouterr().err
 
 
 # --- what a result is known by ---------------------------------------------------------------------------------------

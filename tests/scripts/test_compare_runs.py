@@ -313,7 +313,7 @@ def test_errors_are_one_line_for_the_user(compare_runs, runs, tmp_path):
         compare_runs.main([*runs, str(tmp_path / "none")])
     with pytest.raises(SystemExit, match=r"^error: .*svd-7 is given twice"):
         compare_runs.main([*runs, runs[-1]])
-    with pytest.raises(SystemExit, match=r"^error: --reference 'x' is no group"):
+    with pytest.raises(SystemExit, match=r"^error: --reference 'x' is not a group"):
         compare_runs.main([*runs, "--reference", "x"])
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"^error: --output_dir .*file cannot be written: .* is a file, not a folder"):

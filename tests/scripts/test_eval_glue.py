@@ -811,7 +811,7 @@ def test_a_run_that_fails_on_one_process_disturbs_no_other(checkpoints, data, tm
 def test_two_processes_both_end_at_bad_data(checkpoints, tmp_path):
     flags = ["--model_name_or_path", str(checkpoints / "svd"), "--tasks", "rte", "--data_dir", "nowhere", *SHORT]
     command = torchrun(SCRIPT, *flags)
-    with pytest.raises(AssertionError, match="--data_dir nowhere is no folder"):
+    with pytest.raises(AssertionError, match="--data_dir nowhere is not a folder"):
         run_process(command, tmp_path, ACCELERATE_USE_CPU="1")
 
 
@@ -938,8 +938,8 @@ def odd_checkpoints(checkpoints, tokenizer, tmp_path):
             ["--peft", "lora", "--lora_targets", "nothing"],
             "cannot be fine-tuned here with --lora_targets nothing: No modules",
         ),
-        ("plain", ["--reference", "other"], "--reference 'other' is no model; the models are 'plain'"),
-        ("plain", ["--data_dir", "/nowhere"], "--data_dir /nowhere is no folder"),
+        ("plain", ["--reference", "other"], "--reference 'other' is not a model; the models are 'plain'"),
+        ("plain", ["--data_dir", "/nowhere"], "--data_dir /nowhere is not a folder"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value.partition(" cannot")[0][:24],
 )

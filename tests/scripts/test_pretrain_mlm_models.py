@@ -72,7 +72,7 @@ def saved(pretrain, tmp_path):
         ("damaged", [], "damaged cannot be loaded as a model for MaskedLM"),
         ("no weights", [], "no weights cannot be loaded as a model for MaskedLM"),
         ("gpt2", [], "gpt2 cannot be loaded as a model for MaskedLM: Unrecognized configuration class"),
-        ("vit", [], r"vit \(vit\) is no model of text"),
+        ("vit", [], r"vit \(vit\) is not a text model"),
         ("mpnet", [FLAG, "--lambda", "1"], "mpnet cannot be loaded: .*has no conditioned class"),
         ("conditioned", [*SVD, "--spectral_init", "preserve"], "spectral_init"),
         ("conditioned", [FLAG, "--lambda", "2"], "conditioned"),

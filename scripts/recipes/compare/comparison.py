@@ -404,7 +404,7 @@ def find_reference(groups: Sequence[RunGroup], label: str | None = None) -> RunG
         if group.label == label:
             return group
     raise ComparisonError(
-        f"--reference {label!r} is no group; the groups are: {'; '.join(group.label for group in groups)}."
+        f"--reference {label!r} is not a group; the groups are: {'; '.join(group.label for group in groups)}."
     )
 
 

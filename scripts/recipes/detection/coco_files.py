@@ -208,7 +208,7 @@ def _checked_box(
 def _check_segmentation(name: str, segmentation: Any, height: int, width: int) -> None:
     if isinstance(segmentation, list):
         if not segmentation or any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-            raise DetectionDataError(f"{name} is no list of polygons of three or more points each.")
+            raise DetectionDataError(f"{name} is not a list of polygons of three or more points each.")
         for polygon in segmentation:
             _check_inside(name, polygon[0::2], polygon[1::2], height, width)
         return
@@ -245,7 +245,7 @@ def counts_of(text: str) -> list[int]:
 
 def _check_inside(name: str, xs: Sequence[float], ys: Sequence[float], height: int, width: int) -> None:
     if not math.isfinite(sum(xs) + sum(ys)):
-        raise DetectionDataError(f"{name} has corners that are no numbers. Mend the annotation.")
+        raise DetectionDataError(f"{name} has corners that are not numbers. Correct the annotation.")
     if min(*xs, *ys) < -SLACK or max(xs) > width + SLACK or max(ys) > height + SLACK:
         raise DetectionDataError(
             f"{name} reaches from ({min(xs):g}, {min(ys):g}) to ({max(xs):g}, {max(ys):g}), outside its image of "

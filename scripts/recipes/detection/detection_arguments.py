@@ -161,7 +161,9 @@ class DetectionArguments(RunArguments):
         except ValueError:
             arguments = None
         if not isinstance(arguments, dict):
-            raise ValueError(f"--body_args {self.body_args!r} is no JSON object; write it as '{{\"embed_dim\": 96}}'.")
+            raise ValueError(
+                f"--body_args {self.body_args!r} is not a JSON object; write it as '{{\"embed_dim\": 96}}'."
+            )
         return arguments if self.drop_path_rate is None else {**arguments, "drop_path_rate": self.drop_path_rate}
 
     def steps_of(self, images: int, batch: int) -> int:

@@ -237,7 +237,7 @@ class Detector(PreTrainedModel):
         super().__init__(config)
         classes = len(config.id2label or {}) + 1  # 0 is the background
         width, last = config.fpn_channels, config.mask_layers[-1]
-        # These are no parameters and no buffers: they must not be made on the meta device, where models are loaded.
+        # These are neither parameters nor buffers: they must not be made on the meta device, where models are loaded.
         with torch.device("cpu"):
             anchors = AnchorGenerator(tuple((size,) for size in config.anchor_sizes), ((0.5, 1.0, 2.0),) * 5)
         self.mask_rcnn = MaskRCNN(

@@ -154,9 +154,7 @@ def _existing(path: Path) -> Path | None:
 def _missing_file(task: GlueTask, split: GlueSplit, data_dir: Path) -> str:
     path = data_dir / task.title / f"{split.stem}.tsv"
     if not data_dir.is_dir():
-        return (
-            f"--data_dir {data_dir} is no folder; name the one that holds {task.title}/{split.stem}.tsv and the like."
-        )
+        return f"--data_dir {data_dir} is not a folder; name the one that holds {task.title}/{split.stem}.tsv and the like."
     present = sorted(folder.name for folder in data_dir.iterdir() if folder.is_dir())
     return (
         f"{path} is missing, and so is {path.name}.gz. --data_dir needs the official layout of GLUE ({data_dir} has the "
@@ -170,7 +168,7 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
             for number, line in enumerate(stream):
-                # The byte-order mark of MRPC's files is no part of the first column's name.
+                # The byte-order mark of MRPC's files is not part of the first column's name.
                 yield line.decode("utf-8-sig" if number == 0 else "utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise GlueDataError(

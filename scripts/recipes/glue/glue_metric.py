@@ -33,7 +33,7 @@ class GlueMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in TASKS:
-            raise ValueError(f"{self.config_name!r} is no task of GLUE; choose one of {', '.join(TASKS)}.")
+            raise ValueError(f"{self.config_name!r} is not a task of GLUE; choose one of {', '.join(TASKS)}.")
         task = TASKS[self.config_name]
         kind = "float64" if task.is_regression else "int64"
         return evaluate.MetricInfo(

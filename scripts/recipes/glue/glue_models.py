@@ -276,7 +276,7 @@ def check_models(variants: Iterable[ModelVariant], tasks: Iterable[GlueTask], pr
                 if logits.shape != (len(rows), task.num_outputs):
                     raise ModelError(
                         f"{variant.path} ({type(base).__name__}) gives logits of shape {tuple(logits.shape)} for {len(rows)} "
-                        f"example(s) of {task.title}, which has {task.num_outputs} output(s); it is no model for sequences."
+                        f"example(s) of {task.title}, which has {task.num_outputs} output(s); it is not for sequences."
                     )
 
 

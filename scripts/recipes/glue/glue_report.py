@@ -24,7 +24,7 @@ IDENTITY = "model_fingerprint"
 
 SAME_TRAINING = (
     "Without weight decay, a checkpoint that is conditioned by preserve with a fixed C trains as the stock one does, step "
-    "for step: W starts as W - C, and nothing but rounding tells the two apart. A difference between them is no effect of "
+    "for step: W starts as W - C, and the two differ only by rounding. A difference between them is not an effect of "
     "conditioning."
 )
 ADVICE_ON_INTERVALS = (

@@ -88,7 +88,7 @@ class Results:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:  # no JSON, or JSON of something else
             raise ResultsError(
-                f"{self.path} is damaged or no record of GLUE runs: {error!r}. Move it away, or name another --output_dir."
+                f"{self.path} is damaged or not a record of GLUE runs: {error!r}. Move it away, or name another --output_dir."
             ) from error
         if unknown := sorted({record.task for record in records} - set(TASKS)):
             raise ResultsError(f"{self.path} has runs of unknown tasks: {', '.join(unknown)}. Move it away.")

@@ -111,7 +111,7 @@ def _rand_augment(policy: str, size: int, mean: Sequence[float]) -> Callable:
         return rand_augment_transform(policy, hparams)
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(
-            f"--rand_augment {policy!r} is no RandAugment policy of timm ({error}); give one such as rand-m9-mstd0.5-inc1."
+            f"--rand_augment {policy!r} is not a RandAugment policy of timm ({error}); give one such as rand-m9-mstd0.5-inc1."
         ) from error
 
 

@@ -140,7 +140,7 @@ class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing
         check_heads(self)
         if self.timm_model_args is not None and self.timm_model is None:
             raise ValueError("--timm_model_args: of a model of timm; give --timm_model, too.")
-        _ = self.timm_arguments  # refuses what is no JSON object
+        _ = self.timm_arguments  # refuses what is not a JSON object
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArguments, SpectralArguments]:

@@ -62,7 +62,7 @@ class ImageModelSettings:
         """What else `timm.create_model` is given.
 
         Raises:
-            ValueError: for what is no JSON object.
+            ValueError: for what is not a JSON object.
         """
         try:
             arguments = json.loads(self.timm_model_args or "{}")
@@ -70,7 +70,7 @@ class ImageModelSettings:
             arguments = error
         if not isinstance(arguments, dict):
             raise ValueError(
-                f"--timm_model_args {self.timm_model_args!r} is no JSON object; write it as '{{\"img_size\": 32}}'."
+                f"--timm_model_args {self.timm_model_args!r} is not a JSON object; write it as '{{\"img_size\": 32}}'."
             )
         return arguments
 

@@ -283,7 +283,7 @@ def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     expected = bytes([0, 0, IDX_UNSIGNED_BYTES, dimensions])
     if len(content) < header or content[:4] != expected:
         raise ImageDataError(
-            f"{file} begins with {content[:4].hex(' ')} and not with {expected.hex(' ')}: no IDX file of unsigned bytes in "
+            f"{file} begins with {content[:4].hex(' ')} instead of {expected.hex(' ')}: not an IDX file of unsigned bytes in "
             f"{dimensions} dimension(s). Give the files of MNIST's format."
         )
     shape = struct.unpack(f">{dimensions}I", content[4:header])
@@ -374,7 +374,7 @@ def _check_columns(rows: Any, settings: ImageDataSettings, datasets: Any) -> Non
 
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
-        raise ImageDataError(f"{folder} is no folder; name one that holds a folder of images for each class.")
+        raise ImageDataError(f"{folder} is not a folder; name one that holds a folder of images for each class.")
     names = [child.name for child in sorted(folder.iterdir()) if child.is_dir() and not child.name.startswith(".")]
     if not names:
         raise ImageDataError(

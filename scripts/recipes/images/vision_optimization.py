@@ -20,7 +20,7 @@ NOT_DECAYED = (
 
 
 def not_decayed(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that are no vectors and yet exempt: those a timm model names, and tables."""
+    """Return the names of the parameters that are not vectors but still exempt: those a timm model names, and tables."""
     named: set[str] = set()
     for prefix, module in model.named_modules():
         no_weight_decay = getattr(module, "no_weight_decay", None)

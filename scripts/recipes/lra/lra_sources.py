@@ -60,7 +60,7 @@ def find_source(task: str, folder: Path) -> Source:
         LraDataError: where there are none of a known form.
     """
     if not folder.is_dir():
-        raise LraDataError(f"--data_dir {folder} is no folder; name the one that holds the data of {task}.")
+        raise LraDataError(f"--data_dir {folder} is not a folder; name the one that holds the data of {task}.")
     finders, expected = FINDERS[task]
     for find in finders:
         if (source := find(folder)) is not None:
@@ -305,7 +305,7 @@ def find_cifar_binary(folder: Path) -> Source | None:
             content, size = file.read_bytes(), 1 + 3 * IMAGE_SIDE**2
             if len(content) % size:
                 raise LraDataError(
-                    f"{file} has {len(content)} bytes, no multiple of the {size} of an image of CIFAR-10."
+                    f"{file} has {len(content)} bytes, which is not a multiple of the {size} bytes of an image of CIFAR-10."
                 )
             for number, row in enumerate(np.frombuffer(content, np.uint8).reshape(-1, size)):
                 label = checked_label("image", row[0], f"{file}, image {number + 1}")

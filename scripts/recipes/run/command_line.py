@@ -54,7 +54,7 @@ def flag(default: Any, help: str, choices: Iterable[str] | None = None) -> Any:
 class ScriptParser(HfArgumentParser):
     """An `HfArgumentParser` for a command line that a person types.
 
-    A flag is never completed; what is no flag ends the program with the nearest ones. `--output-dir` is `--output_dir`,
+    Abbreviations are not accepted; an unknown flag ends the program with the nearest ones. `--output-dir` is `--output_dir`,
     and `ALIASES` are read as what they stand for. A file of arguments beside the script is not looked for.
     """
 
@@ -119,15 +119,15 @@ class ScriptParser(HfArgumentParser):
         return action is not None and value in (action.choices or ())
 
     def describe_unknown(self, words: Iterable[str]) -> str:
-        """Say which words are no flags, and which flags are near them or do the same."""
+        """Say which words are not flags, and which flags are similar or do the same."""
         lines, behind_a_flag = [], False
         for word in words:
             name = word.partition("=")[0]
             if name.startswith("--"):
                 underscored = "--" + name[2:].replace("-", "_")
-                lines.append(f"{name} is no flag of this script{self._way_out(underscored)}")
+                lines.append(f"{name} is not a flag of this script{self._way_out(underscored)}")
                 behind_a_flag = True
-            elif not behind_a_flag:  # else the value of what is no flag
+            elif not behind_a_flag:  # otherwise the value of an unknown flag
                 lines.append(f"{word!r} belongs to no flag")
         return "; ".join(lines) + ("" if lines[-1].endswith("?") else ".") + " --help lists all."
 

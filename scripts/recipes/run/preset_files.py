@@ -40,20 +40,20 @@ def find_preset(name: str, presets: Mapping[str, Mapping[str, Any]]) -> Mapping[
     """The values of `--preset`: one of the script's by name, or those of a user's own file.
 
     Raises:
-        ValueError: for a name that is neither, and for a file that is no preset.
+        ValueError: for a name that is neither, and for a file that is not a preset.
     """
     if name in presets:
         return presets[name]
     if name.endswith(ENDINGS):
         return read_yaml(Path(name).expanduser())
-    raise ValueError(f"--preset {name} is none of {', '.join(presets)} and no file that ends in .yaml.")
+    raise ValueError(f"--preset {name} is neither one of {', '.join(presets)} nor a file that ends in .yaml.")
 
 
 def as_defaults(values: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a preset as defaults of a parser, which has those `known`; numbers as text, which it reads as a flag's.
 
     Raises:
-        ValueError: for a name that is no flag, and for a value that no flag has.
+        ValueError: for a name that is not a flag, and for a value that a flag cannot have.
     """
     if unknown := sorted(str(name) for name in values if name not in known or name == "preset"):
         raise ValueError(f"The preset sets {', '.join(unknown)}: no such flag; --help lists them, by the same names.")

@@ -240,7 +240,7 @@ def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
 def to_json(value: Any, tensors: Tensors, path: str) -> Any:
     """Return a tree of dicts, lists, tuples, scalars and tensors as JSON, and put the tensors into `tensors`.
 
-    Tuples and dicts are marked, so that they come back as they were, keys that are no text included.
+    Tuples and dicts are marked, so that they come back as they were, including keys that are not text.
 
     Raises:
         TypeError: for anything else, naming where.

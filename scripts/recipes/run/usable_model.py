@@ -110,7 +110,7 @@ def check_tokens(path: str, config: PreTrainedConfig, length: int, tokenizer: An
             "less."
         )
     if not hasattr(config, "vocab_size"):
-        raise ModelError(f"{path} ({config.model_type}) is no model of text; name one that is.")
+        raise ModelError(f"{path} ({config.model_type}) is not a text model; name one that is.")
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"The tokenizer has {len(tokenizer)} tokens and the model {path} only {config.vocab_size}; name the tokenizer "

@@ -143,7 +143,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
                 text = held + decoder.decode(raw)
                 if "\0" in text:
                     raise CorpusError(
-                        f"{path} is no UTF-8 text: it holds NUL characters, before byte offset {offset}{where}. If it is "
+                        f"{path} is not UTF-8 text: it contains NUL characters, before byte offset {offset}{where}. If it is "
                         "UTF-16 without a mark, convert it with `iconv -f UTF-16LE -t UTF-8`."
                     )
                 goes_on = len(raw) == LINE_BYTES and not raw.endswith(b"\n")
@@ -161,7 +161,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, bool]]:
             ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise CorpusError(
-                f"{path} is no intact gzip file: {error}, after {offset} decompressed bytes. Fetch or compress it again."
+                f"{path} is not an intact gzip file: {error}, after {offset} decompressed bytes. Fetch or compress it again."
             ) from error
 
 
@@ -344,7 +344,9 @@ def _parquet_texts(path: Path, text_column: str) -> Iterator[str | None]:
                 # By its place: a name with a dot selects fields of structs beside the column.
                 yield from batch.column(batch.schema.names.index(text_column)).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise CorpusError(f"{path} is no intact Parquet file: {one_line(error)}. Fetch or write it again.") from error
+        raise CorpusError(
+            f"{path} is not an intact Parquet file: {one_line(error)}. Fetch or write it again."
+        ) from error
 
 
 def _is_text(kind: Any) -> bool:

@@ -27,7 +27,7 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 CONTINUATION = "##"
 
-# More characters without space or punctuation are no word (beyond 100, WordPiece reads [UNK]), and the trainer's time grows
+# More characters without space or punctuation are not words (beyond 100, WordPiece reads [UNK]), and the trainer's time grows
 # with their square.
 LONGEST_WORD = 1000
 

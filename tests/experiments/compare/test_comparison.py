@@ -273,7 +273,7 @@ def test_the_reference_is_stock_or_the_first(write_run):
     assert find_reference([identity]) is identity
     assert find_reference([identity, stock], "identity, lambda 1") is identity
     with pytest.raises(
-        ComparisonError, match="--reference 'svd' is no group; the groups are: identity, lambda 1; stock"
+        ComparisonError, match="--reference 'svd' is not a group; the groups are: identity, lambda 1; stock"
     ):
         find_reference([identity, stock], "svd")
 

@@ -129,7 +129,7 @@ def put(*path, value):
         ),
         (
             put("annotations", 3, "segmentation", value=[[2, 2, 9, 2]]),
-            r"annotation 9, whose mask is no list of polygons",
+            r"annotation 9, whose mask is not a list of polygons",
         ),
         (
             put("annotations", 2, "segmentation", "size", value=[40, 32]),

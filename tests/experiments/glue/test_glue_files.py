@@ -152,7 +152,9 @@ def test_mrpc_prefers_glue_s_own_files(original_mrpc):
 
 
 def test_missing_file_and_folder(tmp_path):
-    with pytest.raises(GlueDataError, match=r"--data_dir .*nowhere is no folder; name the one that holds RTE/train"):
+    with pytest.raises(
+        GlueDataError, match=r"--data_dir .*nowhere is not a folder; name the one that holds RTE/train"
+    ):
         read("rte", "train", tmp_path / "nowhere")
     (tmp_path / "CoLA").mkdir()
     with pytest.raises(GlueDataError, match=r"RTE/dev\.tsv is missing, and so is dev\.tsv\.gz.*the folders CoLA"):

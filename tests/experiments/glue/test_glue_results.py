@@ -63,9 +63,9 @@ def test_two_commands_may_write_into_one_folder(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is damaged or no record of GLUE runs"),
-        ("[]", "is damaged or no record of GLUE runs"),
-        ('{"format": 1, "runs": [{"model": "a"}]}', "is damaged or no record of GLUE runs"),
+        ("{", "is damaged or not a record of GLUE runs"),
+        ("[]", "is damaged or not a record of GLUE runs"),
+        ('{"format": 1, "runs": [{"model": "a"}]}', "is damaged or not a record of GLUE runs"),
         ('{"format": 99, "runs": []}', "has the format 99; this version reads 1"),
     ],
 )

@@ -214,7 +214,7 @@ def test_it_loads_as_a_script_without_the_hub(metric_path, tmp_path, monkeypatch
 def test_the_metric_refuses_an_unknown_task_and_passes_errors_on(metric_path):
     from recipes.glue.glue_metric import GlueMetric
 
-    with pytest.raises(ValueError, match="'wnli' is no task of GLUE; choose one of mnli"):
+    with pytest.raises(ValueError, match="'wnli' is not a task of GLUE; choose one of mnli"):
         GlueMetric("wnli")
     with pytest.raises(UndefinedScoreError, match="all 2 predictions are 1"):
         GlueMetric("stsb", keep_in_memory=True).compute(predictions=[1.0, 1.0], references=[1.0, 2.0])

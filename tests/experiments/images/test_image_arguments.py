@@ -31,7 +31,7 @@ def refusal(parse, capsys):
         ("--timm_model a --hidden_size 8", "--hidden_size: of the small ViT only"),
         ("--train_split train2", "--train_split: of a dataset; give --dataset_name"),
         ("--timm_model_args {}", "give --timm_model, too"),
-        ("--timm_model a --timm_model_args img_size=8", "is no JSON object"),
+        ("--timm_model a --timm_model_args img_size=8", "is not a JSON object"),
         ("--mixup 0.8 --per_device_train_batch_size 3", "must be even"),
         ("--label_smoothing 1.5", "--label_smoothing 1.5 must be at least 0 and at most 1"),
         ("--min_learning_rate 0.1", "--min_learning_rate 0.1 must be at least 0 and at most 0.001"),

@@ -50,8 +50,8 @@ def test_fashion_mnist(shared_data):
     ("damage", "message"),
     [
         (lambda content: content[:-1], r"announces 12 x 6 x 6 bytes and has 431"),
-        (lambda content: b"\x89PNG" + content[4:], r"begins with 89 50 4e 47 and not with 00 00 08 03"),
-        (lambda content: content[:3], r"no IDX file"),
+        (lambda content: b"\x89PNG" + content[4:], r"begins with 89 50 4e 47 instead of 00 00 08 03"),
+        (lambda content: content[:3], r"not an IDX file"),
     ],
 )
 def test_a_damaged_idx_file_is_refused(tmp_path, damage, message):
@@ -132,7 +132,7 @@ def test_a_class_that_one_split_lacks_is_named(folders):
 
 
 def test_folders_that_are_none(tmp_path, folders):
-    with pytest.raises(ImageDataError, match="nowhere is no folder"):
+    with pytest.raises(ImageDataError, match="nowhere is not a folder"):
         find_images(settings_of((tmp_path / "nowhere", folders[1])))
     with pytest.raises(ImageDataError, match="holds no folder"):
         find_images(settings_of((folders[0] / "red", folders[1])))

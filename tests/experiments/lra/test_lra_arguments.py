@@ -88,7 +88,7 @@ def test_a_preset_of_ones_own(tmp_path):
         (["--task", "pathfinder", "--listops_min_length", "3"], "--listops_min_length: not of --task pathfinder"),
         (["--model_name_or_path", "x", "--num_landmarks", "8"], "--num_landmarks: for a new model only"),
         (["--hidden_size", "63"], "--hidden_size 63 must be a multiple of --num_attention_heads 2"),
-        (["--preset", "huge"], "--preset huge is none of lra, small"),
+        (["--preset", "huge"], "--preset huge is neither one of lra, small"),
         (["--test_samples", "0"], "--test_samples 0 must be at least 1"),
         (["--match_norm_of", "svd", "--spectral_conditioning"], "--match_norm_of"),
     ],

@@ -313,5 +313,5 @@ def test_a_header_of_other_columns_is_named(tmp_path):
 def test_a_folder_without_known_files_says_what_was_looked_for(task, tmp_path):
     with pytest.raises(LraDataError, match=f"holds no data of {task} in a known form. Looked for: "):
         find_source(task, tmp_path)
-    with pytest.raises(LraDataError, match="is no folder"):
+    with pytest.raises(LraDataError, match="is not a folder"):
         find_source(task, tmp_path / "absent")

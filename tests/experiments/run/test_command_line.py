@@ -72,16 +72,16 @@ def test_other_names(words, name, value):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--learning_rat 1", "--learning_rat is no flag of this script; did you mean --learning_rate?"),
+        ("--learning_rat 1", "--learning_rat is not a flag of this script; did you mean --learning_rate?"),
         ("--learn 1", "did you mean --learning_rate?"),
         ("--output 1", "did you mean --output_dir?"),
         ("--out-dir 1", "did you mean --output_dir"),
         (
             "--num_train_epochs 3",
-            "--num_train_epochs is no flag of this script: this script counts optimizer steps: --max",
+            "--num_train_epochs is not a flag of this script: this script counts optimizer steps: --max",
         ),
-        ("--push_to_hub", "--push_to_hub is no flag of this script: `specattn push FOLDER NAME`"),
-        ("--fp16", "--fp16 is no flag"),
+        ("--push_to_hub", "--push_to_hub is not a flag of this script: `specattn push FOLDER NAME`"),
+        ("--fp16", "--fp16 is not a flag"),
         ("--max_steps 1 extra", "'extra' belongs to no flag"),
         ("--max_steps one", "invalid int value: 'one'"),
     ],
@@ -92,7 +92,7 @@ def test_what_is_no_flag(capsys, words, message):
 
 def test_nothing_is_completed(capsys):
     for flag in ("--max", "--seedz", "--lambd", "--disable"):
-        assert f"{flag} is no flag" in refused(capsys, flag, "1")
+        assert f"{flag} is not a flag" in refused(capsys, flag, "1")
 
 
 def test_tables_of_names_are_sound():

@@ -61,7 +61,7 @@ def test_what_is_no_preset_is_refused(preset, capsys, text, message):
         ("no_such_file.yaml", "no_such_file.yaml cannot be read as YAML: [Errno 2] No such file"),
         (
             "deit",
-            "--preset deit is none of digits, deit-base, vit-base, swin-base, xcit-medium, davit-base and no file",
+            "--preset deit is neither one of digits, deit-base, vit-base, swin-base, xcit-medium, davit-base nor a file",
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_damaged_bytes_in_a_column(tmp_path):
     path = tmp_path / "rows.parquet"
     broken = pyarrow.array([b"good", b"b\xe9d"]).view(pyarrow.string())
     parquet.write_table(pyarrow.table({"text": broken}), path)
-    refused(path, "no intact Parquet file")
+    refused(path, "not an intact Parquet file")
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,7 @@ REFUSALS = [
     ("--hidden_size 33 --num_attention_heads 1", "--hidden_size 33 must be even"),
     ("--intermediate_size 31", "--intermediate_size 31 must be even"),
     # Choices.
-    ("--preset big", "--preset big is none of demo, crammed-bert, crammed-bert-small and no file that ends in .yaml"),
+    ("--preset big", "--preset big is neither one of demo, crammed-bert, crammed-bert-small nor a file that ends in .yaml"),
     ("--sequence_order random", "invalid choice: 'random' (choose from"),
     ("--lr_scheduler_type cosine", "invalid choice: 'cosine' (choose from"),
     # Which corpus.

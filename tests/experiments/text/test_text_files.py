@@ -77,7 +77,7 @@ def test_parquet(tmp_path):
     with pytest.raises(CorpusError, match=r"'n' holds int64, not text"):
         texts(path, text_column="n")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(CorpusError, match="no intact Parquet file"):
+    with pytest.raises(CorpusError, match="not an intact Parquet file"):
         texts(path, text_column="body")
 
 
@@ -116,7 +116,7 @@ def test_damaged_gzip(tmp_path):
     for number, content in enumerate([whole[:-12], b"no gzip at all", whole[:30] + b"\xff\xff\xff" + whole[33:]]):
         path = tmp_path / f"{number}.txt.gz"
         path.write_bytes(content)
-        with pytest.raises(CorpusError, match=rf"{number}\.txt\.gz is no intact gzip file"):
+        with pytest.raises(CorpusError, match=rf"{number}\.txt\.gz is not an intact gzip file"):
             texts(path)
 
 

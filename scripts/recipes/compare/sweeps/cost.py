@@ -17,7 +17,7 @@ PASSES = 3
 def training_operations(arguments: ImageArguments) -> float:
     """Return the floating-point operations of a run's training: matrix products and convolutions, of a stock model.
 
-    Corrections, the optimizer, validation and everything that is no product are left out.
+    Corrections, the optimizer, validation and everything that is not a product are left out.
 
     Raises:
         ImageDataError, ModelError: where a run would raise them.

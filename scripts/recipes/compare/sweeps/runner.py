@@ -100,7 +100,7 @@ def run_all(
         runs_dir: The folder of all runs.
         machine: What may be used.
         description: For the progress bar.
-        disable_tqdm: No bar; nor is there one where the output is no terminal.
+        disable_tqdm: No bar; nor is there one if the output is not a terminal.
         train: For tests; called in a process of its own.
     """
     waiting = [run for run in dict.fromkeys(runs) if run.finished(runs_dir) is None]
