@@ -158,6 +158,11 @@ def time_ratio(sweep: str, variant: str, other: str, setting: str | None = None)
     return f"{median(ours[seed] / others[seed] for seed in ours.keys() & others.keys()):.2f}"
 
 
+def exists(sweep: str) -> bool:
+    """Whether a sweep's results are there; sections of those that are not are left out."""
+    return (SWEEPS / f"{sweep}.json").is_file()
+
+
 def seeds(sweep: str) -> int:
     """How many seeds its arms have at most."""
     return max(len(item["values"]) for item in sweep_results(sweep)["arms"])
@@ -271,7 +276,7 @@ def page() -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, seeds, chosen, hours)
+    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, exists, seeds, chosen, hours)
     environment.globals.update({function.__name__: function for function in functions})
     return wrapped(environment.get_template(TEMPLATE).render())
 
