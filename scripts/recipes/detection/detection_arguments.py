@@ -44,8 +44,8 @@ class DetectionArguments(RunArguments):
 
     preset: str | None = flag(
         None,
-        "Values for the other flags, which those given on the command line replace: shapes (the defaults), a "
-        "published recipe on COCO (xcit_s12_p16, xcit_s12_p8, swin_b), or a YAML file of your own.",
+        "Defaults for the other flags, which the command line overrides: shapes (the usual defaults), a published "
+        "recipe on COCO (xcit_s12_p16, xcit_s12_p8, swin_b), or your own YAML file.",
     )
 
     # Data.
@@ -54,31 +54,34 @@ class DetectionArguments(RunArguments):
     )
     train_split: str = flag("train2017", "To train on.")
     validation_split: str = flag("val2017", "To validate on; may be the same.")
-    max_train_samples: int | None = flag(None, "Train on the first so many images.")
-    max_validation_samples: int | None = flag(None, "Validate on the first so many.")
+    max_train_samples: int | None = flag(None, "Number of images to train on, from the start.")
+    max_validation_samples: int | None = flag(None, "The same, for validation.")
     check_images: str = flag(
         "decode",
-        "Before training read every image (decode), or only the beginning of each (header).",
+        "Before training, read every image (decode), or only its header (header).",
         ["decode", "header"],
     )
     augmentation: str = flag(
         "flip", "none, flip, or multi_scale: that of the published detectors on COCO.", AUGMENTATIONS
     )
-    dataloader_num_workers: int = flag(0, "Processes that read images; 0: none beside.")
+    dataloader_num_workers: int = flag(0, "Additional processes that read images; 0: none.")
 
     # Model.
     model_name_or_path: str | None = flag(None, "A detector that this script trained.")
     classifier: str | None = flag(
         None,
-        "An ImageNet classifier whose weights, and corrections where it is conditioned, the body begins with: a "
-        "folder of train_image_classification.py, or of the Hub (timm/<name> for timm's). None: random weights.",
+        "An ImageNet classifier that provides the body's initial weights, and its corrections if it is conditioned: "
+        "a folder from train_image_classification.py, or a model on the Hub (timm/<name> for timm's). None: random "
+        "weights.",
     )
     body: str | None = flag(
         None,
         "Of four stages, with random weights: a model of timm, or a model type, folder or repository of "
         "transformers with a backbone (swin). None: the classifier's, or a small XCiT.",
     )
-    body_args: str | None = flag(None, 'What else timm, or the configuration, is told, as JSON: {"embed_dim": 96}.')
+    body_args: str | None = flag(
+        None, 'Further arguments for timm, or for the configuration, as JSON: {"embed_dim": 96}.'
+    )
     out_indices: list[int] | None = flag(
         None, "Blocks or stages of a body of timm whose outputs are read, from 0. None: the last 4."
     )
@@ -120,7 +123,7 @@ class DetectionArguments(RunArguments):
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/train_detection")
     eval_steps: int | None = flag(0, "Steps between validations; 0: only at the end. None: one after each pass.")
-    draw: int = flag(0, "Draw what is found on the first so many validation images, in --output_dir.")
+    draw: int = flag(0, "Draw the detections on this many validation images, the first ones, into --output_dir.")
 
     def __post_init__(self) -> None:
         self.check_run()
@@ -172,7 +175,7 @@ class DetectionArguments(RunArguments):
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[DetectionArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
+    """Parse and check the command line; any error ends the program before work starts."""
     return parse_run_arguments(
         DetectionArguments,
         argv,

@@ -19,13 +19,13 @@ LORA_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 @dataclass
 class GlueArguments:
-    """Arguments of fine-tuning and evaluation on GLUE; ValueError for values that cannot be, with what is allowed."""
+    """Arguments of fine-tuning and evaluation on GLUE; invalid values raise a ValueError that says what is allowed."""
 
     # Models.
     model_name_or_path: list[str] = field(metadata={"help": "Checkpoints to fine-tune: folders or names on the Hub."})
     labels: list[str] | None = flag(None, "One name per checkpoint for the table. None: the last part of its path.")
-    tokenizer_name: str | None = flag(None, "Tokenizer of all checkpoints. None: the one that lies beside each.")
-    compare_stock: bool = flag(False, "Fine-tune each checkpoint without the conditioning of the flags, too.")
+    tokenizer_name: str | None = flag(None, "Tokenizer of all checkpoints. None: the one saved with each.")
+    compare_stock: bool = flag(False, "Also fine-tune each checkpoint without the conditioning of the flags.")
     ignore_mismatched_sizes: bool = flag(
         False, "Replace a checkpoint's classifier that has another number of classes."
     )
@@ -40,45 +40,45 @@ class GlueArguments:
         metadata={"help": "One run per model and task with each of these seeds."},
     )
     reference: str | None = flag(
-        None, "Name of the model to take differences to. None: the first without conditioning."
+        None, "Name of the model that differences are taken to. None: the first without conditioning."
     )
-    retry_failed: bool = flag(False, "Run again what failed before. Otherwise it stays.")
+    retry_failed: bool = flag(False, "Run again what failed before.")
 
     # Data.
     data_dir: str | None = flag(None, "Folder of the official TSV files, plain or .gz. None: the Hub.")
-    dataset_name: str = flag(DEFAULT_DATASET, "Dataset of the Hub, or a folder in the layout of the default.")
+    dataset_name: str = flag(DEFAULT_DATASET, "Dataset on the Hub, or a folder in the layout of the default.")
     cache_dir: str | None = flag(None, "Folder for token ids, used by all runs. None: cache below the output folder.")
-    max_train_samples: int | None = flag(None, "Train on so many examples, the same for all runs. None: all.")
-    max_eval_samples: int | None = flag(None, "Evaluate on so many examples, the same for all runs. None: all.")
+    max_train_samples: int | None = flag(None, "Number of examples to train on, the same for all runs. None: all.")
+    max_eval_samples: int | None = flag(None, "Number of examples to evaluate on, the same for all runs. None: all.")
 
-    # Training. None takes the protocol's value.
+    # Training. None uses the protocol's value.
     protocol: str = flag("crammed", "crammed (default) or bert.", PROTOCOLS)
     learning_rate: float | None = flag(None, "Peak learning rate.")
     num_train_epochs: int | None = flag(None, "Passes over the training set.")
     train_batch_size: int | None = flag(None, "Examples per optimizer step, over all processes.")
-    lr_scheduler_type: str | None = flag(None, "Fall of the learning rate.", SCHEDULES)
-    warmup_ratio: float | None = flag(None, "Share of the steps with a rising rate.")
+    lr_scheduler_type: str | None = flag(None, "How the learning rate falls.", SCHEDULES)
+    warmup_ratio: float | None = flag(None, "Share of the steps in which the rate rises.")
     weight_decay: float | None = flag(None, "Decoupled; biases and norms are exempt.")
     max_grad_norm: float | None = flag(None, "Clip the gradient's norm here; 0: never.")
     max_seq_length: int | None = flag(None, "Tokens per example, special ones included.")
-    dropout: float | None = flag(None, "Of hidden states and attention probabilities, where the model has these.")
+    dropout: float | None = flag(None, "Dropout of hidden states and attention probabilities, if the model has these.")
     group_by_length: bool = flag(True, "Put examples of similar length into one batch, which saves padding.")
     mixed_precision: str | None = flag(None, "no or bf16. None: what accelerate is configured for.", ["no", "bf16"])
     per_device_eval_batch_size: int = flag(64, "Examples per process when evaluating.")
 
     # Adapters. Rank and alpha are those of PEFT's own defaults.
-    peft: str | None = flag(None, "lora trains adapters and the classifier alone. None: all weights.", ["lora"])
+    peft: str | None = flag(None, "lora trains only adapters and the classifier. None: all weights.", ["lora"])
     lora_rank: int = flag(8, "Rank of the adapters.")
-    lora_alpha: float = flag(8, "Adapters count alpha / rank times.")
+    lora_alpha: float = flag(8, "Adapters are scaled by alpha / rank.")
     lora_dropout: float = flag(0.0, "Dropout before the adapters.")
     lora_targets: list[str] | None = flag(
-        None, "Names of the modules to adapt. None: PEFT's choice for the kind of model."
+        None, "Names of the modules to adapt. None: PEFT's default for the architecture."
     )
 
     # Writing.
     output_dir: str = flag("runs/eval_glue", "Where everything is written.")
     overwrite_output_dir: bool = flag(
-        False, "Forget the earlier results in the output folder. Otherwise they are kept."
+        False, "Discard the earlier results in the output folder. Otherwise they are kept."
     )
     do_predict: bool = flag(False, "Write test-set predictions in the format of GLUE's server.")
     save_models: bool = flag(False, "Save each fine-tuned model or adapter.")
@@ -132,7 +132,7 @@ class GlueArguments:
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[GlueArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
+    """Parse and check the command line; any error ends the program before work starts."""
     dataclasses: Any = (GlueArguments, SpectralArguments)
     parser = ScriptParser(dataclasses, description=description)
     try:
@@ -146,7 +146,7 @@ def parse_arguments(argv: Sequence[str], description: str) -> tuple[GlueArgument
 def _check_together(arguments: GlueArguments, spectral: SpectralArguments, given_lora: set[str]) -> None:
     parse_tasks(arguments.tasks)
     if spectral.is_automatic:
-        raise ValueError(f"--lambda_ {AUTO} is found by the training scripts; give a number, or leave it out (10).")
+        raise ValueError(f"--lambda_ {AUTO} works only in the training scripts; give a number, or leave it out (10).")
     if arguments.compare_stock and not spectral.spectral_conditioning:
         raise ValueError("--compare_stock compares with the conditioning of the flags; add --spectral_conditioning.")
     if given_lora and arguments.peft is None:

@@ -36,12 +36,12 @@ class Augmentation:
     random_resized_crop: float | None = flag(
         None, "Random crops of at least this share of the area, resized. None: no crops."
     )
-    random_shift: int = flag(0, "Shift by up to so many pixels each way.")
+    random_shift: int = flag(0, "Shift by up to this many pixels in each direction.")
     horizontal_flip: float = flag(0.0, "Probability of mirroring an image.")
     rand_augment: str | None = flag(None, "RandAugment, in timm's notation: rand-m9-mstd0.5-inc1. None: none.")
     random_erasing: float = flag(0.0, "Probability of erasing a rectangle.")
     repeated_augmentation: int = flag(
-        1, "Read each image of a pass so often, augmented anew; a pass has fewer images then."
+        1, "Read each image of a pass this many times, with new augmentation each time; a pass then has fewer images."
     )
 
     @property

@@ -50,18 +50,18 @@ class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing
 
     preset: str | None = flag(
         None,
-        "Values for the other flags, which those given on the command line replace: digits (the defaults), or "
-        "the published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base; or a YAML file "
-        "of your own.",
+        "Defaults for the other flags, which the command line overrides: digits (the usual defaults), or the "
+        "published recipe on ImageNet-1k of vit-base, deit-base, swin-base, xcit-medium, davit-base; or your own "
+        "YAML file.",
     )
 
     image_size: int | None = flag(
         None, "Height and width that the model reads. None: the model's own, else that of the images."
     )
-    crop_share: float = flag(1.0, "Share of the resized image's side that validation looks at, in the middle.")
-    dataloader_num_workers: int = flag(0, "Processes that read images; 0: none beside.")
+    crop_share: float = flag(1.0, "Share of the resized image's side that validation uses, in the middle.")
+    dataloader_num_workers: int = flag(0, "Additional processes that read images; 0: none.")
 
-    no_layer_norm: bool = flag(False, "Ablation: take every layer norm out of the model.")
+    no_layer_norm: bool = flag(False, "Ablation: remove every layer norm from the model.")
     no_attention_residual: bool = flag(False, "Ablation: let attention replace its input in every block of a ViT.")
 
     # Optimization.
@@ -144,7 +144,7 @@ class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[ImageArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
+    """Parse and check the command line; any error ends the program before work starts."""
     return parse_run_arguments(
         ImageArguments,
         argv,
@@ -161,8 +161,8 @@ def _refuse_contradictions(
 ) -> None:
     if not arguments.is_small_vit and (given := explicitly_given(parser, NEW_VIT_SETTINGS, argv)):
         raise ValueError(
-            f"{_flags(sorted(given))}: of the small ViT only; leave out beside --model_name_or_path, --config_name and "
-            "--timm_model (for which there is --timm_model_args)."
+            f"{_flags(sorted(given))}: of the small ViT only; leave out together with --model_name_or_path, "
+            "--config_name and --timm_model (for which there is --timm_model_args)."
         )
     of_dataset = [name for name in OF_DATASET if name != "dataset_name"]
     if arguments.dataset_name is None and (given := explicitly_given(parser, of_dataset, argv)):

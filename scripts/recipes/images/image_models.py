@@ -44,17 +44,19 @@ class ImageModelSettings:
     By default it has 203,000 parameters, so that the demonstration takes minutes on two cores.
     """
 
-    model_name_or_path: str | None = flag(None, "Pretrained checkpoint; those of timm on the Hub are timm/<name>.")
-    config_name: str | None = flag(None, "Random weights, of the architecture whose configuration lies there.")
-    timm_model: str | None = flag(None, "Random weights, of timm's architecture of that name.")
-    timm_model_args: str | None = flag(None, 'What else timm is told, as JSON: {"img_size": 32, "patch_size": 4}.')
-    drop_path_rate: float | None = flag(None, "Stochastic depth, of models that have it. None: as the model has it.")
+    model_name_or_path: str | None = flag(None, "Pretrained checkpoint; timm's on the Hub are timm/<name>.")
+    config_name: str | None = flag(None, "Path of the configuration of an architecture to train from random weights.")
+    timm_model: str | None = flag(None, "Name of a timm architecture to train from random weights.")
+    timm_model_args: str | None = flag(None, 'Further arguments for timm, as JSON: {"img_size": 32, "patch_size": 4}.')
+    drop_path_rate: float | None = flag(
+        None, "Stochastic depth, for models that have it. None: the model's own value."
+    )
     hidden_size: int = flag(64, "Width of the small ViT.")
     num_hidden_layers: int = flag(6, "Layers of the small ViT.")
     num_attention_heads: int = flag(4, "Attention heads of the small ViT.")
     intermediate_size: int = flag(128, "Feed-forward width of the small ViT.")
     patch_size: int | None = flag(
-        None, "Height and width of the small ViT's patches. None: the smallest that are at most 256."
+        None, "Height and width of the small ViT's patches. None: the smallest that give at most 256 patches."
     )
 
     @property

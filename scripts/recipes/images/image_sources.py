@@ -186,25 +186,29 @@ class ImageDataSettings:
     """Which images, by flags; one of `idx_dir`, `train_dir` and `dataset_name`, or none for scikit-learn's digits."""
 
     idx_dir: str | None = flag(None, "Folder with the four IDX files of MNIST, Fashion-MNIST, ..., plain or .gz.")
-    train_dir: str | None = flag(None, "Folder with one folder of images per class. None of the three: the digits.")
+    train_dir: str | None = flag(
+        None, "Folder with one folder of images per class. Without any of the three: the digits."
+    )
     validation_dir: str | None = flag(None, "The same, to validate on.")
-    dataset_name: str | None = flag(None, "Dataset of the Hub with a column of images and one of class labels.")
+    dataset_name: str | None = flag(None, "Dataset on the Hub with a column of images and one of class labels.")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of the dataset.")
     train_split: str = flag("train", "Split of the dataset to train on.")
     validation_split: str = flag("validation", "Split of the dataset to validate on.")
     image_column: str = flag("image", "Column of the dataset with the images.")
     label_column: str = flag("label", "Column of the dataset with the labels.")
-    max_train_samples: int | None = flag(None, "Train on so many images, the first of each class in turn. None: all.")
+    max_train_samples: int | None = flag(
+        None, "Number of images to train on, the first of each class in turn. None: all."
+    )
     max_validation_samples: int | None = flag(None, "The same, to validate on.")
     held_out_share: float | None = flag(
         None,
-        "Validate on this share of the training images, which are not trained on then, in place of the "
-        "validation images: to choose settings by. None: the validation images.",
+        "Validate on this share of the training images, which are then not trained on, instead of the validation "
+        "images: for choosing settings. None: the validation images.",
     )
     check_images: str = flag(
         "decode",
-        "Before training read every image file (decode), or only the beginning of each (header).",
+        "Before training, read every image file (decode), or only its header (header).",
         ["decode", "header"],
     )
     skip_unreadable_images: bool = flag(

@@ -50,8 +50,8 @@ class LraArguments(RunArguments):
     task: str = flag("listops", "Which task.", CLASSES)
     preset: str | None = flag(
         "small",
-        "Values for the other flags, which those on the command line replace: lra (the published settings), "
-        "small (shorter sequences, minutes on two cores), or a YAML file of your own.",
+        "Defaults for the other flags, which the command line overrides: lra (the published settings), small "
+        "(shorter sequences, minutes on two cores), or your own YAML file.",
     )
 
     # Data.
@@ -66,7 +66,7 @@ class LraArguments(RunArguments):
     max_length: int = flag(2000, "Cut here; padded to the next power of 2.")
     listops_min_length: int = flag(500, "Expressions that are made are longer than this.")
     train_samples: int | None = flag(
-        None, "Train on so many, drawn at random. None: all, or the published number of made data."
+        None, "Number of examples to train on, drawn at random. None: all, or the published number of generated ones."
     )
     validation_samples: int | None = flag(None, "The same, to validate on.")
     test_samples: int | None = flag(None, "The same, to test on.")
@@ -77,7 +77,7 @@ class LraArguments(RunArguments):
     preprocessing_num_workers: int = flag(1, "Processes that make data.")
 
     # Model.
-    model_name_or_path: str | None = flag(None, "Checkpoint of this script to go on from.")
+    model_name_or_path: str | None = flag(None, "Checkpoint of this script to continue from.")
     attention_type: str = flag("nystrom", "nystrom, or softmax for exact attention.", ["nystrom", "softmax"])
     num_landmarks: int = flag(64, "Of Nystrom attention; published are 32, 64, 128 and 256.")
     hidden_size: int = flag(64, "Width.")
@@ -85,7 +85,7 @@ class LraArguments(RunArguments):
     num_attention_heads: int = flag(2, "Attention heads.")
     intermediate_size: int = flag(128, "Feed-forward width, and that of the head.")
     hidden_dropout_prob: float = flag(0.1, "Dropout.")
-    padding_in_landmarks: bool = flag(True, "As published: landmarks average padding, too.")
+    padding_in_landmarks: bool = flag(True, "As published: landmarks also average padding.")
     batch_wide_inverse: bool = flag(
         True, "As published: the pseudo-inverse starts from a maximum over the whole batch."
     )
@@ -161,7 +161,7 @@ class LraArguments(RunArguments):
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[LraArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
+    """Parse and check the command line; any error ends the program before work starts."""
     first = ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="listops")
     first.add_argument("--preset", default="small")
@@ -190,4 +190,4 @@ def _refuse_contradictions(
         names = (*MODEL_SETTINGS, "zero_is_padding", "no_layer_norm", *INITIALIZATION_SETTINGS)
         if given := explicitly_given(parser, names, argv):
             flags = ", ".join(f"--{name}" for name in sorted(given))
-            raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
+            raise ValueError(f"{flags}: for a new model only; leave out together with --model_name_or_path.")

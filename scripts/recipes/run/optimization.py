@@ -19,13 +19,13 @@ OPTIMIZATION_SETTINGS = ("no_decay_on", "decay_toward_start_on", "projection_lea
 
 @dataclass
 class OptimizationArguments:
-    """Controls for what a fixed correction does besides conditioning: it moves the centre of the decay, and a dynamic one
-    speeds rotations up."""
+    """Controls for what a fixed correction does besides conditioning: it moves the center of the decay, and a dynamic one
+    speeds up rotations."""
 
-    no_decay_on: list[str] | None = flag(None, "Control: exempt these projections from the decay.", TARGETS)
+    no_decay_on: list[str] | None = flag(None, "Control: exempt these projections from weight decay.", TARGETS)
     decay_toward_start_on: list[str] | None = flag(
         None,
-        "Control: let these projections decay toward the weights that the run begins with, not toward 0.",
+        "Control: let these projections decay toward their initial weights, not toward 0.",
         TARGETS,
     )
     projection_learning_rate_factor: float = flag(
@@ -64,9 +64,9 @@ def build_adamw(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.AdamW:
-    """Build AdamW over `parameter_groups`, with the controls asked for, of a model at the weights that the run begins with.
+    """Build AdamW over `parameter_groups`, with the requested controls, for a model with its initial weights.
 
-    `not_decayed` are exempt besides; `groups_of` sorts the parameters in place of `parameter_groups`, with its arguments.
+    `not_decayed` are also exempt; `groups_of` replaces `parameter_groups`, with the same arguments.
 
     Raises:
         ValueError: for a control on a part of a fused weight.
@@ -93,8 +93,8 @@ def build_adamw(
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Collection[str] = ()) -> list[dict[str, Any]]:
     """Sort the trainable parameters into a decayed and an exempt group; each one, tied or not, is in one of them once.
 
-    Matrices and larger decay, but for those named. Biases, the gains of norms and single scalars are exempt: they are few,
-    and pulling them to zero shrinks activations instead of regularizing.
+    Matrices and larger tensors decay, except for those named. Biases, the gains of norms and single scalars are
+    exempt: they are few, and pulling them to zero shrinks activations instead of regularizing.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -124,7 +124,7 @@ def _holding(model: PreTrainedModel, targets: Sequence[str]) -> dict[str, nn.Par
 def _decay_toward_start(
     optimizer: torch.optim.Optimizer, weights: Sequence[nn.Parameter], weight_decay: float
 ) -> None:
-    """Move weights toward what they are now by `lr * weight_decay` of the way before each step, as AdamW does toward 0."""
+    """Move weights toward their current values by `lr * weight_decay` of the way before each step, as AdamW does toward 0."""
     starts = {id(weight): weight.detach().clone() for weight in weights}
 
     @torch.no_grad()

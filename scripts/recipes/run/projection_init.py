@@ -1,4 +1,4 @@
-"""How query, key, value and output begin in a run: the flags of `hf_specattn.initialize`."""
+"""How query, key, value and output are initialized in a run: the flags of `hf_specattn.initialize`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,12 +21,12 @@ INITIALIZATION_SETTINGS = ("projection_init", "projection_init_targets", "initia
 
 @dataclass
 class InitializationArguments:
-    """Flags that set how the projections begin: for experiments, before the conditioning."""
+    """Flags that initialize the projections: for experiments, before the conditioning."""
 
     initialization_scale: str = flag(
         "1",
-        "Multiply the query, key and value weights by this before training (with --projection_init conditioned "
-        "query and key alone); or one number per projection, as query=2,key=2,value=3,output=3.",
+        "Multiply the query, key and value weights by this before training (only query and key with "
+        "--projection_init conditioned); or one number per projection, such as query=2,key=2,value=3,output=3.",
     )
     projection_init: str = flag(
         "default",
@@ -45,10 +45,10 @@ class InitializationArguments:
     )
 
     def initialization(self) -> Initialization:
-        """How the projections begin.
+        """How the projections are initialized.
 
         Raises:
-            ValueError: for values that cannot be.
+            ValueError: for invalid values.
         """
         reference = parse_norm_reference(self.match_norm_of)
         scale = parse_numbers(self.initialization_scale, "initialization_scale", ("2", "query=2,output=3"))
@@ -75,8 +75,8 @@ def check_initialization(arguments: InitializationArguments, spectral: SpectralA
     if arguments.match_norm_of == STOCK:
         if not (spectral.spectral_method == "svd" and spectral.init == "additive"):
             raise ValueError(
-                f"--match_norm_of {STOCK} gives W + C the norm that W had, which is possible with --spectral_method svd "
-                "(additive) alone: the identity does not shrink with W."
+                f"--match_norm_of {STOCK} gives W + C the norm that W had, which is possible only with "
+                "--spectral_method svd (additive): the identity does not shrink with W."
             )
     elif arguments.match_norm_of is not None and spectral.spectral_conditioning:
         raise ValueError(
@@ -124,7 +124,7 @@ def initialize_projections(model: nn.Module, initialization: Initialization) -> 
 
 
 def describe_initialization(initialization: Initialization) -> str | None:
-    """What a run does to the query, key and value weights before training, in words; None where nothing."""
+    """What a run does to the query, key and value weights before training, in words; None if nothing."""
     if initialization.is_default:
         return None
     parts = [] if initialization.kind == "default" else [initialization.kind]

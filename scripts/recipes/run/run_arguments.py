@@ -38,7 +38,7 @@ AT_LEAST_ONE = (
 class RunArguments(OptimizationArguments, PreconditionerArguments, InitializationArguments):
     """Arguments of a training run. Scripts add theirs, and set other defaults by `default_of`."""
 
-    show_plan: bool = flag(False, "Say what the run would do, and end.")
+    show_plan: bool = flag(False, "Print what the run would do, and exit.")
 
     # Optimization.
     max_steps: int | None = flag(None, "Optimizer steps.")
@@ -56,27 +56,25 @@ class RunArguments(OptimizationArguments, PreconditionerArguments, Initializatio
 
     # Reporting and saving.
     output_dir: str = flag("runs/run", "Where everything is written.")
-    overwrite_output_dir: bool = flag(
-        False, "Allow an output folder that has files; an earlier run in it is replaced."
-    )
+    overwrite_output_dir: bool = flag(False, "Allow a non-empty output folder; an earlier run in it is replaced.")
     resume_from_checkpoint: bool = flag(
-        False, "Continue the run in --output_dir from its newest good checkpoint, or begin it where there is none yet."
+        False, "Continue the run in --output_dir from its newest good checkpoint, or start it if there is none yet."
     )
     save_steps: int = flag(
-        100, "Steps between checkpoints; the last step has one, too. 0: only when a signal stops the run."
+        100, "Steps between checkpoints; there is also one after the last step. 0: only when a signal stops the run."
     )
     save_total_limit: int = flag(2, "Checkpoints to keep; older ones are removed.")
     logging_steps: int = flag(10, "Steps between records of the training loss.")
-    report_to: list[str] | None = flag(None, "Trackers of accelerate: tensorboard, wandb, trackio, ... None: none.")
+    report_to: list[str] | None = flag(None, "accelerate's trackers: tensorboard, wandb, trackio, ... None: none.")
     spectral_monitor_every: int = flag(
-        0, "Steps between looks at the conditioning of attention, written to spectral_monitor.json; 0: never."
+        0, "Steps between measurements of the conditioning of attention, written to spectral_monitor.json; 0: never."
     )
     ddp_timeout: int = flag(
         1800,
-        "Seconds without an answer of another process after which training fails. (Preparation has no such "
-        "limit: one process may work while the others wait.)",
+        "Seconds without an answer from another process after which training fails. (Preparation has no such limit: "
+        "one process may work while the others wait.)",
     )
-    disable_tqdm: bool = flag(False, "Log lines instead of progress bars.")
+    disable_tqdm: bool = flag(False, "Print log lines instead of progress bars.")
     eval_only: bool = flag(False, "Measure --model_name_or_path on its run's validation data; write nothing.")
 
     def check_run(self) -> None:
@@ -130,7 +128,7 @@ def parse_run_arguments(
     refuse: Callable[[HfArgumentParser, Arguments, SpectralArguments, list[str]], None],
     replaced_of_preset: Replaced | None = None,
 ) -> tuple[Arguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts.
+    """Parse and check the command line; any error ends the program before work starts.
 
     Args:
         kind: The script's dataclass.
@@ -189,7 +187,7 @@ def recorded_settings(model_path: str, names: Iterable[str]) -> dict[str, Any]:
 
 
 def check_output_dir(arguments: RunArguments) -> None:
-    """Refuse a folder that cannot be written, or in which files would be replaced that nobody said could be.
+    """Refuse a folder that cannot be written, or in which files would be replaced without permission.
 
     Raises:
         CannotWriteError: saying what to do.
@@ -206,6 +204,6 @@ def check_output_dir(arguments: RunArguments) -> None:
     # A run that was killed before its first checkpoint leaves neither; what is here would be lost.
     if not list_checkpoints(directory) and any((directory / name).exists() for name in ("config.json", METRICS_FILE)):
         raise CannotWriteError(
-            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name another "
-            "folder, or give --overwrite_output_dir instead to train anew in this one."
+            f"--resume_from_checkpoint: {directory} holds a saved model and no checkpoint to continue from. Name "
+            "another folder, or pass --overwrite_output_dir instead to start over in this one."
         )

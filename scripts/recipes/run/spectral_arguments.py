@@ -29,24 +29,28 @@ class SpectralArguments:
     spectral_conditioning: bool = flag(False, "Add the spectral correction C to the query, key and value weights.")
     lambda_: str | None = flag(
         None,
-        "Strength of the identity correction: a number, one per target as query=10,key=10, or auto: 10, or the "
-        "largest value below it at which no layer's softmax is saturated on the first samples. Training takes auto where "
-        "nothing is given, GLUE 10.",
+        "Strength of the identity correction: a number; one per target, such as query=10,key=10; or auto: 10, or the "
+        "largest value below it at which no layer's softmax is saturated on the first samples. Default: auto in "
+        "training, 10 for GLUE.",
     )
     spectral_method: str | None = flag(None, "identity (default) or svd.", ["identity", "svd"])
     spectral_targets: list[str] | None = flag(None, "The projections to condition (query, key, value).", TARGETS)
     spectral_granularity: str | None = flag(
         None, "One C per projection (default) or per head.", ["projection", "head"]
     )
-    spectral_refresh_every: int | None = flag(None, "Recompute svd corrections every so many optimizer steps (never).")
+    spectral_refresh_every: int | None = flag(
+        None, "Recompute svd corrections every this many optimizer steps. None: never."
+    )
     spectral_exact_refresh: bool | None = flag(
         None, "Refresh by an SVD (True) or by matrix products, checked (False). None: products on a GPU, SVD on a CPU."
     )
     spectral_init: str | None = flag(
-        None, "additive (default): W enters as it is; preserve: as W - C, so that the function is kept.", INITS
+        None,
+        "additive (default): W stays, so the function changes; preserve: W becomes W - C, so the function stays.",
+        INITS,
     )
 
-    # What auto came to in a run.
+    # The lambda that auto found in a run.
     found_lambda: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -177,10 +181,10 @@ def parse_lambda(text: str | None) -> float | dict[str, float] | None:
 
 
 def parse_numbers(text: str, flag: str, examples: Sequence[str]) -> float | dict[str, float]:
-    """Read a number, or one per projection; `examples` are of both forms, and words that the flag takes besides.
+    """Read a number, or one per projection; `examples` shows both forms, and the words that the flag also accepts.
 
     Raises:
-        ValueError: for text of neither form, and for a name that stands twice.
+        ValueError: for text of neither form, and for a repeated name.
     """
     pieces = [[piece.strip() for piece in part.partition("=")] for part in text.split(",")]
     try:
@@ -199,7 +203,7 @@ def parse_numbers(text: str, flag: str, examples: Sequence[str]) -> float | dict
 
 
 def check_bounds(arguments: Any, bounds: Iterable[tuple[str, float, float]]) -> None:
-    """Raise ValueError for the first argument `(name, least, greatest)` that lies outside; infinities and nan do."""
+    """Raise ValueError for the first argument `(name, least, greatest)` that is out of range; infinities and nan are."""
     for name, low, high in bounds:
         # nan fails each comparison.
         if not low <= getattr(arguments, name) <= high:
@@ -226,7 +230,7 @@ def refuse_unknown_trackers(report_to: Iterable[str] | None) -> None:
 
 
 def explicitly_given(parser: HfArgumentParser, names: Iterable[str], argv: list[str]) -> set[str]:
-    """Return which of the arguments `names` stand on the command line, whatever their values."""
+    """Return which of the arguments `names` are on the command line, with any value."""
     absent = object()
     namespace, _ = parser.parse_known_args(argv, namespace=Namespace(**dict.fromkeys(names, absent)))
     return {name for name in names if getattr(namespace, name) is not absent}

@@ -1,4 +1,4 @@
-"""Which data a run of masked language modelling has, by its flags, and these as a tokenizer and packed sequences."""
+"""The data of a masked language modeling run, chosen by flags, and turned into a tokenizer and packed sequences."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,41 +27,41 @@ OF_VALIDATION = ("validation_file", "dataset_validation_split", "validation_docu
 
 @dataclass
 class MlmDataSettings:
-    """Everything that decides the data of a run, and where it is kept: flags."""
+    """Everything that determines the data of a run, and where they are kept: flags."""
 
     train_file: list[str] | None = flag(
         None, "Corpus: .txt, .jsonl, .json (each also .gz) or .parquet, one or several. None: embedded text."
     )
     validation_file: list[str] | None = flag(
-        None, "Validation corpus, likewise. None: documents held out from the training corpus."
+        None, "Validation corpus, in the same formats. None: documents held out from the training corpus."
     )
-    dataset_name: str | None = flag(None, "Corpus: a dataset of the Hub, or a folder in its layout, instead of files.")
+    dataset_name: str | None = flag(None, "Corpus: a dataset on the Hub, or a folder in its layout, instead of files.")
     dataset_config_name: str | None = flag(None, "Configuration of the dataset.")
     dataset_revision: str | None = flag(None, "Branch, tag or commit of the dataset.")
     dataset_split: str = flag("train", "Split of the dataset to train on.")
     dataset_validation_split: str | None = flag(
         None, "Split to validate on. None: documents held out from the training split."
     )
-    streaming: bool = flag(False, "Read the dataset while downloading, keeping no copy.")
-    max_documents: int | None = flag(None, "Read the first so many documents. None: all.")
+    streaming: bool = flag(False, "Read the dataset while downloading it, without keeping a copy.")
+    max_documents: int | None = flag(None, "Number of documents to read, from the start. None: all.")
     text_column: str = flag("text", "Key or column with the text (JSON, Parquet, Hub).")
     validation_documents: int | None = flag(
-        None, "Hold out the first so many documents for validation, not a share of them."
+        None, "Hold out this many documents, the first ones, for validation instead of a share."
     )
     # A tenth of the embedded corpus is some 440 sequences, 14,000 predictions; of a large corpus take less.
     validation_fraction: float = flag(0.1, "Share of documents held out for validation, by the hash of their names.")
     normalize_text: bool = flag(
-        False, "Lowercase, strip accents, drop what is not ASCII, collapse spaces (published recipe)."
+        False, "Lowercase, strip accents, drop non-ASCII characters, collapse spaces (published recipe)."
     )
     max_tokens_per_character: float | None = flag(
-        None, "Leave out documents with more tokens than this per character (published: 0.25)."
+        None, "Leave out documents with more tokens per character than this (published: 0.25)."
     )
     tokenizer_name: str | None = flag(None, "Tokenizer to load. None: train WordPiece.")
     vocab_size: int = flag(4096, "Largest vocabulary of a trained tokenizer.")
     max_seq_length: int = flag(128, "Tokens per packed sequence.")  # as in cramming
     sequence_order: str = flag(
         "shuffled",
-        "shuffled: anew in each pass; published: by their count of '.' tokens, most first, in every pass.",
+        "shuffled: in a new order in each pass; published: by their number of '.' tokens, most first, in every pass.",
         ORDERS,
     )
     cache_dir: str | None = flag(None, "Folder for prepared data. None: hf_specattn in the folder of HF_HOME.")
@@ -75,9 +75,9 @@ class MlmDataSettings:
         return Cleaning(self.normalize_text, self.max_tokens_per_character)
 
     def check_data(self) -> None:
-        """Raise ValueError for values that cannot be, and for flags that do not go together."""
+        """Raise ValueError for invalid values, and for flags that do not go together."""
         if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction} must lie between 0 and 1.")
+            raise ValueError(f"--validation_fraction {self.validation_fraction} must be between 0 and 1.")
         self.cleaning()  # refuses a bad limit
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError(

@@ -44,9 +44,9 @@ class PretrainArguments(MlmDataSettings, RunArguments):
 
     preset: str | None = flag(
         None,
-        "Values for the other flags, which those given on the command line replace: demo (the defaults), "
-        "crammed-bert (the published recipe, a day of one A6000), crammed-bert-small (hours of a consumer GPU); "
-        "or a YAML file of your own.",
+        "Defaults for the other flags, which the command line overrides: demo (the usual defaults), crammed-bert "
+        "(the published recipe, one day on one A6000), crammed-bert-small (hours on a consumer GPU); or your own "
+        "YAML file.",
     )
 
     mlm_probability: float = flag(0.25, "Share of positions to predict.")  # cramming
@@ -60,15 +60,15 @@ class PretrainArguments(MlmDataSettings, RunArguments):
     intermediate_size: int = flag(1024, "Feed-forward width of a new model, gate included.")
     position_scale: float | None = flag(
         None,
-        "Learned factor of a new model's position table at the start. None: 1 / sqrt(hidden_size), as published; a small "
-        "model learns to look at neighbours much sooner with 1.",
+        "Initial value of the learned factor of a new model's position table. None: 1 / sqrt(hidden_size), as "
+        "published; with 1, a small model learns to attend to neighbors much sooner.",
     )
 
     # Optimization: cramming's values (see recipes.run.optimization) at a batch that a CPU can do.
     max_steps: int | None = default_of(
-        "max_steps", None, f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours has."
+        "max_steps", None, f"Optimizer steps. None: {DEFAULT_STEPS}, or as many as --max_train_hours allows."
     )
-    max_train_hours: float | None = flag(None, "Train for so many hours instead; the schedule follows the clock.")
+    max_train_hours: float | None = flag(None, "Train for this many hours instead; the schedule follows the clock.")
     lr_scheduler_type: str | None = flag(
         None,
         "linear: up over the warmup, then down to 0. triangle: from 1/4 up to the peak at 3/4 of the budget, "
@@ -79,7 +79,7 @@ class PretrainArguments(MlmDataSettings, RunArguments):
         "per_device_train_batch_size", 32, "Sequences per process and forward pass."
     )
     batch_size_ramp: float = flag(
-        0.0, "Share of the run over which accumulation grows from 1 forward pass to all (published: 0.6)."
+        0.0, "Share of the run over which accumulation grows from 1 forward pass to the full number (published: 0.6)."
     )
     warmup_steps: int | None = flag(
         None, "Steps of linear warmup. None: a tenth (of the time under --max_train_hours)."
@@ -88,8 +88,8 @@ class PretrainArguments(MlmDataSettings, RunArguments):
     no_attention_residual: bool = flag(
         False, "Ablation of a new model: let attention replace its input in every layer."
     )
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, slower.")
-    seed: int = default_of("seed", 0, "Decides initialization, batch order and masking.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: less memory, but slower.")
+    seed: int = default_of("seed", 0, "Determines initialization, batch order and masking.")
 
     # Reporting and saving.
     output_dir: str = default_of("output_dir", "runs/pretrain_mlm")
@@ -193,16 +193,16 @@ class PretrainArguments(MlmDataSettings, RunArguments):
             )
         if self.schedule_kind == "triangle":
             raise ValueError(
-                "--warmup_steps: of the linear schedule; leave it out under --lr_scheduler_type triangle."
+                "--warmup_steps: for the linear schedule only; leave it out with --lr_scheduler_type triangle."
             )
         if not 0 <= self.warmup_steps <= self.budget.size:
             raise ValueError(
-                f"--warmup_steps {self.warmup_steps} must lie between 0 and --max_steps {self.budget.steps}."
+                f"--warmup_steps {self.warmup_steps} must be between 0 and --max_steps {self.budget.steps}."
             )
 
 
 def parse_arguments(argv: Sequence[str], description: str) -> tuple[PretrainArguments, SpectralArguments]:
-    """Parse and check the command line; anything wrong ends the program before work starts."""
+    """Parse and check the command line; any error ends the program before work starts."""
     return parse_run_arguments(
         PretrainArguments,
         argv,
@@ -224,10 +224,10 @@ def _refuse_contradictions(
             parser, (*NEW_MODEL_SETTINGS, *INITIALIZATION_SETTINGS, "position_scale", "no_attention_residual"), argv
         ):
             flags = ", ".join(f"--{name}" for name in sorted(given))
-            raise ValueError(f"{flags}: for a new model only; leave out beside --model_name_or_path.")
+            raise ValueError(f"{flags}: for a new model only; leave out together with --model_name_or_path.")
         _check_checkpoint(arguments, spectral)
     elif arguments.tokenizer_name is not None and explicitly_given(parser, ["vocab_size"], argv):
-        raise ValueError("--vocab_size: for a trained tokenizer only; leave it out beside --tokenizer_name.")
+        raise ValueError("--vocab_size: for a trained tokenizer only; leave it out together with --tokenizer_name.")
 
 
 def _check_checkpoint(arguments: PretrainArguments, spectral: SpectralArguments) -> None:

@@ -195,8 +195,8 @@ REFUSALS = [
     ("--mlm_probability nan", "--mlm_probability nan must be above 0"),
     ("--position_scale 0", "--position_scale 0.0 must be a finite number above 0"),
     ("--mlm_probability 0.003", "--mlm_probability 0.003 of --max_seq_length 128 predicts no token"),
-    ("--validation_fraction 0", "--validation_fraction 0.0 must lie between 0 and 1"),
-    ("--validation_fraction nan", "--validation_fraction nan must lie between 0 and 1"),
+    ("--validation_fraction 0", "--validation_fraction 0.0 must be between 0 and 1"),
+    ("--validation_fraction nan", "--validation_fraction nan must be between 0 and 1"),
     ("--max_documents 0 --train_file a.txt", "--max_documents 0 must be at least 1"),
     ("--validation_documents 0", "--validation_documents 0 must be at least 1"),
     ("--max_tokens_per_character 0", "max_tokens_per_character is 0.0; allowed are numbers above 0"),
@@ -256,9 +256,9 @@ REFUSALS = [
         "--warmup_steps counts steps and --max_train_hours does not; leave the former",
     ),
     ("--preset crammed-bert --warmup_steps 5", "--warmup_steps counts steps and --max_train_hours does not"),
-    ("--warmup_steps 5 --lr_scheduler_type triangle", "--warmup_steps: of the linear schedule; leave it out"),
-    ("--warmup_steps 301", "--warmup_steps 301 must lie between 0 and --max_steps 300"),
-    ("--warmup_steps -1", "--warmup_steps -1 must lie between 0 and --max_steps 300"),
+    ("--warmup_steps 5 --lr_scheduler_type triangle", "--warmup_steps: for the linear schedule only; leave it out"),
+    ("--warmup_steps 301", "--warmup_steps 301 must be between 0 and --max_steps 300"),
+    ("--warmup_steps -1", "--warmup_steps -1 must be between 0 and --max_steps 300"),
     # How the projections begin.
     ("--projection_init random", "invalid choice: 'random'"),
     ("--initialization_scale 0", "scale=0.0 must be a finite number above 0"),
@@ -321,7 +321,7 @@ def test_a_checkpoint_excludes_what_shapes_a_new_model(refused, checkpoints, nam
     message = refused(
         "--model_name_or_path", str(checkpoints / "stock"), "--max_seq_length", "24", f"--{name}", default
     )
-    assert f"--{name}: for a new model only; leave out beside --model_name_or_path" in message
+    assert f"--{name}: for a new model only; leave out together with --model_name_or_path" in message
 
 
 def test_all_that_shapes_a_new_model_is_listed(refused, checkpoints):
