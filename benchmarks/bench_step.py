@@ -39,12 +39,12 @@ from transformers import BertConfig, BertForMaskedLM, HfArgumentParser, ViTConfi
 from transformers.utils import logging
 
 from hf_specattn import AttentionSpec, SpectralConfig, fold, refresh
-from hf_specattn.conditioning import find_projections
 from hf_specattn.figures import markdown_table
 from hf_specattn.files import write_bytes, write_json
 from hf_specattn.layers import make_spectral
 from hf_specattn.preconditioner import PreconditionerConfig
 from hf_specattn.preconditioning import attach_preconditioner, find_output_projections
+from hf_specattn.projections import find_projections
 from hf_specattn.refreshing import recompute, recompute_by_products
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))  # where `recipes` is

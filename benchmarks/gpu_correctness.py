@@ -32,9 +32,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_specattn import SpectralConfig, condition, fold, refresh
-from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import ProjectionLayout, make_spectral, spectral_layers
 from hf_specattn.polar import ACCURACY, KAPPA_LIMIT
+from hf_specattn.projections import find_projections
 from hf_specattn.refreshing import recompute
 
 QKV = ("query", "key", "value")

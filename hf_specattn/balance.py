@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import AttentionSpec, attention_specs, output_module, unknown_parts
-from .conditioning import Projection, find_projections
+from .architectures import AttentionSpec, unknown_parts
 from .layers import SPECTRAL_CLASSES, spectral_layers
 from .ordinary import module_problem, refuse_no_module, refuse_unordinary
 from .preconditioner import PreconditionedLayer
 from .projection_report import Spectrum, text_table
+from .projections import AttentionModule, Projection, find_attention_modules
 
 # A float64 model has no more exact one to be measured against. Roundoff of the gauge itself is far below this.
 FLOAT64_TOLERANCE = 1e-10
@@ -314,13 +314,10 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _Attention:
-    """An attention module: who holds its projections, and which gauges it allows (those whose barrier is None)."""
+class _Attention(AttentionModule):
+    """An attention, its output projection, and which gauges it allows (those whose barrier is None)."""
 
-    name: str
-    holders: tuple[Projection, ...]
     output: _Output | None
-    heads: dict[str, int]  # of each projection
     query_key_barrier: str | None
     value_output_barrier: str | None
 
@@ -360,19 +357,14 @@ class _Blocks:
 
 
 def _read(attention: _Attention) -> _Blocks:
-    weights, biases, dtypes = {}, {}, []
-    for item in attention.holders:
-        dtypes.append(item.module.weight.dtype)
-        for name, part in item.layout.split(item.orient(item.module.weight.detach().double())).items():
-            weights[name] = item.layout.head_blocks(name, part)
-        if item.module.bias is not None:
-            for name, part in item.layout.split(item.module.bias.detach().double()).items():
-                biases[name] = item.layout.head_blocks(name, part)
+    weights = {name: block.double() for name, block in attention.head_weights(effective=False).items()}
+    biases = {name: block.double() for name, block in attention.head_biases().items()}
     if attention.output is not None:
         matrix = attention.output.by_head(attention.output.module.weight.detach().double())
         weights["output"] = matrix.unflatten(0, (attention.heads["query"], -1))
     # Half precision's own rule would call every matrix of some hundred columns deficient.
-    dtype = torch.float64 if set(dtypes) == {torch.float64} else torch.float32
+    stored = {item.module.weight.dtype for item in attention.holders}
+    dtype = torch.float64 if stored == {torch.float64} else torch.float32
     return _Blocks(weights, biases, dtype, {})
 
 
@@ -503,17 +495,8 @@ def _reports(
 def _find_attentions(
     model: nn.Module, architecture: AttentionSpec | Sequence[AttentionSpec] | None
 ) -> list[_Attention]:
-    specs = attention_specs(architecture)
-    holders: dict[str, list[Projection]] = {}
-    for item in find_projections(model, architecture):
-        holders.setdefault(item.name.rpartition(".")[0], []).append(item)
-    attentions = []
-    for name, items in holders.items():
-        module = model.get_submodule(name)
-        spec = next(spec for spec in specs if spec.matches(module))
-        # A row of the table speaks for a class of that name; a variant of it may have a part that the row does not know.
-        unknown = None if architecture is not None else unknown_parts(module, spec)
-        attentions.append(_attention(model, name, items, spec, unknown))
+    by_table = architecture is None
+    attentions = [_attention(found, by_table) for found in find_attention_modules(model, architecture)]
     if all(item.query_key_barrier and item.value_output_barrier for item in attentions):
         first = attentions[0]
         raise ValueError(
@@ -524,12 +507,11 @@ def _find_attentions(
     return attentions
 
 
-def _attention(
-    model: nn.Module, name: str, items: list[Projection], spec: AttentionSpec, unknown: str | None
-) -> _Attention:
-    heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
-    head_dims = {part: dim for item in items for part, dim in zip(item.layout.projections, item.layout.head_dims)}
-    output, preconditioned = _find_output(model, name, spec)
+def _attention(found: AttentionModule, by_table: bool) -> _Attention:
+    # A row of the table speaks for a class of that name; a variant of it may have a part that the row does not know.
+    unknown = unknown_parts(found.module, found.spec) if by_table else None
+    spec, heads = found.spec, found.heads
+    output, preconditioned = _find_output(found)
     query_key = unknown or spec.query_key_barrier or _missing(heads, ("query", "key"))
     value_output = unknown or spec.value_output_barrier or _missing(heads, ("query", "value"))
     if preconditioned:
@@ -537,9 +519,9 @@ def _attention(
     elif output is None:
         why = "given" if spec.output is None else f"in the part of the model that was given ({spec.output})"
         value_output = value_output or f"an output projection that is not {why}"
-    elif "query" in heads and "value" in head_dims:
-        _check_output_shape(output, heads["query"], head_dims["value"])
-    return _Attention(name, tuple(items), output, heads, query_key, value_output)
+    elif {"query", "value"} <= heads.keys():
+        found.check_output_inputs(output.name, output.by_head(output.module.weight).shape[0])
+    return _Attention(**vars(found), output=output, query_key_barrier=query_key, value_output_barrier=value_output)
 
 
 def _missing(heads: Mapping[str, int], needed: Sequence[str]) -> str | None:
@@ -547,12 +529,12 @@ def _missing(heads: Mapping[str, int], needed: Sequence[str]) -> str | None:
     return f"a missing {' and '.join(missing)} in the AttentionSpec" if missing else None
 
 
-def _find_output(model: nn.Module, name: str, spec: AttentionSpec) -> tuple[_Output | None, bool]:
+def _find_output(attention: AttentionModule) -> tuple[_Output | None, bool]:
     """The output projection, if it is known and a gauge may change it; and whether its input is preconditioned."""
-    found = output_module(model, name, spec)
-    if found is None or isinstance(found[1], PreconditionedLayer):
-        return None, found is not None
-    full_name, module = found
+    located = attention.located_output()
+    if located is None or isinstance(located[1], PreconditionedLayer):
+        return None, located is not None
+    full_name, module = located
     if type(module) not in SPECTRAL_CLASSES:
         if (problem := module_problem(module, "balance")) is not None:
             raise ValueError(f"{full_name} {problem}")
@@ -561,15 +543,6 @@ def _find_output(model: nn.Module, name: str, spec: AttentionSpec) -> tuple[_Out
             "transformers Conv1D modules can be balanced. Balance before quantizing, and before wrapping with PEFT."
         )
     return _Output(full_name, module), False
-
-
-def _check_output_shape(output: _Output, heads: int, head_dim: int) -> None:
-    inputs = output.by_head(output.module.weight).shape[0]
-    if inputs != heads * head_dim:
-        raise ValueError(
-            f"{output.name} takes {inputs} inputs, but {heads} query heads with values of length {head_dim} give "
-            f"{heads * head_dim}; pass architecture=AttentionSpec(...) with the right output and numbers of heads."
-        )
 
 
 def _check_settings(model: nn.Module, probe: Any, tolerance: Any) -> None:

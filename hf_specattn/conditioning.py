@@ -2,8 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +10,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import ARCHITECTURES, MORE_ARCHITECTURES, AttentionSpec, attention_specs, output_module
+from .architectures import AttentionSpec
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .existing_adapters import refuse_adapters
 from .layers import (
     HALF_PRECISION,
-    SPECTRAL_CLASSES,
-    OutputLayout,
-    ProjectionLayout,
     SpectralLayer,
     hold_projections,
     make_spectral,
@@ -29,9 +25,10 @@ from .layers import (
     spectral_layers,
     unmake_spectral,
 )
-from .ordinary import module_problem, refuse_no_module, refuse_unordinary
+from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import is_preconditioned
 from .projection_report import ProjectionReport, Spectrum, build_report, format_reports, projection_spectra
+from .projections import Projection, find_projections
 from .refreshing import recompute, refresh, refresh_interval
 
 __all__ = [
@@ -46,20 +43,6 @@ __all__ = [
 ]
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A module, stock or conditioned, that holds one or more of a model's projections."""
-
-    name: str
-    module: Any
-    layout: ProjectionLayout
-
-    def orient(self, weight: Tensor) -> Tensor:
-        """A tensor of the weight's shape as `(out_features, in_features)`: a view."""
-        module = type(self.module)
-        return (module if issubclass(module, SpectralLayer) else SPECTRAL_CLASSES[module]).orient(weight)
 
 
 def condition(
@@ -197,92 +180,6 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
-def find_projections(
-    model: nn.Module, architecture: AttentionSpec | Sequence[AttentionSpec] | None = None, *, output: bool = False
-) -> list[Projection]:
-    """Every module of `model` that holds a query, key or value projection, in the order of `named_modules`.
-
-    Args:
-        output: whether to add the output projection of each attention, behind its others.
-
-    Raises:
-        ValueError: where none is found, one cannot be conditioned, or the model contains `nn.MultiheadAttention`.
-    """
-    specs = attention_specs(architecture)
-    model_config = getattr(model, "config", None)
-    projections, unmatched = [], []
-    for name, attention in model.named_modules():
-        if isinstance(attention, nn.MultiheadAttention):
-            raise ValueError(_multihead_message(name))
-        spec = next((spec for spec in specs if spec.matches(attention)), None)
-        if spec is None:
-            if _is_named_attention(attention) and _has_linear_children(attention):
-                unmatched.append(f"{name} ({type(attention).__name__})")
-            continue
-        own = list(_projections_of(name, attention, spec, model_config))
-        projections += own
-        if output:
-            projections.append(_output_of(model, name, spec, own))
-    if not projections:
-        raise ValueError(_nothing_found_message(model, unmatched, architecture))
-    if unmatched:
-        logger.warning(
-            f"{len(unmatched)} attention-like modules match no architecture and stay as they are: "
-            f"{', '.join(unmatched[:4])}{', ...' if len(unmatched) > 4 else ''}. Pass architecture=AttentionSpec(...) if "
-            "they hold query, key and value projections."
-        )
-    return projections
-
-
-def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_config: Any) -> Iterator[Projection]:
-    for child in spec.projections_of:
-        module = getattr(attention, child)
-        full_name = f"{name}.{child}" if name else child
-        if isinstance(module, SpectralLayer):
-            yield Projection(full_name, module, module.layout)
-        elif type(module) in SPECTRAL_CLASSES:
-            out_features = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape[0]
-            yield Projection(full_name, module, spec.layout(attention, child, out_features, model_config))
-        elif (problem := module_problem(module, "condition")) is not None:
-            raise ValueError(f"{full_name} {problem}")
-        else:
-            raise ValueError(
-                f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
-                "transformers Conv1D modules can be conditioned. Condition before quantizing, and before wrapping with "
-                "PEFT or similar."
-            )
-
-
-def _output_of(model: nn.Module, name: str, spec: AttentionSpec, others: Sequence[Projection]) -> Projection:
-    """The output projection of an attention, whose columns are the heads of its query."""
-    located = output_module(model, name, spec)
-    if located is None:
-        kind = type(model.get_submodule(name)).__name__
-        raise ValueError(
-            f"targets: the output projection of {name or 'the model'} ({kind}) is not known; leave 'output' out, or pass "
-            "architecture=AttentionSpec(..., output='<path to the output projection>')."
-        )
-    full_name: str = located[0]
-    module: Any = located[1]
-    if isinstance(module, SpectralLayer):
-        return Projection(full_name, module, module.layout)
-    if type(module) not in SPECTRAL_CLASSES:
-        raise ValueError(
-            f"{full_name} is a {type(module).__module__}.{type(module).__name__}; only exact torch.nn.Linear and "
-            "transformers Conv1D modules can be conditioned, and an output projection has either a correction or a "
-            "preconditioner."
-        )
-    rows, columns = SPECTRAL_CLASSES[type(module)].orient(module.weight).shape
-    heads = {part: count for item in others for part, count in zip(item.layout.projections, item.layout.heads)}
-    head_dim, remainder = divmod(columns, count := heads.get("query", max(heads.values())))
-    if remainder:
-        raise ValueError(
-            f"{full_name} takes {columns} inputs, which {count} heads do not divide; pass architecture=AttentionSpec(...) "
-            "with the right output and numbers of heads."
-        )
-    return Projection(full_name, module, OutputLayout.of(rows, count, head_dim))
-
-
 def _holding(targets: Sequence[str], projections: list[Projection]) -> list[Projection]:
     """Those that hold at least one target."""
     return [item for item in projections if set(item.layout.projections) & set(targets)]
@@ -361,37 +258,6 @@ def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
 def _no_progress_bar(steps: int) -> bool | None:
     # Small models are done before a bar is drawn; None shows one on a terminal only.
     return True if steps < 24 else None
-
-
-def _is_named_attention(module: nn.Module) -> bool:
-    name = type(module).__name__
-    return "attention" in name.lower() or "Attn" in name
-
-
-def _has_linear_children(module: nn.Module) -> bool:
-    return any(type(child) in SPECTRAL_CLASSES for child in module.children())
-
-
-def _multihead_message(name: str) -> str:
-    return (
-        f"{name or 'The model'} is a torch.nn.MultiheadAttention, which hands its in_proj_weight straight to a fused kernel, "
-        "so no module can add C to it. Use an attention with Linear projections (such as a transformers model), or condition "
-        "only the part of the model without it."
-    )
-
-
-def _nothing_found_message(model: nn.Module, unmatched: list[str], architecture: Any) -> str:
-    names = ", ".join((*ARCHITECTURES, *MORE_ARCHITECTURES))
-    known = (
-        f"architecture={architecture!r} matches no module"
-        if architecture is not None
-        else f"none of its modules is an attention of a known architecture ({names})"
-    )
-    seen = f" Attention-like modules in it: {', '.join(unmatched[:4])}." if unmatched else ""
-    return (
-        f"No query, key or value projection found in {type(model).__name__}: {known}.{seen} Pass "
-        "architecture=AttentionSpec(attention='<class name>', modules={'<child>': 'query', ...})."
-    )
 
 
 # --- half precision --------------------------------------------------------------------------------------------------

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architectures import AttentionSpec, attention_specs, output_module
-from .conditioning import Projection, find_projections
+from .architectures import AttentionSpec
 from .config import PROJECTIONS, SpectralConfig, check_choice, checked_targets
 from .corrections import at_least_float32
-from .layers import SPECTRAL_CLASSES, OutputLayout, correction_matrix, spectral_layers
+from .layers import SPECTRAL_CLASSES, correction_matrix, spectral_layers
 from .ordinary import refuse_no_module, refuse_unordinary
 from .preconditioner import stock_class_of
+from .projections import AttentionModule, Projection, find_attention_modules
 
 INITIALIZATIONS = ("default", "orthogonal", "mimetic", "conditioned")
 # These have a norm of their own, which is kept unless another is asked for.
@@ -133,16 +133,18 @@ def initialize(
             f"{first[0]} is already conditioned, with corrections for its current weights; initialize the stock "
             "model, then condition it."
         )
+    attentions = find_attention_modules(model, architecture)
     projections = [
         item
-        for item in find_projections(model, architecture, output="output" in initialization.changed)
+        for attention in attentions
+        for item in attention.projections(output="output" in initialization.changed)
         if set(item.layout.projections) & initialization.changed
     ]
     refuse_unordinary(model, [(item.name, item.module) for item in projections], "initialize")
     norms = [_target_norms(item, initialization) for item in projections]
     if kind == "mimetic":
-        heads = [item for item in projections if not isinstance(item.layout, OutputLayout)]
-        _initialize_mimetic(model, heads, architecture)
+        for attention in attentions:
+            _initialize_mimetic(attention)
     for item, before in zip(projections, norms):
         matrix = item.orient(item.module.weight)
         parts = item.layout.split(matrix.clone()).items()
@@ -193,43 +195,34 @@ def mimetic_factors(width: int, rank: int, noise: float, identity: float) -> tup
     return left[:, :rank] * roots, right[:rank].T * roots
 
 
-def _initialize_mimetic(model: nn.Module, projections: list[Projection], architecture: Any) -> None:
-    specs = attention_specs(architecture)
-    for name in dict.fromkeys(item.name.rpartition(".")[0] for item in projections):
-        attention = model.get_submodule(name)
-        spec = next(spec for spec in specs if spec.matches(attention))
-        items = [item for item in projections if item.name.rpartition(".")[0] == name]
-        output = _output_projection(model, name, attention, spec)
-        parts: dict[str, Tensor] = {}
-        heads: dict[str, int] = {}
-        for item in items:
-            parts |= item.layout.split(item.orient(item.module.weight).clone())
-            heads |= dict(zip(item.layout.projections, item.layout.heads))
-        if set(parts) != {"query", "key", "value"} or heads["query"] != heads["key"]:
-            raise ValueError(
-                f"A mimetic initialization needs as many key heads as query heads, all with one input, which {name} "
-                "does not have; choose another one."
-            )
-        width, head_dim = parts["query"].shape[1], len(parts["query"]) // heads["query"]
-        pairs = [mimetic_factors(width, head_dim, *MIMETIC_QUERY_KEY) for _ in range(heads["query"])]
-        parts["query"], parts["key"] = (torch.cat([pair[side].T for pair in pairs]) for side in (0, 1))
-        value, out = mimetic_factors(width, len(parts["value"]), *MIMETIC_VALUE_OUTPUT)
-        parts["value"] = value.T
-        SPECTRAL_CLASSES[stock_class_of(output)].orient(output.weight).copy_(out)
-        for item in items:
-            item.orient(item.module.weight).copy_(item.layout.join(parts))
+def _initialize_mimetic(attention: AttentionModule) -> None:
+    output, heads = _mimetic_output(attention), attention.heads
+    parts: dict[str, Tensor] = {}
+    for item in attention.holders:
+        parts |= item.layout.split(item.orient(item.module.weight).clone())
+    if set(parts) != {"query", "key", "value"} or heads["query"] != heads["key"]:
+        raise ValueError(
+            f"A mimetic initialization needs as many key heads as query heads, all with one input, which {attention.name} "
+            "does not have; choose another one."
+        )
+    width, head_dim = parts["query"].shape[1], len(parts["query"]) // heads["query"]
+    pairs = [mimetic_factors(width, head_dim, *MIMETIC_QUERY_KEY) for _ in range(heads["query"])]
+    parts["query"], parts["key"] = (torch.cat([pair[side].T for pair in pairs]) for side in (0, 1))
+    value, out = mimetic_factors(width, len(parts["value"]), *MIMETIC_VALUE_OUTPUT)
+    parts["value"] = value.T
+    SPECTRAL_CLASSES[stock_class_of(output)].orient(output.weight).copy_(out)
+    for item in attention.holders:
+        item.orient(item.module.weight).copy_(item.layout.join(parts))
 
 
-def _output_projection(model: nn.Module, name: str, attention: nn.Module, spec: AttentionSpec) -> Any:
+def _mimetic_output(attention: AttentionModule) -> Any:
     """The module with W_O: from the table, or else the child with a usual name."""
-    located = output_module(model, name, spec)
-    if located is not None:
-        found: nn.Module | None = located[1]
-    else:
-        found = next((getattr(attention, child) for child in OUTPUT_NAMES if hasattr(attention, child)), None)
+    located = attention.located_output()
+    usual = [getattr(attention.module, child) for child in OUTPUT_NAMES if hasattr(attention.module, child)]
+    found = located[1] if located is not None else next(iter(usual), None)
     if found is None or stock_class_of(found) not in SPECTRAL_CLASSES:
         raise ValueError(
-            f"A mimetic start: the output projection of {name} ({type(attention).__name__}) is not known; pass "
-            "architecture=AttentionSpec(..., output=...), or take another start."
+            f"A mimetic start: the output projection of {attention.name} ({type(attention.module).__name__}) is not known; "
+            "pass architecture=AttentionSpec(..., output=...), or take another start."
         )
     return found

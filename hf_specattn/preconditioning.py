@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import UNSTATED, AttentionSpec, attention_specs, output_module, unknown_parts
+from .architectures import UNSTATED, AttentionSpec, unknown_parts
 from .compat import Conv1D
-from .conditioning import NO_PRECONDITIONED_COUNTERPART, Projection, adopt, find_projections, set_origin
+from .conditioning import NO_PRECONDITIONED_COUNTERPART, adopt, set_origin
 from .existing_adapters import refuse_adapters
 from .layers import SpectralLayer, hold_projections
 from .ordinary import refuse_no_module, refuse_unordinary
@@ -41,6 +41,7 @@ from .preconditioner import (
     stock_class_of,
 )
 from .projection_report import text_table
+from .projections import AttentionModule, find_attention_modules
 
 logger = logging.get_logger(__name__)
 
@@ -86,14 +87,8 @@ def find_output_projections(
         ValueError: if none is found, one is not known or is neither a `Linear` nor a `Conv1D`, or something mixes or
         normalizes heads before it.
     """
-    specs = attention_specs(architecture)
-    holders: dict[str, list[Projection]] = {}
-    for item in find_projections(model, architecture):
-        holders.setdefault(item.name.rpartition(".")[0], []).append(item)
-    found = []
-    for name, items in holders.items():
-        spec = next(spec for spec in specs if spec.matches(model.get_submodule(name)))
-        found.append(_output_projection(model, name, items, spec, by_table=architecture is None))
+    by_table = architecture is None
+    found = [_output_projection(attention, by_table) for attention in find_attention_modules(model, architecture)]
     modules = [item.module for item in found]
     if twice := [item for index, item in enumerate(found) if item.module in modules[:index]]:
         raise ValueError(
@@ -102,29 +97,25 @@ def find_output_projections(
     return found
 
 
-def _output_projection(
-    model: nn.Module, name: str, items: list[Projection], spec: AttentionSpec, by_table: bool
-) -> OutputProjection:
-    attention = model.get_submodule(name)
-    kind = f"{name or 'The model'} ({type(attention).__name__})"
+def _output_projection(attention: AttentionModule, by_table: bool) -> OutputProjection:
+    spec, heads = attention.spec, attention.heads
+    kind = f"{attention.name or 'The model'} ({type(attention.module).__name__})"
     way_out = "pass architecture=AttentionSpec(..., output='<path to the output projection>')"
     between = None if spec.value_output_barrier == UNSTATED else spec.value_output_barrier
     if between is None and by_table:
-        between = unknown_parts(attention, spec, (*HARMLESS_PARTS, *spec.harmless))
+        between = unknown_parts(attention.module, spec, (*HARMLESS_PARTS, *spec.harmless))
     if between is not None:
         raise ValueError(
             f"{kind} cannot be preconditioned: before its output projection there is {between}, so its input is not "
             f"softmax(Q K^T) V of each head. If it is in your model, {way_out}."
         )
-    located = output_module(model, name, spec)
+    located = attention.located_output()
     if located is None:
         missing = "the table does not say" if by_table else "the AttentionSpec does not say"
         why = missing if spec.output is None else f"is not in the part of the model that was passed ({spec.output})"
         raise ValueError(f"{kind} has an output projection that {why}; {way_out}, or the whole model.")
     full_name: str = located[0]
     module: Any = located[1]
-    heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
-    dims = {part: dim for item in items for part, dim in zip(item.layout.projections, item.layout.head_dims)}
     if not {"query", "value"} <= heads.keys():
         raise ValueError(f"{kind}: the AttentionSpec must name query and value, which say what the heads are.")
     if isinstance(module, SpectralLayer):
@@ -138,14 +129,8 @@ def _output_projection(
             "and transformers Conv1D modules can be preconditioned. Precondition before quantizing, and before wrapping with "
             "PEFT or similar."
         )
-    inputs = module.weight.shape[0 if stock_class_of(module) is Conv1D else 1]
-    if inputs != heads["query"] * dims["value"]:
-        raise ValueError(
-            f"{full_name} takes {inputs} inputs, but {heads['query']} query heads with values of length {dims['value']} "
-            f"give {heads['query'] * dims['value']}; pass architecture=AttentionSpec(...) with the right output and numbers "
-            "of heads."
-        )
-    return OutputProjection(full_name, module, name, heads["query"])
+    attention.check_output_inputs(full_name, module.weight.shape[0 if stock_class_of(module) is Conv1D else 1])
+    return OutputProjection(full_name, module, attention.name, heads["query"])
 
 
 def check_axis(model: nn.Module, outputs: Sequence[OutputProjection], preconditioner: PreconditionerConfig) -> None:

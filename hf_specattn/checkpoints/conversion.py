@@ -15,13 +15,14 @@ import torch
 
 from ..architectures import ARCHITECTURES
 from ..balance import balance, format_balance
-from ..conditioning import condition, conditioned_counterpart, find_projections, fold, format_reports
+from ..conditioning import condition, conditioned_counterpart, fold, format_reports
 from ..config import INITS, SpectralConfig, check_choice
 from ..diagnostics.spectra import spectra
 from ..layers import spectral_layers
 from ..modeling import AUTO_CLASSES
 from ..preconditioner import PreconditionerConfig
 from ..preconditioning import format_preconditioning, precondition, preconditioning_reports
+from ..projections import find_projections
 from .cards import CARD, source_card, write_card
 from .destinations import (
     check_destination,
@@ -153,7 +154,7 @@ def convert(
 
 def _condition(model: Any, config: SpectralConfig, init: str, probe: Probe) -> _Done:
     diagonals = Diagonals(model, config) if init == "preserve" else None
-    with _quiet(condition.__module__):  # what it warns of is measured and said here
+    with _quiet():
         reports = condition(model, config, init)
     if config.method == "svd" and init == "additive":
         _compute_in_float64(model)
@@ -184,7 +185,7 @@ def fold_checkpoint(source: str, destination: str | Path, options: Options | Non
     def work(found: Source, model: Any) -> _Done:
         probe, diagonals = Probe(model, keeps_function=True), Diagonals(model)
         config, before = model.config.spectral_config, spectra(model)
-        with _quiet(condition.__module__):
+        with _quiet():
             fold(model)
         comparison = probe.compare(model, "Folding")
         rows = spectra_rows(before)
@@ -357,8 +358,9 @@ def _record(command: str, found: Source, done: _Done, notes: list[str], options:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = standard_logging.getLogger(name)
+def _quiet() -> Iterator[None]:
+    """Without the library's warnings: what they would say is measured, and said in the report."""
+    logger = standard_logging.getLogger(__name__.partition(".")[0])
     level = logger.level
     logger.setLevel(standard_logging.ERROR)
     try:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..balance import OutputChange, OutputChangedError, measured_tolerance, output_change, probe_batch, probe_outputs
-from ..conditioning import find_projections
 from ..config import SpectralConfig
 from ..layers import HALF_PRECISION, SpectralLayer, correction_matrix, spectral_layers
+from ..projections import find_projections
 
 
 @dataclass(frozen=True)

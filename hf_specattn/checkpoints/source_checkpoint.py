@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..architectures import ARCHITECTURES
 from ..checksums import CORRECTION
-from ..conditioning import find_projections
 from ..modeling import (
     FIELDS,
     FLAG,
@@ -25,6 +24,7 @@ from ..modeling import (
     crammed_bert_classes,
     refuse_stored_fields,
 )
+from ..projections import find_projections
 from .remote_code import refuse_outside
 
 CONFIG = "config.json"

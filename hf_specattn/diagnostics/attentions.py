@@ -7,54 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..architectures import AttentionSpec, attention_specs
-from ..conditioning import Projection, find_projections
+from ..architectures import AttentionSpec
 from ..layers import SPECTRAL_CLASSES, SpectralLayer
 from ..preconditioner import stock_class_of
+from ..projections import AttentionModule, find_attention_modules
 
 Architecture = AttentionSpec | Sequence[AttentionSpec] | None
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(AttentionModule):
     """One attention module, stock or conditioned.
 
     Attributes:
         layer: its index among the model's attention modules, from 0.
-        name: its full name.
-        module: itself.
-        holders: the modules that hold query, key and value.
-        output_name: full name of the module with W_O; None if the architecture does not say where it is.
-        root: the model.
-        heads: the number of heads of each projection.
     """
 
     layer: int
-    name: str
-    module: nn.Module
-    holders: tuple[Projection, ...]
-    output_name: str | None
-    root: nn.Module
-    heads: dict[str, int]
-
-    def head_weights(self, effective: bool = True) -> dict[str, Tensor]:
-        """The `(heads, head_dim, in_features)` blocks of W + C, or of W, of each projection; detached, in its dtype."""
-        blocks = {}
-        for item in self.holders:
-            conditioned = effective and isinstance(item.module, SpectralLayer)
-            weight = item.module.effective_weight() if conditioned else item.module.weight
-            for name, part in item.layout.split(item.orient(weight.detach())).items():
-                blocks[name] = item.layout.head_blocks(name, part)
-        return blocks
-
-    def head_biases(self) -> dict[str, Tensor]:
-        """The `(heads, head_dim)` biases of the projections that have one; detached."""
-        blocks = {}
-        for item in self.holders:
-            if item.module.bias is not None:
-                for name, part in item.layout.split(item.module.bias.detach()).items():
-                    blocks[name] = item.layout.head_blocks(name, part)
-        return blocks
 
     def output(self) -> nn.Module | None:
         """The module with W_O; None if the architecture does not say where it is.
@@ -62,22 +31,17 @@ class Attention:
         Raises:
             ValueError: if it is not where the architecture says, or has no weight that can be read.
         """
-        if self.output_name is None:
+        located = self.located_output()
+        if located is None:
             return None
-        try:
-            module = self.root.get_submodule(self.output_name)
-        except AttributeError as error:
-            raise ValueError(
-                f"{type(self.root).__name__} should have an output projection at {self.output_name}, but has none there; "
-                "pass architecture=AttentionSpec(..., output=...) with the right path."
-            ) from error
+        name, module = located
         if not isinstance(module, SpectralLayer) and stock_class_of(module) not in SPECTRAL_CLASSES:
             raise ValueError(
-                f"{self.output_name} is a {type(module).__module__}.{type(module).__name__}; the output projection is "
+                f"{name} is a {type(module).__module__}.{type(module).__name__}; the output projection is "
                 "read from exact torch.nn.Linear and transformers Conv1D modules only. Examine the model before "
                 "quantizing it or wrapping it with PEFT."
             )
-        _check_readable(self.output_name, module.weight)
+        _check_readable(name, module.weight)
         return module
 
     def output_weight(self, effective: bool = True) -> Tensor | None:
@@ -130,17 +94,12 @@ def find_attentions(
         ValueError: where no projection is found, a place does not exist, or weights have no values that can be read
             (sharded, on the meta device).
     """
-    specs = attention_specs(architecture)
-    holders: dict[str, list[Projection]] = {}
-    for item in find_projections(model, architecture):
+    attentions = [
+        Attention(**vars(found), layer=layer)
+        for layer, found in enumerate(find_attention_modules(model, architecture))
+    ]
+    for item in (item for attention in attentions for item in attention.holders):
         _check_readable(item.name, item.module.weight)
-        holders.setdefault(item.name.rpartition(".")[0], []).append(item)
-    attentions = []
-    for layer, (name, items) in enumerate(holders.items()):
-        module = model.get_submodule(name)
-        spec = next(spec for spec in specs if spec.matches(module))
-        heads = {part: count for item in items for part, count in zip(item.layout.projections, item.layout.heads)}
-        attentions.append(Attention(layer, name, module, tuple(items), spec.output_name(name), model, heads))
     return attentions if layers is None else [attentions[layer] for layer in _places(layers, len(attentions))]
 
 

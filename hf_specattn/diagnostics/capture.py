@@ -208,8 +208,7 @@ class _Record:
         module = self.attention.module
         handles.append(module.register_forward_pre_hook(self._see_call, with_kwargs=True))
         handles.append(module.register_forward_hook(self._see_output))
-        if self.attention.output_name is not None:
-            output: Any = self.attention.output()
+        if (output := self.attention.output()) is not None:
             handles.append(output.register_forward_pre_hook(self._see_attended))
         return handles
 

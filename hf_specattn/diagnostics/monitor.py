@@ -310,7 +310,7 @@ def _outputs_record(captured: list[CapturedAttention]) -> dict[str, Any]:
         # As many sequences as there are, each of its own length.
         outputs = [item.head_outputs(sequence).movedim(0, 1)[None] for sequence in range(len(item.x))]
         record["kappa_head_output"].append(_mean_kappa(outputs))
-        layer = item.attention.output() if item.attention.output_name is not None else None
+        layer = item.attention.output()
         if isinstance(layer, PreconditionedLayer):
             settings = (layer.heads, layer.preconditioner, layer.stock_norm)
             scaled = [

@@ -104,8 +104,7 @@ def _rows(attention: Attention, output: bool, dtype: torch.dtype) -> list[Projec
     raw, effective = attention.head_weights(effective=False), attention.head_weights()
     names = {part: item.name for item in attention.holders for part in item.layout.projections}
     if output and (weight := attention.output_weight(effective=False)) is not None:
-        assert attention.output_name is not None
-        names["output"] = attention.output_name
+        names["output"] = str(attention.spec.output_name(attention.name))
         heads = attention.heads.get("query", next(iter(attention.heads.values())))
         # Transposed, so that heads are runs of rows here as well.
         raw["output"] = weight.mT.unflatten(0, (heads, -1))

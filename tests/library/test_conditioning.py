@@ -34,8 +34,8 @@ from hf_specattn import (
     precondition,
     refresh,
 )
-from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import SpectralLinear, spectral_layers
+from hf_specattn.projections import find_projections
 
 SMALL = {
     "num_hidden_layers": 2,

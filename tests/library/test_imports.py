@@ -72,7 +72,7 @@ CARRIED = {
     "specattn_bert": [
         "architectures", "checksums", "compat", "conditioning", "config", "corrections", "crammed_bert", "existing_adapters",
         "layers", "modeling", "ordinary", "polar", "preconditioner", "preconditioning", "products", "projection_report",
-        "refreshing",
+        "projections", "refreshing",
     ],
     "crammed_bert": ["crammed_bert"],
 }  # fmt: skip

@@ -17,8 +17,8 @@ from hf_specattn import (
     precondition,
     refresh,
 )
-from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import OutputLayout, SpectralLinear, make_spectral, spectral_layers
+from hf_specattn.projections import find_projections
 
 # Where W_O is, by the end of its name.
 OUTPUTS = {

@@ -13,8 +13,8 @@ from scipy import stats
 from scripts_loading import REPOSITORY, load_script
 
 from hf_specattn import fold
-from hf_specattn.conditioning import find_projections
 from hf_specattn.layers import SpectralLayer
+from hf_specattn.projections import find_projections
 
 SCRIPT = REPOSITORY / "benchmarks" / "bench_step.py"
 TINY = ["--scale", "tiny", "--device", "cpu", "--rounds", "6", "--batch_size", "2"]

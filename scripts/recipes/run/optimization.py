@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_specattn.conditioning import find_projections
 from hf_specattn.config import PROJECTIONS, TARGETS
+from hf_specattn.projections import find_projections
 
 from .command_line import flag
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_specattn.conditioning import find_projections
 from hf_specattn.config import PROJECTIONS, TARGETS, SpectralConfig
 from hf_specattn.initialization import INITIALIZATIONS, Initialization, initialize
 from hf_specattn.layers import correction_matrix
+from hf_specattn.projections import find_projections
 
 from .command_line import flag
 from .spectral_arguments import SpectralArguments, parse_numbers

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from hf_specattn.conditioning import find_projections
 from hf_specattn.modeling import MODEL_TYPE_PREFIX
+from hf_specattn.projections import find_projections
 
 from .messages import one_line
 from .spectral_arguments import SpectralArguments

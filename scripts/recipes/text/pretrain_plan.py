@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
 
-from hf_specattn.conditioning import find_projections
 from hf_specattn.config import SpectralConfig
 from hf_specattn.crammed_bert import CrammedBertForMaskedLM
 from hf_specattn.layers import spectral_layers
+from hf_specattn.projections import find_projections
 
 from ..run.memory import MemoryEstimate, autocast_on_cpu, estimate_training_memory
 from ..run.model_changes import model_changes

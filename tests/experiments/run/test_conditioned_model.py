@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModel, BertModel
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
-from hf_specattn.conditioning import find_projections
 from hf_specattn.config import DEFAULT_LAMBDA
 from hf_specattn.diagnostics import saturation
+from hf_specattn.projections import find_projections
 from recipes.run.conditioned_model import ConditioningError, condition_model, find_lambda
 from recipes.run.projection_init import check_initialization
 from recipes.run.run_arguments import RunArguments
