@@ -1,6 +1,6 @@
 """The flag in transformers' own calls, and registration with the Auto classes.
 
-`register` adds the conditioned types to the Auto classes, and wraps five methods of transformers' base classes, each of
+`register` adds the conditioned types to the Auto classes, and wraps six methods of transformers' base classes, each of
 which does without the flag what it did. So `CONFIG_MAPPING["bert"]` stays `BertConfig`, which pickles, passes `isinstance`
 and is what third-party code of the same model type expects.
 
@@ -9,10 +9,11 @@ and is what third-party code of the same model type expects.
   conditioned configuration, for which the Auto classes have the conditioned model class.
 - `PreTrainedModel.from_pretrained` and construction: the flag beside `config=`, in `from_config`, or on a stock class.
 - `PreTrainedModel.post_init`: a model that is complete, and whose configuration says that it is conditioned, must be.
+- `PreTrainedModel.save_pretrained`: a model with a conditioned part, of which its configuration knows nothing, is not saved.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import transformers
@@ -39,8 +40,9 @@ from .modeling import (
     preconditioner_settings,
     refuse_misspelt,
     refuse_stored_fields,
+    stored_config,
 )
-from .preconditioner import is_preconditioned
+from .preconditioner import is_preconditioned, preconditioned_layers
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +61,7 @@ def register() -> None:
     _wrap(PreTrainedModel, "from_pretrained", _model_from_pretrained)
     _wrap(PreTrainedModel, "__new__", _new_model)
     _wrap(PreTrainedModel, "post_init", _post_init)
+    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
 
 
 def register_architecture(
@@ -190,8 +193,65 @@ def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -
         if isinstance(kwargs.get("config"), SpectralConfigMixin) or _flag(cls, kwargs, with_init=True):
             counterpart = _counterpart(cls, kwargs)
             return counterpart.from_pretrained(*args, **kwargs)
+        _refuse_conditioned_weights(cls, *args, **kwargs)
         kwargs = _without_flags(kwargs)
     return original(cls, *args, **kwargs)
+
+
+def _refuse_conditioned_weights(cls: Any, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> None:
+    """Refuse a stock configuration that was given beside a conditioned checkpoint: W would be loaded without C."""
+    path, config = pretrained_model_name_or_path, kwargs.get("config")
+    if config is None or not _knows_settings(cls) or getattr(config, "name_or_path", None) == str(path):
+        return  # the configuration comes, or came, from there
+    stored = stored_config(path, kwargs) or {}
+    if str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
+        raise ValueError(
+            f"{path} is a conditioned checkpoint (model type {stored['model_type']!r}), and the configuration beside it is "
+            f"one of a stock model ({type(config).__name__}): {cls.__name__} would compute with W instead of W + C. Leave "
+            "config out, or take it from there: AutoConfig.from_pretrained(path)."
+        )
+
+
+def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if not isinstance(self.config, SpectralConfigMixin):
+        _refuse_untold(self)
+    return original(self, *args, **kwargs)
+
+
+def _refuse_untold(model: Any) -> None:
+    """Refuse to save a stock model with a conditioned part that its configuration does not tell of."""
+    configurations = [_fields(each) for each in _configurations(model.config)]
+    parts = [(name, part) for name, part in model.named_modules() if isinstance(part, SpectralModelMixin)]
+    told = tuple(f"{name}." for name, part in parts if _fields(part.config) in configurations)
+    layers = (*spectral_layers(model), *preconditioned_layers(model))
+    untold = next((name for name, _ in layers if not name.startswith(told)), None)
+    if untold is None:
+        return
+    message = (
+        f"{untold} of this {type(model).__name__} is conditioned, and {type(model.config).__name__} does not say so"
+    )
+    if not type(model).__module__.startswith("transformers."):
+        logger.warning(
+            f"{message}: its checkpoint loads conditioned only if the code of {type(model).__name__} sees to it."
+        )
+        return
+    raise ValueError(
+        f"{message}: its checkpoint would load without that. Load a head by its Auto class from the conditioned checkpoint; "
+        "make a composite of parts that are conditioned already, whose configurations it takes into its own; or call "
+        "hf_specattn.fold(model), which keeps the function of corrections, and save that."
+    )
+
+
+def _fields(config: Any) -> tuple[type, list[Any]]:
+    return type(config), [vars(config).get(name) for name in FIELDS]
+
+
+def _configurations(config: Any) -> Iterator[Any]:
+    """A configuration and those within it."""
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            yield from _configurations(value)
 
 
 def _new_model(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -50,10 +50,12 @@ from .conditioning import (
     check_lambda,
     define_with,
     half_precision_cost,
+    projection_names,
     set_origin,
     subtract_correction,
 )
 from .config import INITS, PROJECTIONS, TARGETS, SpectralConfig, check_choice, is_positive_number
+from .existing_adapters import adapted_layers
 from .layers import refuse_replaced, spectral_layers
 from .preconditioner import PreconditionerConfig, preconditioned_layers
 from .preconditioning import attach_preconditioner, find_output_projections, precondition
@@ -80,7 +82,7 @@ PRECONDITIONER_FIELDS = (
     "preconditioner_eps",
     "preconditioner_norms",
 )
-FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)
+FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)  # preconditioner_norms is the last
 SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelt one
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
 IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
@@ -426,6 +428,7 @@ class SpectralModelMixin:
     stock_class: ClassVar[type[PreTrainedModel]]
     config_class: ClassVar[Any]
     config: Any
+    _computed_corrections: Sequence[str] = ()  # names of those that no checkpoint filled
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         """As the stock class; a stock configuration takes the settings in `kwargs`."""
@@ -470,7 +473,7 @@ class SpectralModelMixin:
                 continue
             if not was_loaded(layer.correction):
                 recompute(layer)
-                self._computed_corrections = True
+                self._computed_corrections = [*self._computed_corrections, f"{name}{CORRECTION}"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -498,7 +501,7 @@ class SpectralModelMixin:
         """
         config, kwargs = cls._settle(config, kwargs)
         _refuse_unsupported_loading(config, kwargs)
-        stored = _stored_config(pretrained_model_name_or_path, kwargs)
+        stored = stored_config(pretrained_model_name_or_path, kwargs)
         conditioned = _is_conditioned_checkpoint(stored, spectral_init)
         _check_init(spectral_init, conditioned, config, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
@@ -521,12 +524,15 @@ class SpectralModelMixin:
         return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As the stock method.
+        """As the stock method. What config.json says of conditioning is what the layers compute.
 
         Raises:
-            ValueError: if a conditioned projection was replaced: the checkpoint would be of another function.
+            ValueError: if a conditioned projection was replaced, or layers differ: the checkpoint would be of another
+                function.
         """
         refuse_replaced(self)  # type: ignore[arg-type]
+        if not adapted_layers(self):  # type: ignore[arg-type]  # then transformers saves the adapters alone
+            self._configure_by_layers()
         add_metadata_on_save(with_checksums, order_metadata)
         every, steps = self.config.spectral_refresh_every, steps_since_refresh(self)  # type: ignore[arg-type]
         if every is not None and steps > every:
@@ -540,6 +546,45 @@ class SpectralModelMixin:
                 "model.push_to_hub(...) or `specattn push` bring the code."
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def _configure_by_layers(self) -> None:
+        """Let the configuration say what the layers compute: it may have been edited since, and layers moved or taken out.
+
+        Raises:
+            ValueError: where no configuration says it.
+        """
+        model: Any = self
+        layers, outputs = dict(spectral_layers(model)), dict(preconditioned_layers(model))
+        spectral = next((layer.spectral for layer in layers.values()), None)
+        preconditioner = next((layer.preconditioner for layer in outputs.values()), None)
+        others = [name for name, layer in layers.items() if layer.spectral != spectral]
+        others += [name for name, layer in outputs.items() if layer.preconditioner != preconditioner]
+        others += sorted(layers.keys() ^ projection_names(model, spectral.targets if spectral else ()))
+        others += sorted(outputs.keys() ^ projection_names(model, ("output",) if preconditioner else ()))
+        if others or (spectral is None and preconditioner is None):
+            which = (
+                f"{others[0]} is not conditioned as the other projections are"
+                if others
+                else "no projection is conditioned"
+            )
+            raise ValueError(
+                f"{type(self).__name__} cannot be saved: {which} (was a layer replaced, or taken from another model?), and "
+                "its checkpoint would load with all of them alike. Put back what was there; or call hf_specattn.fold(model), "
+                "which keeps the function of corrections, and save that."
+            )
+        matched = preconditioner is not None and preconditioner.scale == "match"
+        norms = [layer.stock_norm for layer in outputs.values()] if matched else None
+        config = self.config_class.from_stock(self.config, spectral, preconditioner, norms)
+        said, true = ({name: vars(each).get(name) for name in FIELDS} for each in (self.config, config))
+        wrong = next((name for name in FIELDS[:-1] if said[name] != true[name]), None)
+        if wrong is not None:
+            logger.warning(
+                f"The configuration of {type(self).__name__} says {wrong}={said[wrong]!r}, and its layers compute with "
+                f"{true[wrong]!r}, which is saved. An attribute set on the configuration changes no model that is there "
+                "already: call fold(model), then condition it again."
+            )
+        if said != true:
+            _replace_config(model, config)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """As the stock method, in one commit with the code for every head and a generated model card."""
@@ -626,7 +671,7 @@ def _refuse_unsupported_loading(config: Any, kwargs: dict[str, Any]) -> None:
             )
 
 
-def _stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+def stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """The fields of the checkpoint's config.json; None where there is none."""
     if path is None:
         return None
@@ -669,7 +714,10 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
 
 def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> None:
     mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    lost = sorted(key for key in (*info["missing_keys"], *mismatched) if key.endswith(CORRECTION))
+    missing = set(info["missing_keys"])
+    # An attention that the checkpoint does not have at all (the cross-attention of a new decoder) begins as stock ones do.
+    new = {key for key in missing if f"{key.removesuffix(CORRECTION)}.weight" in missing}
+    lost = sorted(key for key in {*missing, *mismatched} - new if key.endswith(CORRECTION))
     if lost:
         raise ValueError(
             f"{path} is a conditioned checkpoint, but {len(lost)} correction(s) are missing from it or have the wrong shape, "
@@ -677,12 +725,18 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
             "source."
         )
     ours = {f"{name}.weight" for name, _ in (*spectral_layers(model), *preconditioned_layers(model))}
-    random = sorted(ours & set(info["missing_keys"]))
-    if random and (others := sorted(key for key in info["unexpected_keys"] if key.endswith(".weight"))):
+    random = sorted(ours & missing)
+    parts = tuple(name.removesuffix("weight") for name in random)  # of pruned or parametrized weights
+    unexpected = info["unexpected_keys"]
+    others = sorted(
+        key for key in unexpected if key.startswith(parts) or (ours <= missing and key.endswith(".weight"))
+    )
+    if random and others:
         raise ValueError(
             f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and others instead of "
             f"{len(random)} weight(s) of its projections, such as {random[0]}, which would be random numbers. Restore "
-            "config.json and the weights from their source."
+            "config.json and the weights from their source; where weights were pruned or parametrized, make them plain "
+            "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations) and save again."
         )
     if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
         raise ValueError(
@@ -690,7 +744,7 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
             f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): one of "
             "the two is not what was saved, and the model would compute something else. Restore both from their source."
         )
-    if getattr(model, "_computed_corrections", False):
+    if set(model._computed_corrections) - missing:
         raise UnsupportedTransformersError(
             f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so that the "
             f"corrections of {path} would be recomputed. Install a release that this package names."

@@ -395,13 +395,6 @@ def test_the_configuration_of_another_checkpoint_is_refused(checkpoint, other, t
         SpecBertModel.from_pretrained(trained[checkpoint], config=str(trained[other]))
 
 
-def test_a_stock_config_for_a_conditioned_checkpoint_is_no_conditioned_model(trained):
-    # Like a stock class called by name: transformers loads the raw W, and reports the corrections as unexpected.
-    model, info = AutoModel.from_pretrained(trained["svd"], config=BERT.config(), output_loading_info=True)
-    assert type(model) is transformers.BertModel
-    assert len(info["unexpected_keys"]) == 3 * LAYERS
-
-
 @pytest.mark.parametrize(
     ("method", "same"),
     [
