@@ -13,8 +13,9 @@ some ten minutes on two CPU cores. Where the queries, keys and values come from 
 - not built: no small configuration was found, or the stock model does not run with it;
 - wrong: anything else. There must be none.
 
-The same is said of the preconditioner (the row axis): its outputs and gradients are those of a stock model in which what
-every attention gives, seen as it runs and not by the table, has rows of norm 1.
+That is said of query, key and value, and of value and output, where the output projection is the first linear map that
+reads what the heads gave; and of the preconditioner (the row axis): its outputs and gradients are those of a stock model in
+which what every attention gives, seen as it runs and not by the table, has rows of norm 1.
 
 Each model has a process of its own, so that one that fails, hangs or takes too much memory ends alone.
 """
@@ -42,7 +43,7 @@ from recipes.survey.checks import Result, survey
 from recipes.survey.rows import Row, chosen_rows
 
 STATUSES = ("exact", "refused", "not built", "wrong")
-PRECONDITIONED = ("exact", "refused", "wrong")  # of those that were built and attend
+OTHERS = ("exact", "refused", "wrong")  # of those that were built and attend
 ENCODER_TASKS = ("masked LM", "image classification")
 
 
@@ -134,8 +135,8 @@ def report(results: Sequence[Result]) -> str:
     ]
     for task in dict.fromkeys(result.row.task for result in results):
         chosen = [result for result in results if result.row.task == task]
-        rows = [[f"`{r.row.name}`", r.status, r.preconditioned, attends(r), reasons(r)] for r in chosen]
-        header = ["architecture", "conditioned", "preconditioned", "attention", "reason"]
+        rows = [[f"`{r.row.name}`", r.status, r.output, r.preconditioned, attends(r), reasons(r)] for r in chosen]
+        header = ["architecture", "query, key, value", "value, output", "preconditioned", "attention", "reason"]
         parts += [f"\n## {task}\n", markdown_table(header, rows)]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -145,21 +146,24 @@ def attends(result: Result) -> str:
 
 
 def reasons(result: Result) -> str:
-    """Of conditioning; of preconditioning where that is another one."""
-    if not result.preconditioned_reason or result.preconditioned_reason == result.reason:
-        return result.reason
-    return "; ".join(filter(None, (result.reason, f"preconditioner: {result.preconditioned_reason}")))
+    """Of conditioning query, key and value; of the others where that is another one."""
+    found = {result.reason: result.reason} if result.reason else {}
+    for name, reason in (("value, output", result.output_reason), ("preconditioner", result.preconditioned_reason)):
+        if reason:
+            found.setdefault(reason, f"{name}: {reason}")
+    return "; ".join(found.values())
 
 
 def summary(results: Sequence[Result]) -> str:
     rows = []
     for task in (*dict.fromkeys(result.row.task for result in results), "all"):
         chosen = [result for result in results if task in (result.row.task, "all")]
-        statuses, beside = [result.status for result in chosen], [result.preconditioned for result in chosen]
-        counts = [*map(statuses.count, STATUSES), len(chosen), *map(beside.count, PRECONDITIONED)]
+        counts = [*map([result.status for result in chosen].count, STATUSES), len(chosen)]
+        for beside in ([result.output for result in chosen], [result.preconditioned for result in chosen]):
+            counts += map(beside.count, OTHERS)
         rows.append([task, *map(str, counts)])
-    preconditioned = [f"preconditioned: {status}" for status in PRECONDITIONED]
-    table = markdown_table(["", *STATUSES, "rows", *preconditioned], rows)
+    others = [f"{what}: {status}" for what in ("value, output", "preconditioned") for status in OTHERS]
+    table = markdown_table(["", *STATUSES, "rows", *others], rows)
     encoders = [r for r in results if r.row.task in ENCODER_TASKS and r.attends]
     exact = sum(result.status == "exact" for result in encoders)
     if not encoders:
@@ -189,7 +193,7 @@ def main() -> int:
         print(summary(results))
     else:
         print(text)
-    wrong = [result for result in results if "wrong" in (result.status, result.preconditioned)]
+    wrong = [result for result in results if "wrong" in (result.status, result.output, result.preconditioned)]
     for result in wrong:
         print(f"wrong: {result.row}: {reasons(result)}", file=sys.stderr)
     return 1 if wrong else 0

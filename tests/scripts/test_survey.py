@@ -178,7 +178,16 @@ def test_counts_and_share_of_the_encoders():
     assert "| masked LM | 1 | 2 | 0 | 0 | 3 |" in text
     assert "Of the 3 encoders" in text
     assert "2 are exact: 67 %" in text
-    assert r"| `b` | refused |  | yes | because a \| b |" in text
+    assert r"| `b` | refused |  |  | yes | because a \| b |" in text
+
+
+def test_a_reason_that_several_share_stands_once():
+    row = survey.Row("timm", "a")
+    result = survey.Result(row, "refused", "no table", True, "refused", "no table", "refused", "a gate")
+    assert survey.reasons(result) == "no table; preconditioner: a gate"
+    result = survey.Result(row, "exact", "", True, "refused", "a gate", "refused", "a gate")
+    assert survey.reasons(result) == "value, output: a gate"
+    assert "| timm | 1 | 0 | 0 | 0 | 1 | 0 | 1 | 0 | 0 | 1 | 0 |" in survey.report([result])
 
 
 def test_command(monkeypatch, tmp_path, capsys):
@@ -186,8 +195,8 @@ def test_command(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert survey.main() == 0
     printed = capsys.readouterr().out
-    assert "| `bert` | exact | exact | yes |" in printed
-    assert "| `resnet18` | refused |  | none ran |" in printed
+    assert "| `bert` | exact | exact | exact | yes |" in printed
+    assert "| `resnet18` | refused |  |  | none ran |" in printed
     assert not list(tmp_path.iterdir())
 
 

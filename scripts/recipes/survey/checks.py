@@ -18,7 +18,8 @@ from .rows import Row, build
 from .tracing import ROLES, TracedAttention, trace_attention, with_changed_heads
 
 # Each another number, and small: with 10 the softmax saturates, and its output barely depends on the rest of Q and K.
-LAMBDAS = {"query": 0.5, "key": 0.25, "value": 2.0}
+LAMBDAS = {"query": 0.5, "key": 0.25, "value": 2.0, "output": 1.5}
+VALUE_OUTPUT = ("value", "output")
 # float64; models that compute a norm or a softmax in float32 whatever their weights are round a difference up to it.
 TOLERANCE = 1e-5
 
@@ -28,15 +29,18 @@ class Result:
     """What was found.
 
     Attributes:
-        status, reason: of conditioning.
+        status, reason: of conditioning query, key and value.
         attends: whether attention ran in the stock model; None where it was not built.
-        preconditioned, preconditioned_reason: the same of preconditioning; empty where nothing attends.
+        output, output_reason: of conditioning value and output; empty where nothing attends, as the next two.
+        preconditioned, preconditioned_reason: of preconditioning.
     """
 
     row: Row
     status: str
     reason: str = ""
     attends: bool | None = None
+    output: str = ""
+    output_reason: str = ""
     preconditioned: str = ""
     preconditioned_reason: str = ""
 
@@ -51,19 +55,28 @@ def survey(row: Row) -> Result:
         traced = trace_attention(stock, lambda: stock(**inputs))
     except Exception as error:
         return Result(row, "not built", describe(error))
-    attends = bool(traced)
-    beside = preconditioned(stock, inputs) if attends else ("", "")
+    result = conditioned(stock, inputs, traced, ROLES)
+    if not traced:
+        return Result(row, *result, attends=False)
+    output = conditioned(stock, inputs, traced, VALUE_OUTPUT)
+    return Result(row, *result, True, *output, *preconditioned(stock, inputs))
+
+
+def conditioned(
+    stock: nn.Module, inputs: Mapping[str, Tensor], traced: Sequence[TracedAttention], targets: tuple[str, ...]
+) -> tuple[str, str]:
+    """Status and reason of conditioning these projections, by both methods."""
     reasons = []
     for method in ("identity", "svd"):
         try:
-            problem = compare(stock, inputs, traced, method)
+            problem = compare(stock, inputs, traced, method, targets)
         except Refused as refusal:
-            return Result(row, "refused", describe(refusal), attends, *beside)
+            return "refused", describe(refusal)
         except Exception as error:
             problem = f"{type(error).__name__} ({describe(error)})"
         if problem:
             reasons.append(f"{method}: {problem}")
-    return Result(row, "wrong" if reasons else "exact", "; ".join(reasons), attends, *beside)
+    return "wrong" if reasons else "exact", "; ".join(reasons)
 
 
 class Refused(ValueError):
@@ -71,10 +84,15 @@ class Refused(ValueError):
 
 
 def compare(
-    stock: nn.Module, inputs: Mapping[str, Tensor], traced: Sequence[TracedAttention], method: str
+    stock: nn.Module,
+    inputs: Mapping[str, Tensor],
+    traced: Sequence[TracedAttention],
+    method: str,
+    targets: tuple[str, ...] = ROLES,
 ) -> str | None:
     """What is wrong with the conditioned model; None where nothing is."""
-    config = SpectralConfig(method, lambda_=LAMBDAS if method == "identity" else None)
+    lambdas = {target: LAMBDAS[target] for target in targets}
+    config = SpectralConfig(method, lambda_=lambdas if method == "identity" else None, targets=targets)
     conditioned = copy.deepcopy(stock)
     try:
         condition(conditioned, config)
@@ -83,8 +101,10 @@ def compare(
     unplaced = [f"{item.module[0]} ({item.module[1]})" for item in traced if not item.is_plain]
     if unplaced or not traced:
         return f"conditioned, but the trace cannot say where queries, keys and values come from: {unplaced[:2]}"
+    if "output" in targets and (unread := [item.module[0] for item in traced if item.output is None]):
+        return f"conditioned, but the trace cannot say what reads the heads of {unread[:2]}"
 
-    expected = independent(stock, traced, method)
+    expected = independent(stock, traced, method, targets)
     idle = idle_modules(stock, inputs)
     for name, weight in effective_weights(conditioned).items():
         gap = difference(weight, expected.get_parameter(name))
@@ -155,21 +175,28 @@ def idle_modules(model: nn.Module, inputs: Mapping[str, Tensor]) -> set[str]:
 
 
 @torch.no_grad()
-def independent(stock: nn.Module, traced: Sequence[TracedAttention], method: str) -> nn.Module:
+def independent(
+    stock: nn.Module, traced: Sequence[TracedAttention], method: str, targets: Sequence[str] = ROLES
+) -> nn.Module:
     """A stock model with W + C in the traced rows, by NumPy."""
     model = copy.deepcopy(stock)
     modules = dict(model.named_modules())
     done = set()
     for item in traced:
+        places: dict[str, tuple[Any, Any]] = {}
         for role in ROLES:
-            ((name, rows),) = item.rows[role].items()
-            if (name, rows) in done:
+            ((name, found),) = item.rows[role].items()
+            places[named_role(item, role)] = name, list(found)
+        places["output"] = item.output, slice(None)
+        for target in targets:
+            name, rows = places[target]
+            if (name, str(rows)) in done:
                 continue
-            done.add((name, rows))
+            done.add((name, str(rows)))
             module: Any = modules[name]
             weight = module.weight.mT if isinstance(module, Conv1D) else module.weight
-            block = weight[list(rows)].numpy()
-            weight[list(rows)] = torch.from_numpy(block + correction(block, LAMBDAS[named_role(item, role)], method))
+            block = weight[rows].numpy()
+            weight[rows] = torch.from_numpy(block + correction(block, LAMBDAS[target], method))
     return model
 
 

@@ -1,8 +1,9 @@
-"""Which rows of which weights make the queries, keys and values of a model: found by watching it run.
+"""Which weights make the queries, keys and values of a model, and read what its heads give: found by watching it run.
 
 Nothing here reads a class name, a child name or a table. The model runs once; every scaled dot product attention, and
 every softmax between two products, gives three tensors, and autograd says which rows of the weights in the same module
-each of them depends on. That is a second opinion on where the projections are.
+each of them depends on, and which linear map is the first to read what came of them. That is a second opinion on where the
+projections are.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,10 +33,12 @@ class TracedAttention:
         rows: query, key and value -> module name of a weight -> the output rows that this role reads, in order.
             A role with two weights is no single projection (a low-rank factorization, say); without any the weights could
             not be placed (those of `nn.MultiheadAttention`, say).
+        output: name of the first linear map that reads what the heads give; None where none does.
     """
 
     module: tuple[str, str]
     rows: dict[str, dict[str, tuple[int, ...]]]
+    output: str | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -86,6 +89,8 @@ class _Call:
     stack: tuple[str, ...]
     tensors: dict[str, Tensor]
     scores_size: int = 0
+    heads: Tensor | None = None
+    output: str | None = None
 
 
 @dataclass
@@ -107,14 +112,22 @@ class _Watch(TorchFunctionMode):
         self.handles = [handle for name, module in self.modules.items() for handle in self._hooks(name, module)]
 
     def _hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
-        def enter(*_: Any) -> None:
+        def enter(_: nn.Module, args: Sequence[Any]) -> None:
             self.stack.append(name)
+            if isinstance(module, (nn.Linear, Conv1D)) and args:
+                self._reads(name, args[0])
 
         def leave(*_: Any) -> None:
             self.stack.pop()
 
         yield module.register_forward_pre_hook(enter)
         yield module.register_forward_hook(leave, always_call=True)
+
+    def _reads(self, name: str, entering: Tensor) -> None:
+        for call in self.calls if entering.requires_grad else ():
+            if call.output is None and call.heads is not None and call.heads.requires_grad:
+                (gradient,) = torch.autograd.grad(entering.sum(), call.heads, retain_graph=True, allow_unused=True)
+                call.output = None if gradient is None else name
 
     def close(self) -> None:
         for handle in self.handles:
@@ -128,7 +141,7 @@ class _Watch(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             query, key, value = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(ROLES))
             self.calls.append(_Call(tuple(self.stack), {"query": query, "key": key, "value": value}))
-            output = self.change(output)
+            output = self.calls[-1].heads = self.change(output)
         elif func is F.multi_head_attention_forward:  # nn.MultiheadAttention: its weights are no module's
             self.calls.append(_Call(tuple(self.stack), {}))
         elif func in SOFTMAXES:
@@ -156,7 +169,8 @@ class _Watch(TorchFunctionMode):
                 sizes = [item.numel() for item in operands]
                 if call.scores_size in sizes and _common(call.stack, self.stack):
                     call.tensors["value"] = operands[1 - sizes.index(call.scores_size)]
-                    return self.change(output)
+                    call.heads = self.change(output)
+                    return call.heads
         self.products.append(_Product(tuple(self.stack), (operands[0], operands[1]), output.numel()))
         return output
 
@@ -187,7 +201,7 @@ def _trace(modules: Mapping[str, nn.Module], call: _Call) -> TracedAttention | N
     for name in reversed(call.stack) if call.tensors else ():
         rows = {role: _rows_read(modules[name], name, tensor) for role, tensor in call.tensors.items()}
         if rows["query"] and rows["key"] and ("value" not in rows or rows["value"]):
-            return TracedAttention((name, type(modules[name]).__name__), _without_derived_values(rows))
+            return TracedAttention((name, type(modules[name]).__name__), _without_derived_values(rows), call.output)
     innermost = call.stack[-1]
     return TracedAttention((innermost, type(modules[innermost]).__name__), {})
 
@@ -238,7 +252,8 @@ def _merged(found: Sequence[TracedAttention]) -> list[TracedAttention]:
     for traced in found:
         before = by_module.get(traced.module)
         rows = traced.rows if before is None else _united(before.rows, traced.rows)
-        by_module[traced.module] = TracedAttention(traced.module, rows)
+        output = traced.output if before is None else before.output or traced.output
+        by_module[traced.module] = TracedAttention(traced.module, rows, output)
     return list(by_module.values())
 
 

@@ -1,5 +1,7 @@
 """One survey row: what is exact, what is refused, and that the oracle notices what is wrong."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_specattn import PreconditionerConfig, precondition
@@ -35,28 +37,50 @@ def test_heads_are_normalized_as_an_oracle_without_the_table_says(name):
     assert checks.preconditioned(stock, inputs) == ("exact", "")
 
 
-def test_a_row_says_both():
+@pytest.mark.parametrize("name", EXACT)
+def test_value_and_output_are_w_plus_c_without_the_table(name):
+    stock, inputs = checks.build(chosen_rows([name])[0])
+    traced = checks.trace_attention(stock, lambda: stock(**inputs))
+    assert checks.conditioned(stock, inputs, traced, checks.VALUE_OUTPUT) == ("exact", "")
+
+
+@pytest.mark.parametrize("method", ["identity", "svd"])
+def test_the_oracle_notices_another_output_projection(method):
+    stock, inputs = checks.build(chosen_rows(["masked LM/bert"])[0])
+    traced = checks.trace_attention(stock, lambda: stock(**inputs))
+    layer = "bert.encoder.layer.0"
+    assert traced[0].output == f"{layer}.attention.output.dense"
+    moved = [replace(traced[0], output=f"{layer}.output.dense"), *traced[1:]]
+    found = checks.compare(stock, inputs, moved, method, checks.VALUE_OUTPUT)
+    assert found is not None
+    assert found.startswith(f"{layer}.attention.output.dense.weight is not W + C")
+    lost = [replace(traced[0], output=None), *traced[1:]]
+    assert "cannot say what reads the heads" in str(checks.compare(stock, inputs, lost, method, checks.VALUE_OUTPUT))
+
+
+def test_a_row_says_all():
     result = checks.survey(chosen_rows(["causal LM/opt"])[0])
     assert (result.status, result.reason, result.attends) == ("exact", "", True)
+    assert (result.output, result.output_reason) == ("exact", "")
     assert (result.preconditioned, result.preconditioned_reason) == ("exact", "")
 
 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("causal LM/beam", "stands a gate"),
-        ("causal LM/bitnet", "stands a norm of what the heads give"),
-        ("causal LM/granite_swa", "stands a sink"),
-        ("masked LM/convbert", "stands a convolution"),
-        ("timm/xcit_nano_12_p16_224", "stands attention between channels"),
-        ("timm/cait_xxs24_224", "stands talking heads"),
+        ("causal LM/beam", "a gate"),
+        ("causal LM/bitnet", "a norm of what the heads give"),
+        ("causal LM/granite_swa", "a sink"),
+        ("masked LM/convbert", "a convolution"),
+        ("timm/xcit_nano_12_p16_224", "attention between channels"),
+        ("timm/cait_xxs24_224", "talking heads"),
     ],
 )
 def test_what_stands_before_the_output_projection_is_the_reason_of_a_refusal(name, reason):
     stock, inputs = checks.build(chosen_rows([name])[0])
     status, why = checks.preconditioned(stock, inputs)
     assert status == "refused"
-    assert f"before its output projection {reason}" in why
+    assert f"before its output projection there is {reason}" in why
 
 
 def test_the_oracle_notices_another_preconditioner(monkeypatch):

@@ -1,5 +1,7 @@
 """Queries, keys and values found by watching a model run, against what its code says."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,10 +53,17 @@ class Eager(nn.Module):
 
 @pytest.mark.parametrize("spelling", ["operators", "functions", "einsum", "sink", "baddbmm", "channels"])
 def test_attention_in_several_spellings(spelling):
-    model = nn.Sequential(Eager(spelling))
+    beside, reader, later = (nn.Linear(16, 16, dtype=torch.float64) for _ in range(3))
+    model = nn.ModuleList([Eager(spelling), beside, reader, later])
     x = inputs()
-    (found,) = trace_attention(model, lambda: model(x))
+
+    def run():
+        heads = model[0](x)
+        return later(reader(heads.tanh() * beside(x)))  # a gate that reads something else stands before
+
+    (found,) = trace_attention(model, run)
     assert found.module == ("0", "Eager")
+    assert found.output == "2"
     rows = tuple(range(16))
     assert found.rows == {"query": {"0.q": rows}, "key": {"0.k": rows}, "value": {"0.v": rows}}
     assert found.is_plain
@@ -85,6 +94,7 @@ def test_every_architecture_as_its_weights_are_named(tiny):
     assert by_name == {name for name, _, _ in tiny.projections(model)}
     for item in found:
         assert item.is_plain
+        assert re.search(tiny.outputs, f"{item.output}.weight")
         for role, rows in item.rows.items():
             ((_, numbers),) = rows.items()
             assert len(numbers) == 32 // HEADS * tiny.heads_of(role)
@@ -119,6 +129,8 @@ def test_calls_that_share_a_module_are_taken_together():
     (found,) = trace_attention(model, lambda: model(model(inputs())))
     rows = tuple(range(16))
     assert found.rows == {"query": {"q": rows}, "key": {"k": rows}, "value": {"v": rows}}
+    # The second time its own projections are the first to read what it gave.
+    assert found.output == "q"
 
 
 def test_a_softmax_over_something_else_is_no_attention():
