@@ -27,6 +27,7 @@ from ..run.messages import one_line
 
 CHECKING_THREADS = 8
 NAMED_AT_MOST = 5
+OPTIONAL_NUMBERS = {"iscrowd": 1, "area": 1e10}  # of an annotation, and what COCO's evaluation takes at most
 SLACK = 1.0  # pixels by which published polygons and boxes may lie outside their image
 
 Example = tuple[Tensor, dict[str, Tensor]]
@@ -133,8 +134,8 @@ def read_coco(annotation_file: str | Path, image_dir: str | Path) -> DetectionSp
     """
     file, folder = Path(annotation_file), Path(image_dir)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))  # with a byte order mark or without
+    except (OSError, ValueError, RecursionError) as error:
         raise DetectionDataError(f"{file} cannot be read as COCO's JSON of annotations: {one_line(error)}") from error
     for part in ("images", "annotations", "categories"):
         entries = content.get(part) if isinstance(content, dict) else None
@@ -170,6 +171,7 @@ def _check_annotations(content: Mapping[str, list[dict[str, Any]]], file: Path) 
             known[entry["id"]] = int(entry["height"]), int(entry["width"])
         elif part == "categories":
             known[entry["id"]] = str(entry["name"])
+            sorted(known)  # the order of the classes
         else:
             known[entry["id"]] = _checked_box(entry, sizes, categories, f"{file}: annotation {entry['id']}")
 
@@ -179,11 +181,11 @@ def _check_annotations(content: Mapping[str, list[dict[str, Any]]], file: Path) 
                 check(part, entry)
             except DetectionDataError:
                 raise
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
                 raise DetectionDataError(
                     f"{file}: entry {place} of its {part} is not as in COCO's format ({one_line(error)})."
                 ) from error
-    return [number for number, box in boxes.items() if box[2] <= 0 or box[3] <= 0]
+    return [number for number, box in boxes.items() if 0 in box[2:]]
 
 
 def _checked_box(
@@ -196,10 +198,17 @@ def _checked_box(
         )
     if annotation["image_id"] not in sizes:
         raise DetectionDataError(f"{name} is of the image {annotation['image_id']}, which the file does not list.")
+    for key, highest in OPTIONAL_NUMBERS.items():
+        if not (isinstance(value := annotation.get(key, 0), (int, float)) and 0 <= value <= highest):
+            raise DetectionDataError(
+                f"{name} has {key} {value!r}; it must be a number from 0 to {highest:g}, or left out."
+            )
     height, width = sizes[annotation["image_id"]]
-    box = [float(value) for value in annotation["bbox"]]
-    if len(box) != 4 or not math.isfinite(sum(box)):
-        raise DetectionDataError(f"{name} has the box {annotation['bbox']}; it must be x, y, width, height.")
+    box = annotation["bbox"]
+    if len(box) != 4 or not all(isinstance(value, (int, float)) for value in box) or not math.isfinite(sum(box)):
+        raise DetectionDataError(f"{name} has the box {box}; it must be x, y, width, height, as numbers.")
+    if min(box[2:]) < 0:
+        raise DetectionDataError(f"{name} has the box {box}, with a negative width or height. Correct the annotation.")
     _check_inside(f"{name}, whose box", [box[0], box[0] + box[2]], [box[1], box[1] + box[3]], height, width)
     _check_segmentation(f"{name}, whose mask", annotation["segmentation"], height, width)
     return box

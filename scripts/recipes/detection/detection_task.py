@@ -219,7 +219,15 @@ def load_splits(
             f"{train.origin} has the classes {', '.join(train.class_names[:5])}, ..., and {validation.origin} has "
             f"{', '.join(validation.class_names[:5])}, ...; both files must list the same categories."
         )
-    return train.take(limits[0]), validation.take(limits[1])
+    splits = train.take(limits[0]), validation.take(limits[1])
+    for split in splits:
+        if not split.annotations:
+            raise DetectionDataError(
+                f"{split.origin} has no object on its {len(split):,} images (crowds and boxes without extent do not count): "
+                "there is nothing to learn or to measure. Use more of the images (--max_train_samples, "
+                "--max_validation_samples), or another file."
+            )
+    return splits
 
 
 def describe_split(split: DetectionSplit) -> str:

@@ -10,6 +10,8 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from recipes.detection.coco_files import DetectionDataError, check_images, counts_of, encoded, mask_of, read_coco
+from recipes.detection.detection_arguments import parse_arguments
+from recipes.detection.detection_task import load_splits
 from recipes.detection.shapes import COUNTS, SIZE, shapes
 
 
@@ -154,6 +156,20 @@ def put(*path, value):
         (put("images", 1, "height", value="tall"), r"entry 1 of its images is not as in COCO's format"),
         (remove("categories", 0, "name"), r"entry 0 of its categories is not as in COCO's format"),
         (put("images", 1, "id", value=7), r"two of the images have the id 7"),
+        (put("categories", 0, "id", value="3"), r"entry 1 of its categories is not as in COCO's format"),
+        (put("annotations", 0, "bbox", value=["4", "6", "10", "12"]), r"annotation 5 has the box .*, as numbers"),
+        (put("annotations", 0, "bbox", value=[4, 6, 10, 10**400]), r"entry 0 of its annotations is not as in COCO's"),
+        (
+            put("annotations", 0, "bbox", value=[14, 18, -10, -12]),
+            r"annotation 5 has the box .* negative width or height",
+        ),
+        (put("annotations", 0, "area", value=None), r"annotation 5 has area None; it must be a number"),
+        (put("annotations", 0, "area", value="120"), r"annotation 5 has area '120'; it must be a number"),
+        (put("annotations", 0, "area", value=10**400), r"annotation 5 has area 1000"),
+        (
+            put("annotations", 0, "iscrowd", value="0"),
+            r"annotation 5 has iscrowd '0'; it must be a number from 0 to 1",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_are_named(change, message, tmp_path):
@@ -164,6 +180,40 @@ def test_annotations_that_cannot_be_are_named(change, message, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(DetectionDataError, match=message):
         read(folder)
+
+
+def test_a_byte_order_mark_and_deep_json(tmp_path):
+    file = write_coco(tmp_path) / "annotations" / "instances_train2017.json"
+    plain = read(tmp_path)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read(tmp_path).fingerprint == plain.fingerprint
+    file.write_text('{"images": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(DetectionDataError, match="cannot be read as COCO's JSON"):
+        read(tmp_path)
+
+
+def test_images_without_any_object_are_refused(tmp_path):
+    arguments, _ = parse_arguments(
+        ["--coco_dir", str(tmp_path), "--validation_split", "train2017", "--max_validation_samples", "1"], ""
+    )
+    write_coco(tmp_path)
+    _, validation = load_splits(arguments)
+    assert len(validation.annotations) == 1
+    for content in (changed_by(put("annotations", value=coco_content()["annotations"][-1:])), changed_by(all_crowds)):
+        write_coco(tmp_path, content)
+        with pytest.raises(DetectionDataError, match=r"has no object on its \d images"):
+            load_splits(arguments)
+
+
+def changed_by(change):
+    content = coco_content()
+    change(content)
+    return content
+
+
+def all_crowds(content):
+    for each in content["annotations"]:
+        each["iscrowd"] = 1
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
