@@ -27,13 +27,12 @@ def describe_plan(
         DetectionDataError, DetectorError: where a run would raise them.
     """
     images, names = planned_images(arguments)
-    state = torch.get_rng_state()
-    if arguments.model_name_or_path is not None:
-        model = load_trained(arguments.model_name_or_path, names)
-    else:
-        own = arguments.classifier if arguments.body is None else None
-        model = new_detector(arguments, names, None if own is None else read_classifier(own))
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        if arguments.model_name_or_path is not None:
+            model = load_trained(arguments.model_name_or_path, names)
+        else:
+            own = arguments.classifier if arguments.body is None else None
+            model = new_detector(arguments, names, None if own is None else read_classifier(own))
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     steps = arguments.steps_of(images, batch)
     changes = model_changes(arguments, spectral)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +10,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..images.image_batches import Batches, load_batches
+from ..images.read_ahead import ReadAheadTask
 from ..run.batching import BatchOrder
 from ..run.distributed import run_on_main_process
-from ..run.loop import Amounts, Task
 from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.saving import save_pretrained
-from ..run.schedules import Budget, cosine_factor
+from ..run.schedules import cosine_factor
 from ..run.spectral_arguments import SpectralArguments
 from .coco_evaluation import DETECTIONS_FILE, MEASURES, evaluate_detector
 from .coco_files import DetectionDataError, DetectionSplit, check_images, read_coco
@@ -47,7 +45,7 @@ RUN_SETTINGS = (
 )
 
 
-class DetectionTask(Task):
+class DetectionTask(ReadAheadTask):
     """Find objects, with their boxes and masks. Every process finds the images; the main one looks whether they can be read.
 
     Args:
@@ -57,7 +55,6 @@ class DetectionTask(Task):
     """
 
     name = "train_detection"
-    unit = "images"
     loss_name = "sum of Mask R-CNN's losses"
     processor_name = DETECTIONS_FILE
     processor = None  # a detector reads images as they are
@@ -74,19 +71,9 @@ class DetectionTask(Task):
         for split in (self.train, self.validation):
             logger.info(describe_split(split))
         self.order = BatchOrder(len(self.train), arguments.seed)
-        micro_batch = arguments.per_device_train_batch_size * accelerator.num_processes
-        batch = micro_batch * arguments.gradient_accumulation_steps
-        one_pass = max(1, round(len(self.train) / batch))
-        self.steps = arguments.steps_of(len(self.train), batch)
-        self.amounts = Amounts(
-            Budget(steps=self.steps),
-            micro_batch,
-            arguments.gradient_accumulation_steps,
-            one_pass if arguments.eval_steps is None else arguments.eval_steps,
-        )
+        self.amounts = self.amounts_of(len(self.train))
         self.dataset = self.train.origin
         self.validation_fingerprint = self.validation.fingerprint
-        self._batches: Iterator[Batch] | None = None
 
     def samples(self, count: int) -> dict[str, Any]:
         numbers = range(min(count, len(self.validation)))
@@ -107,11 +94,7 @@ class DetectionTask(Task):
 
     def describe(self, facts: dict[str, Any]) -> Iterator[str]:
         yield f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['object_classes']} classes."
-        yield (
-            f"{self.steps:,} steps of {self.amounts.batch:,} images are {facts['epochs']} passes over the training images, "
-            f"on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed precision "
-            f"{facts['mixed_precision']}."
-        )
+        yield self.describe_steps(facts)
 
     def must_match(self) -> dict[str, Any]:
         return {
@@ -134,26 +117,10 @@ class DetectionTask(Task):
         milestones = [milestone * len(self.train) / self.amounts.batch for milestone in arguments.milestones]
         return lambda used: milestone_factor(used, milestones, warmup, start)
 
-    def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[Batch]:
-        if self._batches is None:  # one loader, which reads ahead, from the first step on
-            self._batches = self._load(step - 1)
-        return islice(self._batches, micro_steps)
-
-    def _load(self, first_step: int) -> Iterator[Batch]:
-        """This process's augmented images, with their objects, of each forward pass to the last step."""
+    def training_examples(self) -> TrainingExamples:
         arguments = self.arguments
         transform = training_transform(arguments.augmentation, arguments.min_size, arguments.max_size)
-        keys = Batches(
-            first_step,
-            self.steps,
-            self.amounts.accumulation,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            arguments.per_device_train_batch_size,
-        )
-        examples = TrainingExamples(self.train, self.order, transform)
-        on_gpu = self.accelerator.device.type == "cuda"
-        return iter(load_batches(examples, keys, arguments.dataloader_num_workers, pin_memory=on_gpu))
+        return TrainingExamples(self.train, self.order, transform)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         images, targets = batch

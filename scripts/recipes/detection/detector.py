@@ -148,9 +148,8 @@ def detector_config(body: Mapping[str, Any], class_names: Sequence[str], **setti
     Raises:
         DetectorError: for a body that has not four stages, whose strides are powers of two, at any size of images.
     """
-    generator = torch.get_rng_state()
-    module = build_body(body).eval()
-    torch.set_rng_state(generator)
+    with torch.random.fork_rng(devices=[]):
+        module = build_body(body).eval()
     height, width = 128, 192
     try:
         with torch.no_grad():

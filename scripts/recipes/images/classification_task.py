@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,19 +14,19 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from ..run.batching import BatchOrder
 from ..run.distributed import run_on_main_process
-from ..run.loop import Amounts, Task
 from ..run.optimization import build_adamw
 from ..run.projection_init import INITIALIZATION_SETTINGS
 from ..run.runs import show_progress
-from ..run.schedules import Budget, cosine_factor
+from ..run.schedules import cosine_factor
 from ..run.spectral_arguments import SpectralArguments
 from ..run.usable_model import ModelError
 from .augmentation import Augmentation, evaluation_transform, normalization, training_transform
 from .classification_evaluation import evaluate_images
 from .image_arguments import MODEL_SOURCES, ImageArguments
-from .image_batches import Batches, Mixing, TrainingImages, ValidationImages, load_batches
+from .image_batches import Mixing, TrainingImages, ValidationImages
 from .image_datasets import load_image_data
 from .image_models import DEFAULT_IMAGE_SIZE, image_processor, model_input, save_classifier
+from .read_ahead import ReadAheadTask
 from .vision_optimization import AveragedWeights, not_decayed
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ RUN_SETTINGS = (
 )
 
 
-class ImageTask(Task):
+class ImageTask(ReadAheadTask):
     """Say which class an image is of.
 
     Every process finds the images; the main one looks whether they can be read. `spectral` says how the model is conditioned,
@@ -58,7 +57,6 @@ class ImageTask(Task):
     """
 
     name = "train_image_classification"
-    unit = "images"
     loss_name = "cross-entropy (nats per image)"
     processor_name = "image processor"
     hub_task = "image-classification"
@@ -81,29 +79,13 @@ class ImageTask(Task):
         self.channels = own_channels if arguments.timm_model is None and own_channels else data.channels
         self.mode = "L" if self.channels == 1 else "RGB"  # PIL's name of the colours
         self.order = BatchOrder(train, arguments.seed, repeats=arguments.repeated_augmentation)
-        self.amounts = self._amounts()
+        self.amounts = self.amounts_of(train)
         self.dataset = data.origin
         self.validation_fingerprint = data.validation.fingerprint
         colours = normalization(self.channels)
         self.processor = image_processor(self.size, *colours, arguments.crop_share)
         transform = evaluation_transform(self.size, *colours, arguments.crop_share)
         self.validation = ValidationImages(data.validation, self.mode, transform)
-        self._batches: Iterator[tuple[Tensor, Tensor]] | None = None
-
-    def _amounts(self) -> Amounts:
-        arguments, images = self.arguments, len(self.data.train)
-        micro_batch = arguments.per_device_train_batch_size * self.accelerator.num_processes
-        batch = micro_batch * arguments.gradient_accumulation_steps
-        one_pass = max(1, round(images / batch))
-        eval_steps = one_pass if arguments.eval_steps is None else arguments.eval_steps
-        budget = Budget(steps=arguments.steps_of(images, batch))
-        return Amounts(budget, micro_batch, arguments.gradient_accumulation_steps, eval_steps)
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of the run."""
-        assert self.amounts.budget.steps is not None
-        return self.amounts.budget.steps
 
     @property
     def warmup(self) -> float:
@@ -136,11 +118,7 @@ class ImageTask(Task):
             f"{facts['model_type']}: {facts['parameters']:,} parameters, {facts['classes']} classes, images of {self.size} x "
             f"{self.size} with {self.channels} channel(s)."
         )
-        yield (
-            f"{self.steps:,} steps of {self.amounts.batch:,} images are {facts['epochs']} passes over the training images, "
-            f"on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed precision "
-            f"{facts['mixed_precision']}."
-        )
+        yield self.describe_steps(facts)
 
     def must_match(self) -> dict[str, Any]:
         config, preconditioner = self.spectral.to_config(), self.arguments.preconditioner()
@@ -170,27 +148,11 @@ class ImageTask(Task):
         )
         return lambda used: cosine_factor(used, warmup, steps, start=start, floor=floor)
 
-    def micro_batches(self, position: int, micro_steps: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        if self._batches is None:  # one loader, which reads ahead, from the first step on
-            self._batches = self._load(step - 1)
-        return islice(self._batches, micro_steps)
-
-    def _load(self, first_step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's augmented and mixed images, with their targets, of each forward pass to the last step."""
+    def training_examples(self) -> TrainingImages:
         arguments, colours = self.arguments, normalization(self.channels)
         transform = training_transform(arguments, self.size, *colours, arguments.crop_share)
         classes, is_random = len(self.data.class_names), arguments.is_random
-        images = TrainingImages(self.data.train, self.order, self.mode, transform, is_random, arguments, classes)
-        keys = Batches(
-            first_step,
-            self.steps,
-            self.amounts.accumulation,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            arguments.per_device_train_batch_size,
-        )
-        on_gpu = self.accelerator.device.type == "cuda"
-        return iter(load_batches(images, keys, arguments.dataloader_num_workers, pin_memory=on_gpu))
+        return TrainingImages(self.data.train, self.order, self.mode, transform, is_random, arguments, classes)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, targets = (tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch)

@@ -33,10 +33,9 @@ def describe_plan(
         ImageDataError, ModelError: where a run would raise them.
     """
     images, classes, size, channels = planned_amounts(arguments)
-    state = torch.get_rng_state()
     names = [str(number) for number in range(classes)]
-    model = build_stock_model(arguments, names, size, channels)
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = build_stock_model(arguments, names, size, channels)
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     changes = model_changes(arguments, spectral)
     tokens = tokens_per_image(model.config, size)
@@ -115,9 +114,4 @@ def _memory_line(
 
     autocast = functools.partial(autocast_on_cpu, mixed_precision)
     estimate = estimate_training_memory(model, run_batch, max(1, batch_size // 2), autocast=autocast)
-    weights = estimate.parameters + estimate.gradients + estimate.optimizer
-    return (
-        f"Memory of a process, expected at least (uncompiled, mixed precision {mixed_precision}): "
-        f"{estimate.total / 1e9:.2f} GB: weights, gradients and AdamW {weights / 1e9:.2f} GB, activations "
-        f"{estimate.activations / 1e9:.2f} GB; temporary tensors come on top."
-    )
+    return estimate.describe(mixed_precision, "a pair of images")

@@ -34,9 +34,8 @@ def describe_plan(
         processes: How many share the work.
         mixed_precision: As accelerate resolved it.
     """
-    state = torch.get_rng_state()
-    model = LraNystromformerForSequenceClassification(arguments.new_model_config())
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = LraNystromformerForSequenceClassification(arguments.new_model_config())
     batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * processes
     changes = model_changes(arguments, spectral)
     origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
@@ -88,14 +87,6 @@ def _memory_line(
         ids = torch.ones(examples, *shape, dtype=torch.int64)
         return model(input_ids=ids, labels=torch.zeros(examples, dtype=torch.int64)).loss
 
-    estimate = estimate_training_memory(
-        model,
-        run_batch,
-        arguments.per_device_train_batch_size,
-        autocast=functools.partial(autocast_on_cpu, mixed_precision),
-    )
-    return (
-        f"Memory of a process, expected at least (uncompiled, mixed precision {mixed_precision}): {estimate.total / 1e9:.2f} "
-        f"GB, of which activations {estimate.activations / 1e9:.2f} GB ({estimate.activations_per_sequence / 1e6:.2f} MB an "
-        "example); temporary tensors come on top."
-    )
+    autocast = functools.partial(autocast_on_cpu, mixed_precision)
+    estimate = estimate_training_memory(model, run_batch, arguments.per_device_train_batch_size, autocast=autocast)
+    return estimate.describe(mixed_precision, "an example")

@@ -194,11 +194,7 @@ class LraTask(Task):
         )
         guessed = ", ".join(f"{name.replace('_', ' ')} {value:.2%}" for name, value in facts["baselines"].items())
         yield f"Test accuracy without a model: {guessed}."
-        yield (
-            f"{self.arguments.steps:,} steps of {self.amounts.batch:,} examples are {facts['epochs']} passes over the "
-            f"training data, on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed "
-            f"precision {facts['mixed_precision']}."
-        )
+        yield self.describe_steps(facts)
 
     def must_match(self) -> dict[str, Any]:
         config, preconditioner = self.spectral.to_config(), self.arguments.preconditioner()

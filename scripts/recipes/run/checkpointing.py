@@ -19,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,6 @@ class Checkpoints:
         parts: What to save and restore, after `accelerator.prepare`.
         description: The settings that must not change within a run: name -> what JSON holds. Values are compared after a
             round trip through JSON, so tuples equal lists.
-        free_to_change: Names in `description` that are recorded but not compared.
         keep_last: How many checkpoints to keep, at least 1.
     """
 
@@ -111,14 +110,12 @@ class Checkpoints:
         parts: TrainingParts,
         description: Mapping[str, Any],
         *,
-        free_to_change: Collection[str] = (),
         keep_last: int = 2,
     ) -> None:
         self.directory = Path(directory)
         self.accelerator = accelerator
         self.parts = parts
         self.description: dict[str, Any] = json.loads(json.dumps(dict(description)))
-        self.free_to_change = frozenset(free_to_change)
         self.keep_last = keep_last
         self._saved: Path | None = None
         self._damaged: set[Path] = set()
@@ -299,7 +296,7 @@ class Checkpoints:
 
     def _refuse_other_run(self, folder: Path, recorded: dict[str, Any]) -> None:
         absent = "(not recorded)"
-        names = [name for name in {**recorded, **self.description} if name not in self.free_to_change]
+        names = {**recorded, **self.description}
         pairs = [(name, recorded.get(name, absent), self.description.get(name, absent)) for name in names]
         lines = [f"  {name}: {json.dumps(old)} -> {json.dumps(new)}" for name, old, new in pairs if old != new]
         if lines:

@@ -114,6 +114,14 @@ class Task(ABC):
     def describe(self, facts: dict[str, Any]) -> Iterable[str]:
         """The same in sentences."""
 
+    def describe_steps(self, facts: dict[str, Any]) -> str:
+        """How many steps those are, and on what."""
+        return (
+            f"{self.amounts.describe()} of {self.amounts.batch:,} {self.unit} are {facts['epochs']} passes over the training "
+            f"{self.unit}, on {facts['processes']} {facts['device']} process(es) with {facts['threads']} thread(s), mixed "
+            f"precision {facts['mixed_precision']}."
+        )
+
     @abstractmethod
     def must_match(self) -> dict[str, Any]:
         """What must be the same when the run is resumed, beside the model, the amounts and the precision."""

@@ -45,6 +45,17 @@ class MemoryEstimate:
         """The sum of all."""
         return self.parameters + self.gradients + self.optimizer + self.buffers + self.activations
 
+    def describe(self, mixed_precision: str, unit: str, corrections: int = 0) -> str:
+        """The estimate in a sentence; `unit` is what a sequence is ("an example"), `corrections` bytes come on top."""
+        weights = self.parameters + self.gradients + self.optimizer
+        stored = f", stored corrections {corrections / 1e9:.2f} GB" if corrections else ""
+        return (
+            f"Memory of a process, expected at least (uncompiled, unsharded, mixed precision {mixed_precision}): "
+            f"{(self.total + corrections) / 1e9:.2f} GB: weights, gradients and AdamW {weights / 1e9:.2f} GB, activations "
+            f"{self.activations / 1e9:.2f} GB ({self.activations_per_sequence / 1e6:.2f} MB {unit}){stored}; temporary "
+            "tensors come on top."
+        )
+
 
 def autocast_on_cpu(mixed_precision: str) -> AbstractContextManager[Any]:
     """The context of a forward pass on a CPU, where a run's memory is estimated."""

@@ -12,13 +12,13 @@ from .distributed import run_on_main_process
 
 
 @contextlib.contextmanager
-def sole_use(directory: str | Path, accelerator: Accelerator, flag: str = "--output_dir") -> Iterator[None]:
+def sole_use(directory: str | Path, accelerator: Accelerator) -> Iterator[None]:
     """Keep other runs out of a folder while the block runs; the main process of this run holds it for all.
 
     Raises:
         CannotWriteError: on every process, if another run works in it, or it cannot be made.
     """
-    lock = FolderLock(directory, flag)
+    lock = FolderLock(directory, "--output_dir")
     run_on_main_process(accelerator, lock.acquire)
     try:
         yield

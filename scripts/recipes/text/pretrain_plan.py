@@ -120,15 +120,7 @@ def _memory_line(
     mixed_precision: str,
 ) -> str:
     estimate = expected_memory(arguments, model, functools.partial(autocast_on_cpu, mixed_precision))
-    extra = added_correction_bytes(model, spectral.to_config())
-    corrections = f", stored corrections {extra / 1e9:.2f} GB" if extra else ""
-    return (
-        f"Memory of a process, expected at least (uncompiled, unsharded, mixed precision {mixed_precision}): "
-        f"{(estimate.total + extra) / 1e9:.2f} GB: weights, gradients and AdamW "
-        f"{(estimate.parameters + estimate.gradients + estimate.optimizer) / 1e9:.2f} GB, activations "
-        f"{estimate.activations / 1e9:.2f} GB ({estimate.activations_per_sequence / 1e6:.2f} MB a sequence){corrections}; "
-        "temporary tensors come on top."
-    )
+    return estimate.describe(mixed_precision, "a sequence", added_correction_bytes(model, spectral.to_config()))
 
 
 def added_correction_bytes(model: PreTrainedModel, config: SpectralConfig | None) -> int:
