@@ -69,7 +69,10 @@ def draw_log10(axes: Any, x: Any, log10: Any, **style: Any) -> None:
         low, high = LOG10_LIMITS
         mark = {"linestyle": "none", "marker": "X", "markersize": 8, "color": style.get("color"), "label": "_beyond"}
         axes.plot(np.asarray(x)[beyond], limited[beyond], **mark)
-        axes.annotate(f"x: beyond 1e{low:.0f} or 1e{high:.0f}", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
+        note = axes.annotate(
+            f"x: beyond 1e{low:.0f} or 1e{high:.0f}", (0.02, 0.02), xycoords="axes fraction", fontsize=7
+        )
+        note.set_bbox({"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1})
 
 
 def label_powers(axes: Any, *axis_names: str) -> None:
@@ -92,7 +95,8 @@ def label_powers(axes: Any, *axis_names: str) -> None:
             ticks = np.power(10.0, MaxNLocator(7, integer=True).tick_values(low, high))
         places = np.log10(ticks)
         seen = (places >= low - 1e-9) & (places <= high + 1e-9)
-        getattr(axes, f"set_{name}ticks")(places[seen], [f"{tick:.6g}" for tick in ticks[seen]])
+        digits = 5 if ticks[seen].max(initial=0) >= 1e6 else 6  # 1e+05 next to 1e+06, but 100000 next to 50000
+        getattr(axes, f"set_{name}ticks")(places[seen], [f"{tick:.{digits}g}" for tick in ticks[seen]])
         getattr(axes, f"set_{name}lim")(low, high)
 
 

@@ -359,6 +359,8 @@ def picture(results: Results) -> dict[str, bytes]:
 
 
 def _over_lambda(results: Results) -> Any:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     sweep, metric = results.sweep, results.metric
     figure = new_figure(7, 4.4)
     axes = figure.subplots()
@@ -375,6 +377,9 @@ def _over_lambda(results: Results) -> Any:
                 axes.axhline(mean, color=color, linestyle=style, label=f"{setting.label}, {variant.label}")
                 axes.axhspan(mean - deviation, mean + deviation, color=color, alpha=0.1, linewidth=0)
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("lambda")
     axes.set_ylabel(f"{metric.final_name} ({metric.unit}), mean and deviation")
     axes.grid(alpha=0.3)
@@ -437,12 +442,14 @@ def _rows(results: Results) -> Any:
         panel.grid(alpha=0.3)
     for panel in list(grid.flat)[len(sweep.settings) :]:
         panel.set_axis_off()
-    grid.flat[0].invert_yaxis()
+    grid.flat[0].set_ylim(len(rows) - 0.4, -0.6)
     for row in grid:
         row[0].set_ylabel("variant")
     figure.supxlabel(f"{metric.final_name} ({metric.unit}), mean and deviation", fontsize="medium")
     if len(starts) > 1:
-        grid.flat[0].legend(fontsize=8)
+        figure.legend(
+            *grid.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=len(starts)
+        )
     return figure
 
 
