@@ -1,12 +1,12 @@
-"""Compare finished runs of pretraining or of image classification: one table and one picture.
+"""Compare finished runs of pretraining or of image classification: one table and one figure.
 
     python scripts/compare_runs.py runs/stock-0 runs/stock-1 runs/identity-0 runs/identity-1 --output_dir docs/images
 
-Runs that differ in their seed alone form a group. The table has for each group the final validation loss (of image
-classifiers the accuracy, unless `--metric loss` is given; mean and standard deviation), perplexity, speed, and the difference
-to a reference group, paired over the seeds that both have, with its 95 % interval. With `--output_dir` it is written there
-as `comparison.md`, with `comparison.png` and `.svg`. Where every run was trained with `--spectral_monitor_every`, the
-conditioning of attention over training is drawn there, too: `training.png` and `.svg`.
+Runs that differ only in their seed form a group. The table has for each group the final validation loss (of image
+classifiers the accuracy, unless `--metric loss` is given; mean and standard deviation), perplexity, speed, and the
+difference to a reference group, paired over the seeds that both have, with its 95 % interval. With `--output_dir` it
+is written there as `comparison.md`, with `comparison.png` and `.svg`. Where every run was trained with
+`--spectral_monitor_every`, the conditioning of attention over training is drawn there, too: `training.png` and `.svg`.
 
 Runs under one wall-clock budget compare with each other, whatever steps they came to; then the speed is part of the result.
 """
@@ -49,7 +49,7 @@ NOTHING = "–"
 
 @dataclass
 class CompareArguments:
-    """Arguments of the comparison; the folders of the runs stand before them."""
+    """Arguments of the comparison; the folders of the runs come first."""
 
     labels: list[str] | None = field(
         default=None,
@@ -116,7 +116,7 @@ def row(group: RunGroup, reference: RunGroup, metric: Metric) -> list[str]:
 
 
 def shown(value: float, digits: int, sign: str = "") -> str:
-    """A number with so many decimals; a huge one, of a run that diverged, by its leading digits."""
+    """A number with that many decimals; a huge one, of a run that diverged, by its leading digits."""
     return f"{value:{sign}.{digits}f}" if abs(value) < HUGE else f"{value:{sign}.4g}"
 
 
@@ -237,7 +237,7 @@ def read_comparable(directories: Sequence[str], allow_different: bool) -> list[R
         raise ComparisonError(
             "The results of these runs do not compare, for they differ in\n  "
             + "\n  ".join(differences)
-            + "\nLeave the odd ones out, or add --allow_different to go on; the table will say so."
+            + "\nLeave out the runs that differ, or add --allow_different to compare them anyway; the table will say so."
         )
     return runs
 

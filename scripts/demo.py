@@ -2,10 +2,10 @@
 
     python scripts/demo.py
 
-Three runs of `pretrain_mlm.py` on the documentation that every Python carries, some six minutes on two CPU cores. Their
-losses are compared by `compare_runs.py` (`comparison.md`, `.png`, `.svg`). What conditioning did to the models stands
-beside that (`conditioning.md`, `.json`, `.png`, `.svg`): condition numbers of W and of W + C before and after training,
-attention entropy, and what `fold` changes. At this size the losses say little.
+Three runs of `pretrain_mlm.py` on the documentation that ships with Python, some six minutes on two CPU cores. Their
+losses are compared by `compare_runs.py` (`comparison.md`, `.png`, `.svg`). What conditioning did to the models is
+reported separately (`conditioning.md`, `.json`, `.png`, `.svg`): condition numbers of W and of W + C before and after
+training, attention entropy, and what `fold` changes. At this size the losses say little.
 """
 
 import json
@@ -224,10 +224,9 @@ def main() -> None:
     for ending, image in picture(results, length).items():
         write_bytes(output / f"{NAME}.{ending}", image)
     print(
-        f"\n=== what conditioning did\n{text}\n"
-        "One seed and a small model: a difference of the losses is no evidence for or against conditioning. The larger "
-        "scale of W + C alone, which a stock model can be given too, may explain it.\n"
-        f"Table and picture: {output / NAME}.md, .png, .svg"
+        f"\n=== what conditioning did\n{text}\nOne seed and a small model: a difference of the losses is not evidence "
+        "for or against conditioning. The larger scale of W + C alone, which a stock model can be given too, may "
+        f"explain it.\nTable and figure: {output / NAME}.md, .png, .svg"
     )
 
 

@@ -13,9 +13,10 @@ On several GPUs, each of which takes whole runs (model x task x seed), so that e
 
     accelerate launch --num_processes 4 scripts/eval_glue.py ... --mixed_precision bf16
 
-The output folder gets `results.json` (every run), `glue.md` (the table), `glue.png`, `glue.svg`, and for each model's card
-`evaluations_glue-<model>.json`, to be copied beside its checkpoint. The same command again does what is missing: finished
-runs are kept, an interrupted one starts again, and further models, tasks or seeds are added to the table. See docs/glue.md.
+The output folder gets `results.json` (every run), `glue.md` (the table), `glue.png`, `glue.svg`, and for each model's
+card `evaluations_glue-<model>.json`, to be copied next to its checkpoint. The same command, run again, does what is
+missing: finished runs are kept, an interrupted one starts over, and further models, tasks or seeds are added to the
+table. See docs/glue.md.
 """
 
 import logging
@@ -94,7 +95,7 @@ def runs_to_do(arguments: GlueArguments, results: Results, planned: Sequence[Run
     existing = results.read()
     if conflicts := find_conflicts(existing, planned):
         raise ResultsError(
-            f"{results.path} holds runs that do not belong into one table with these:\n  "
+            f"{results.path} holds runs that do not belong in one table with these:\n  "
             + "\n  ".join(conflicts)
             + "\nName another --output_dir, give these models other --labels, or forget the earlier runs with "
             "--overwrite_output_dir."
@@ -130,7 +131,7 @@ def check_reference(arguments: GlueArguments, variants: Sequence[ModelVariant], 
 
 
 def run_all(tuner: FineTuner, to_do: Sequence[RunRecord], results: Results) -> bool:
-    """Do the runs, and record each; returns whether a signal has ended it before."""
+    """Do the runs, and record each; returns whether a signal ended it early."""
     for number, record in enumerate(tqdm(to_do, desc="Runs", unit="run", disable=not tuner.bars), start=1):
         lock = FolderLock(results.path.parent / RUNNING / record_folder(record), "--output_dir")
         try:
@@ -141,7 +142,7 @@ def run_all(tuner: FineTuner, to_do: Sequence[RunRecord], results: Results) -> b
                 tell(record, f"{number}/{len(to_do)}")
         except CannotWriteError:
             # Several commands may work into one folder, each on other runs; what both ask for, one does.
-            logger.warning(f"{number}/{len(to_do)}: {describe(record)} is left out: another command is at it.")
+            logger.warning(f"{number}/{len(to_do)}: {describe(record)} is skipped: another command is running it.")
         except StoppedError:
             return True
         finally:
@@ -175,7 +176,7 @@ def tell(record: RunRecord, place: str) -> None:
 
 
 def report(arguments: GlueArguments, results: Results) -> None:
-    """Write the table and the picture of all runs in the output folder, and print the table."""
+    """Write the table and the figure of all runs in the output folder, and print the table."""
     records = results.read()
     if not records:
         return
@@ -191,7 +192,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
     for ending, image in images.items():
         write_bytes(output / f"{NAME}.{ending}", image)
     print(text, end="")  # last: whoever reads it may have gone
-    logger.info(f"{RESULTS_FILE}, {NAME}.md, {GLUE_EVALUATIONS} and the picture are in {output}.")
+    logger.info(f"{RESULTS_FILE}, {NAME}.md, {GLUE_EVALUATIONS} and the figure are in {output}.")
 
 
 def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator: Accelerator) -> int:
@@ -219,7 +220,7 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
         stopped = run_all(tuner, mine, results)
     if stopped:
         again = "" if not arguments.overwrite_output_dir else " without --overwrite_output_dir"
-        logger.info(f"Stopped by a signal. The same command{again} does what is missing.")
+        logger.info(f"Stopped by a signal. The same command{again} continues it.")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         report(arguments, results)

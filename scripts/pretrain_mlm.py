@@ -1,6 +1,6 @@
 r"""Pretrain a Crammed BERT as a masked language model, stock or spectrally conditioned.
 
-Without arguments: a small model on the documentation that every Python carries, three to four minutes on two CPU cores.
+Without arguments: a small model on the documentation that ships with Python, three to four minutes on two CPU cores.
 
     python scripts/pretrain_mlm.py
     python scripts/pretrain_mlm.py --spectral_conditioning --lambda_ 1.0 --output_dir runs/identity
@@ -50,7 +50,7 @@ from recipes.text.pretrain_task import DROPOUT_SETTINGS, MlmTask
 
 
 def build_model(arguments: PretrainArguments, vocab_size: int) -> PreTrainedModel:
-    """Build a new model, without dropout, and set how its projections begin.
+    """Build a new model, without dropout, and initialize its projections.
 
     A stock and a conditioned model of one seed start from the same W.
     """

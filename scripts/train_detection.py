@@ -5,8 +5,9 @@ Without arguments: a small XCiT on shapes (circles, squares, triangles), minutes
     accelerate launch scripts/train_detection.py --draw 8
     python scripts/train_detection.py --spectral_conditioning --lambda_ 1.0 --output_dir runs/shapes-identity
 
-Images of your own or COCO, in COCO's layout (`coco/train2017/*.jpg`, `coco/annotations/instances_train2017.json`, ...), on a
-body of timm or transformers, from random weights or an ImageNet classifier, of which a conditioned one keeps its corrections:
+Your own images or COCO, in COCO's layout (`coco/train2017/*.jpg`, `coco/annotations/instances_train2017.json`, ...),
+on a body of timm or transformers, from random weights or an ImageNet classifier, of which a conditioned one keeps its
+corrections:
 
     python scripts/train_detection.py --coco_dir coco --body xcit_nano_12_p8_224 --min_size 320 --max_size 512
     python scripts/train_detection.py --coco_dir coco --classifier runs/imagenet-swin --augmentation multi_scale ...

@@ -1,11 +1,11 @@
 r"""Train an image classifier, stock or spectrally conditioned.
 
-Without arguments: a small vision transformer on the 8 x 8 digits that scikit-learn carries, minutes on two CPU cores.
+Without arguments: a small vision transformer on the 8 x 8 digits that ship with scikit-learn, minutes on two CPU cores.
 
     accelerate launch scripts/train_image_classification.py
     python scripts/train_image_classification.py --spectral_conditioning --lambda_ 1.0 --output_dir runs/digits-identity
 
-Images of your own, one folder for each class; Fashion-MNIST; a model of timm; a pretrained checkpoint:
+Your own images, one folder for each class; Fashion-MNIST; a model of timm; a pretrained checkpoint:
 
     python scripts/train_image_classification.py --train_dir train --validation_dir validation --image_size 64 --patch_size 8
     python scripts/train_image_classification.py --idx_dir fashion-mnist --patch_size 4 --num_train_epochs 10
@@ -14,13 +14,13 @@ Images of your own, one folder for each class; Fashion-MNIST; a model of timm; a
     python scripts/train_image_classification.py --model_name_or_path google/vit-base-patch16-224 --train_dir ... \
         --validation_dir ... --spectral_conditioning --spectral_method svd --spectral_init preserve --learning_rate 5e-5
 
-What the published recipe of a model on ImageNet-1k would do here, and what a command changes of it; then that run:
+What the published recipe of a model on ImageNet-1k would do here, and what a command changes; then that run:
 
     python scripts/train_image_classification.py --preset deit-base --show_plan
     accelerate launch --config_file scripts/accelerate_configs/one_gpu.yaml scripts/train_image_classification.py \
         --preset deit-base --output_dir runs/deit-base
 
-A run that was stopped (SIGTERM, Ctrl-C) or killed goes on from its newest good checkpoint, to the same weights:
+A run that was stopped (SIGTERM, Ctrl-C) or killed continues from its newest good checkpoint, to the same weights:
 
     python scripts/train_image_classification.py --output_dir runs/digits ... --resume_from_checkpoint
 
@@ -50,7 +50,7 @@ from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
 
 def build_model(arguments: ImageArguments, task: ImageTask) -> PreTrainedModel:
-    """Build or load the model, and set how its projections begin.
+    """Build or load the model, and initialize its projections.
 
     A stock and a conditioned model of one seed start from the same W.
     """
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     with started(arguments, ImageDataError) as accelerator:
         if accelerator.distributed_type == DistributedType.FSDP:
             raise ModelError("These models fit on one GPU: use several processes without FSDP (DDP).")
-        # What is wrong with a model that is named shows before the images are looked at.
+        # Problems with a named model show before the images are read.
         if arguments.eval_only:
             load_model(AutoModelForImageClassification, str(arguments.model_name_or_path), with_head=True)
         elif (model := check_named_model(arguments, arguments.image_size)) is not None:
@@ -84,11 +84,11 @@ def main(argv: list[str] | None = None) -> None:
         show_plan(describe_plan, arguments, spectral, accelerator)
         if arguments.show_plan:
             return
-        # The images are found and looked at; they decide the classes, and what the model reads.
+        # The images are found and checked; they determine the classes, and what the model reads.
         task = ImageTask(arguments, spectral, accelerator)
         model = build_model(arguments, task)
         condition_model(model, arguments, spectral, task.samples(SAMPLES), accelerator)
-        # Train, with checkpoints, from the newest one where the run is resumed; save, and measure what was saved.
+        # Train, with checkpoints, from the newest one if the run is resumed; save, and evaluate what was saved.
         run(task, model, arguments, spectral, accelerator)
 
 

@@ -1,6 +1,6 @@
 r"""Train a Nystromformer on a task of Long Range Arena, stock or spectrally conditioned.
 
-Without arguments: ListOps of at most 64 tokens, made on the spot, some minutes on two CPU cores. The other tasks as small:
+Without arguments: ListOps of at most 64 tokens, generated on the spot, some minutes on two CPU cores. All tasks at this size:
 
     python scripts/train_lra.py --task listops
     python scripts/train_lra.py --task listops --spectral_conditioning --output_dir runs/listops-identity
@@ -9,17 +9,17 @@ Without arguments: ListOps of at most 64 tokens, made on the spot, some minutes 
     python scripts/train_lra.py --task image --data_dir cifar-10-batches-py --output_dir runs/image
     python scripts/train_lra.py --task pathfinder --preprocessing_num_workers 2 --output_dir runs/pathfinder
 
-What the published settings of a task do here, and what a command changes of them; then that run on one GPU:
+What the published settings of a task do here, and what a command changes; then that run on one GPU:
 
     python scripts/train_lra.py --task text --preset lra --data_dir aclImdb --show_plan
     accelerate launch --config_file scripts/accelerate_configs/one_gpu.yaml scripts/train_lra.py --task text --preset lra \
         --data_dir aclImdb --output_dir runs/lra-text
 
-A run that was stopped (SIGTERM, Ctrl-C) or killed goes on from its newest good checkpoint, to the same weights:
+A run that was stopped (SIGTERM, Ctrl-C) or killed continues from its newest good checkpoint, to the same weights:
 
     python scripts/train_lra.py --task listops --output_dir runs/listops ... --resume_from_checkpoint
 
-Accuracy of a saved model on the validation and test parts it was trained beside:
+Accuracy of a saved model on the validation and test parts of its run:
 
     python scripts/train_lra.py --eval_only --model_name_or_path runs/listops
 
@@ -45,7 +45,7 @@ from recipes.run.usable_model import ModelError, check_conditioning, load_model
 
 
 def build_model(arguments: LraArguments) -> PreTrainedModel:
-    """Build a new model, and set how its projections begin.
+    """Build a new model, and initialize its projections.
 
     A stock and a conditioned model of one seed start from the same W.
     """

@@ -1023,7 +1023,7 @@ def test_a_run_that_another_command_is_at_is_left_to_it(evaluate, script, tmp_pa
     lock.acquire()
     folder = evaluate("svd", "rte", seeds=2)
     assert [record.seed for record in runs_of(folder).values()] == [1]
-    assert "RTE, seed 0, svd is left out: another command is at it" in caplog.text
+    assert "RTE, seed 0, svd is skipped: another command is running it" in caplog.text
     lock.release()
     assert [record.seed for record in runs_of(evaluate("svd", "rte", seeds=2)).values()] == [1, 0]
     assert not (folder / script.RUNNING).exists()

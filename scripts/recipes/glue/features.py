@@ -143,7 +143,7 @@ def prepare_tokens(
     except FileNotFoundError:
         pass
     except GlueDataError:
-        logger.warning(f"{path} is damaged and made anew.")
+        logger.warning(f"{path} is damaged and is rebuilt.")
     tokens = tokenize(examples, tokenizer, max_length, empty_second=empty_second, show_progress=show_progress)
     arrays: dict[str, NDArray[Any]] = {f"column.{name}": values for name, values in tokens.columns.items()}
     arrays |= {"offsets": tokens.offsets, "indices": np.asarray(tokens.indices, dtype=np.str_)}
@@ -156,7 +156,9 @@ def prepare_tokens(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, buffer.getvalue())
     except OSError as error:
-        raise GlueDataError(f"{path} cannot be written: {error}. Make room, or name another --cache_dir.") from error
+        raise GlueDataError(
+            f"{path} cannot be written: {error}. Free some space, or choose another --cache_dir."
+        ) from error
     return path
 
 

@@ -135,7 +135,8 @@ def notes(summary: Summary) -> list[str]:
         lines.append(SAME_TRAINING)
     if summary.failures:
         lines.append(
-            "Failed runs are in no mean, median or difference, which therefore favours the models that they belong to."
+            "Failed runs are not part of any mean, median or difference, which therefore favor the models that they "
+            "belong to."
         )
     scored = {tuple(summary.scored_columns(model)) for model in summary.models}
     if len(scored) > 1:

@@ -1,4 +1,4 @@
-"""Pictures as models read them: upright, with 8 bits per channel, grey or in colours."""
+"""Images as models read them: upright, with 8 bits per channel, in grayscale or color."""
 
 from collections.abc import Callable
 
@@ -60,8 +60,8 @@ REMARKS: dict[str, Callable[[Image.Image], bool]] = {
     "have 16 bits or floats per channel, scaled to 8 bits by the range of their kind": lambda image: (
         image.mode == "F" or image.mode.startswith("I")
     ),
-    "are CMYK, converted without their colour profile": lambda image: image.mode == "CMYK",
-    "have transparency, which is dropped: the colours below it show": lambda image: image.has_transparency_data,
+    "are CMYK, converted without their color profile": lambda image: image.mode == "CMYK",
+    "have transparency, which is dropped: the colors below it show": lambda image: image.has_transparency_data,
     "have several frames, of which the first is read": lambda image: (
         getattr(image, "is_animated", False) and image.format not in STILL_FORMATS
     ),

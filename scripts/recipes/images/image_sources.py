@@ -1,6 +1,6 @@
-"""Where labelled images come from: scikit-learn's digits, IDX files, folders, datasets of the Hub.
+"""Where labeled images come from: scikit-learn's digits, IDX files, folders, datasets on the Hub.
 
-Images stay as they lie on the disk until they are asked for, but for the small sets that are arrays anyway.
+Images stay on the disk until they are needed, except for small sets that are arrays anyway.
 """
 
 import gzip
@@ -145,7 +145,7 @@ class ImageSplit:
                 return decode(image, mode)
         except Exception as error:  # decoders raise whatever a damaged file leads them to
             raise ImageDataError(
-                f"{self.name(index)} cannot be read ({one_line(error)}). Replace it or take it away, then start the run "
+                f"{self.name(index)} cannot be read ({one_line(error)}). Replace or remove it, then start the run "
                 "again, or leave such images out with --skip_unreadable_images."
             ) from error
 
@@ -217,7 +217,7 @@ class ImageDataSettings:
 
 
 def read_digits() -> ImageData:
-    """Read the 1,797 handwritten digits, 8 x 8 with 17 levels of grey, that scikit-learn carries (UCI, E. Alpaydin).
+    """Read the 1,797 handwritten digits, 8 x 8 with 17 gray levels, that ship with scikit-learn (UCI, E. Alpaydin).
 
     Raises:
         ImageDataError: if scikit-learn is missing.
@@ -226,8 +226,8 @@ def read_digits() -> ImageData:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImageDataError(
-            "The default data are scikit-learn's digits, and it is not installed: pip install 'hf_specattn[train]', or name "
-            "data of your own with --idx_dir, --train_dir or --dataset_name."
+            "The default data are scikit-learn's digits, and it is not installed: pip install 'hf_specattn[train]', "
+            "or name your own data with --idx_dir, --train_dir or --dataset_name."
         ) from error
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
@@ -253,10 +253,10 @@ def read_idx_folder(folder: str | Path) -> ImageData:
         if len(pixels) != len(labels):
             raise ImageDataError(
                 f"{folder}: {prefix}{IDX_IMAGES} has {len(pixels):,} images and {prefix}{IDX_LABELS} {len(labels):,} "
-                "labels; they are not of one data set. Get both anew."
+                "labels; they do not belong to one data set. Get both again."
             )
         if not len(pixels):
-            raise ImageDataError(f"{folder}: {prefix}{IDX_IMAGES} has no image; get it anew.")
+            raise ImageDataError(f"{folder}: {prefix}{IDX_IMAGES} has no image; get it again.")
         splits.append((pixels, labels.astype(np.int64), prefix.rstrip("-")))
     (train_pixels, *_), (validation_pixels, *_) = splits
     if train_pixels.shape[1:] != validation_pixels.shape[1:]:
@@ -294,7 +294,7 @@ def read_idx(file: Path, dimensions: int) -> NDArray[np.uint8]:
     values = np.frombuffer(content, np.uint8, offset=header)
     if values.size != int(np.prod(shape)):
         raise ImageDataError(
-            f"{file} announces {_by(shape)} bytes and has {values.size:,}: it is cut off or damaged. Get it anew."
+            f"{file} announces {_by(shape)} bytes and has {values.size:,}: it is truncated or damaged. Get it again."
         )
     return values.reshape(shape)
 
@@ -413,7 +413,7 @@ def _files_below(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder that it lies in, or that was read already
             raise ImageDataError(
-                f"{place} leads to a folder whose images are read by another path, too. Remove the link."
+                f"{place} leads to a folder whose images are already read by another path. Remove the link."
             )
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]

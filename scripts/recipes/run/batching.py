@@ -1,7 +1,7 @@
 """Which sequences a step trains on: a pure function of (seed, position), whatever the number of processes.
 
-Training reads one endless stream of sequences, pass after pass over the corpus; a step takes the next so many of it. So
-batches may grow while training (the published ramp), runs with the same batch sizes see the same data on one process or on
+Training reads one endless stream of sequences, pass after pass over the corpus; a step takes the next ones. So batches
+may grow during training (the published ramp), runs with the same batch sizes see the same data on one process or on
 many, and a resumed run continues from the position where it stopped without replaying anything.
 """
 

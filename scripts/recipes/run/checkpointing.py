@@ -148,7 +148,7 @@ class Checkpoints:
         run_on_main_process(self.accelerator, refuse)
 
     def start_over(self) -> None:
-        """Remove the checkpoints of an earlier run, for a run that starts anew in its folder."""
+        """Remove the checkpoints of an earlier run, for a run that starts over in its folder."""
 
         def remove_all() -> None:
             for checkpoint in list_checkpoints(self.directory):
@@ -290,8 +290,8 @@ class Checkpoints:
             problems.append(f"{folder.name}: {problem}")
             logger.warning(f"{folder} is damaged and skipped: {problem}.")
         raise CheckpointError(
-            f"No checkpoint in {self.directory} can be used ({'; '.join(problems)}). Restore one of them from a copy, or "
-            "start the run anew in another folder."
+            f"No checkpoint in {self.directory} can be used ({'; '.join(problems)}). Restore one of them from a copy, "
+            "or start the run again in another folder."
         )
 
     def _refuse_other_run(self, folder: Path, recorded: dict[str, Any]) -> None:

@@ -133,8 +133,8 @@ def _keeps_its_own(model: PreTrainedModel, spectral: SpectralArguments) -> bool:
         return True
     raise ValueError(
         f"--spectral_conditioning: the flags ask for {asked_for.describe()}, and the checkpoint was trained with "
-        f"{model.config.describe_conditioning()}. Leave the flags out to go on as it is; to change it, fold the model "
-        "(hf_specattn.fold), save it, and condition it again."
+        f"{model.config.describe_conditioning()}. Leave the flags out to continue with it as it is; to change it, "
+        "fold the model (hf_specattn.fold), save it, and condition it again."
     )
 
 

@@ -44,7 +44,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(accelerator: Accelerator | None = None) -> Iterator[StopRequest]:
-    """Turn SIGTERM and the first SIGINT (Ctrl-C) into a request that the loop asks for; a second SIGINT kills.
+    """Turn SIGTERM and the first SIGINT (Ctrl-C) into a request that the loop checks; a second SIGINT kills.
 
     The handlers that were there before return at the end. Outside the main thread, where Python allows no handlers,
     signals stay as they are.

@@ -1,4 +1,4 @@
-"""The one training loop: what every experiment does, in the order in which it stands here.
+"""The one training loop: what every experiment does, in the order of this file.
 
 A task ([`Task`]) says what is learned: the batches of a position, their loss, the evaluation, what is saved. The loop knows
 steps, accumulation, precision, schedules, the average of weights, refreshing, the monitor, logging, evaluation, checkpoints,
@@ -63,7 +63,7 @@ class Amounts:
         return self.micro_batch * self.accumulation
 
     def micro_steps(self, step: int, seconds: float) -> int:
-        """Forward passes of the step that follows so many steps and seconds."""
+        """Forward passes of the step that follows the given steps and seconds."""
         return ramped_micro_steps(self.budget.share(step, seconds), self.accumulation, self.ramp)
 
     def describe(self) -> str:
@@ -74,7 +74,7 @@ class Amounts:
 
 
 class Task(ABC):
-    """What is learned. Samples come from one endless stream; a step takes the next so many at its position.
+    """What is learned. Samples come from one endless stream; a step takes the next ones at its position.
 
     Attributes:
         name: Of the script, for the trackers.
@@ -124,7 +124,7 @@ class Task(ABC):
 
     @abstractmethod
     def must_match(self) -> dict[str, Any]:
-        """What must be the same when the run is resumed, beside the model, the amounts and the precision."""
+        """What must be the same when the run is resumed, in addition to the model, the amounts and the precision."""
 
     @abstractmethod
     def optimizer(self, model: PreTrainedModel) -> torch.optim.Optimizer:
@@ -164,7 +164,7 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate_saved(self, path: str, device: torch.device) -> dict[str, float | None]:
-        """Evaluate what is on the disk, in float32 and on this process alone: what whoever loads it will find."""
+        """Evaluate what is on the disk, in float32 and on this process only, as a user would load it."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def train_step(
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something happens after this step that happens every so many; 0 is never."""
+    """Whether something that happens every `every` steps happens after this step; 0 is never."""
     return every > 0 and step % every == 0
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: one run's alone, from before its first step."""
+"""The folder of a run: it belongs to one run only, from before its first step."""
 
 import contextlib
 from collections.abc import Iterator

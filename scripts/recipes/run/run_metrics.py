@@ -62,7 +62,7 @@ class RunMetrics:
         write_json(directory / METRICS_FILE, {**asdict(self), "versions": package_versions()})
 
     def evaluations(self, task: str, origin: str, measured: Mapping[str, tuple[str, str]]) -> list[EvalResult]:
-        """Return what the saved model came to on the validation data, for its model card.
+        """Return the saved model's results on the validation data, for its model card.
 
         Args:
             task: As the Hub names it, such as "fill-mask".
@@ -115,7 +115,7 @@ def _require_finite(value: float, name: str, step: int) -> None:
     if not math.isfinite(value):
         raise NonFiniteLossError(
             f"The {name} is {value} at step {step}; the run stops here. Lower --learning_rate, lengthen "
-            "--warmup_steps, or use --mixed_precision no; under spectral conditioning a smaller --lambda_ helps, too."
+            "--warmup_steps, or use --mixed_precision no; with spectral conditioning a smaller --lambda_ also helps."
         )
 
 

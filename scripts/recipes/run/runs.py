@@ -200,8 +200,8 @@ def settings_to_keep(
 ) -> dict[str, Any]:
     """What must be the same when the run is resumed, by the names of flags and of the model's configuration.
 
-    How the global batch is cut among processes and forward passes may change, and so may everything about reading,
-    reporting and saving. A resumed run prepares its data again, which gives the same: the fingerprints tell if not.
+    The split of the global batch among processes and forward passes may change, and so may everything about reading,
+    reporting and saving. A resumed run prepares its data again, with the same result: the fingerprints show if not.
     """
     exact = spectral.spectral_exact_refresh
     return {
@@ -219,7 +219,7 @@ def settings_to_keep(
 
 
 def is_finished(arguments: RunArguments, accelerator: Accelerator) -> bool:
-    """Whether the run to be resumed came to its end: `metrics.json` is written then, after the model."""
+    """Whether the run to be resumed was finished: `metrics.json` is written at the end, after the model."""
     metrics_file = Path(arguments.output_dir) / METRICS_FILE
     return arguments.resume_from_checkpoint and run_on_main_process(accelerator, metrics_file.is_file)
 
@@ -246,7 +246,7 @@ def tracker_config(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def report_stop(task: Task, arguments: RunArguments, done: Progress) -> None:
-    """Say how a run that a signal stopped goes on."""
+    """Say how to continue a run that a signal stopped."""
     instead = " in place of --overwrite_output_dir" if arguments.overwrite_output_dir else ""
     of = task.amounts.budget.steps or f"those that {task.amounts.describe()} give"
     logger.info(

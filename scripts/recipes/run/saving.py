@@ -50,8 +50,8 @@ def save_pretrained(
             "It could not be written anywhere else either." if elsewhere is None else f"It is in {elsewhere} instead."
         )
         raise SavedElsewhereError(
-            f"The model could not be saved into {directory}: {one_line(error)}. {kept} Nothing measured it, and what lies in "
-            f"{directory} is of before."
+            f"The model could not be saved into {directory}: {one_line(error)}. {kept} It was not evaluated, and "
+            f"{directory} still has its earlier content."
         ) from error
 
 

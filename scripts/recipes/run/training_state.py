@@ -1,4 +1,4 @@
-"""The state of a running training: everything that decides how it goes on, collected and put back, bit for bit.
+"""The state of a running training: everything that determines how it continues, collected and restored bit for bit.
 
 Weights, optimizer, learning-rate schedule, loss scaler, the steps since dynamic corrections were refreshed, and the random
 number generators of every process. The tensors are whole, whatever the number of processes; the rest is a tree that JSON
@@ -148,8 +148,8 @@ def restore_state(parts: TrainingParts, weights: Tensors, state: dict[str, Any],
         restore_random_state(state["random"][accelerator.process_index], accelerator.device)
     else:
         logger.warning(
-            f"The checkpoint is of {len(state['random'])} processes and this run has {accelerator.num_processes}: random "
-            "number generators start anew, so dropout differs from an uninterrupted run. Nothing else does."
+            f"The checkpoint is of {len(state['random'])} processes and this run has {accelerator.num_processes}: "
+            "random number generators are reseeded, so dropout differs from an uninterrupted run. Nothing else does."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a script can use a checkpoint, said before data are prepared: the same rule in every script."""
+"""Whether a script can use a checkpoint, checked before data are prepared: the same rule in every script."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -80,7 +80,8 @@ def check_conditioning(model: Any, spectral: SpectralArguments, path: str) -> No
         if spectral.spectral_init is not None:
             raise ModelError(
                 f"--spectral_init {spectral.spectral_init} says how weights enter a new conditioning, and {path} is "
-                "conditioned already; leave it out to go on as it is, or fold the checkpoint (`specattn fold`) first."
+                "conditioned already; leave it out to continue with it as it is, or fold the checkpoint (`specattn "
+                "fold`) first."
             )
         return
     try:

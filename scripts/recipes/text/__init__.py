@@ -1,1 +1,1 @@
-"""Masked language modelling: corpora, tokens, masking, presets."""
+"""Masked language modeling: corpora, tokens, masking, presets."""

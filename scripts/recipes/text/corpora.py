@@ -37,7 +37,7 @@ def corpus_streams(
     validation = separate_validation_stream(settings, show_progress)
     if validation is not None:
         if same := {*_resolved(settings.train_file)} & {*_resolved(settings.validation_file)}:
-            logger.warning(f"Validation is on text that is trained on, too: {', '.join(sorted(map(str, same)))}.")
+            logger.warning(f"Validation uses text that is also trained on: {', '.join(sorted(map(str, same)))}.")
         return train, validation, f"{train.origin}; validation on {validation.origin}"
     if settings.validation_documents is not None:
         kept, held_out = split_first(train, settings.validation_documents)

@@ -87,7 +87,7 @@ def load_or_make(folder: Path, make: Callable[[Path], None], load: Callable[[Pat
             except FileNotFoundError:
                 pass
             except DamagedFolderError as error:
-                logger.warning(f"{folder} is damaged ({error}); it is made again.")
+                logger.warning(f"{folder} is damaged ({error}); it is rebuilt.")
                 shutil.rmtree(folder)
             _remove_leftovers(folder.parent)
             _make_whole(folder, make)
@@ -112,7 +112,7 @@ def _locked(folder: Path, content: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.warning(f"Another process prepares {content}; waiting until it is done.")
+        logger.warning(f"Another process is preparing {content}; waiting until it is done.")
         lock.acquire()
     try:
         yield
@@ -147,8 +147,8 @@ def _write_errors(cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CorpusError(
-                f"The disk of {cache_dir} is full ({error.strerror}); what was half made is removed. Free some space, or "
-                "name another cache folder."
+                f"The disk of {cache_dir} is full ({error.strerror}); the incomplete data are removed. Free some "
+                "space, or choose another cache folder."
             ) from error
         # Of the cache, whatever it is, or of a disk; and not of the corpus.
         if str(error.filename or "").startswith(str(cache_dir)) or cannot_be_written(error):

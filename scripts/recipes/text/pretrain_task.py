@@ -1,4 +1,4 @@
-"""Masked language modelling as a task of the loop: which sequences a step reads, what is masked, the loss, the evaluation.
+"""Masked language modeling as a task of the loop: which sequences a step reads, what is masked, the loss, the evaluation.
 
 The corruption has an exact count and is a pure function of (seed, epoch, sequence index). Every sequence gets exactly
 `round(probability * length)` predicted positions, so that a model may decode just those with static shapes (sparse
@@ -258,7 +258,7 @@ class MlmTask(Task):
             order = "in another order" if self.arguments.sequence_order == "shuffled" else "in the same order"
             logger.warning(
                 f"step {step}: the training data ({len(self.train):,} sequences) have been read {passed} time(s) and "
-                f"are repeated from here on, {order} and masked anew."
+                f"are repeated from here on, {order} and with new masks."
             )
 
     def loss(self, model: nn.Module, batch: MaskedBatch) -> Tensor:

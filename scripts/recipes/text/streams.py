@@ -66,7 +66,9 @@ def file_stream(
         if not path.is_file():
             next(file_documents(path, text_column))  # says what is wrong with it
     if repeated := [str(path) for path, count in Counter(path.resolve() for path in files).items() if count > 1]:
-        logger.warning(f"{', '.join(repeated)} is named more than once (perhaps through a link), and read as often.")
+        logger.warning(
+            f"{', '.join(repeated)} is named more than once (perhaps through a link), and is read each time."
+        )
 
     def documents() -> Iterator[Document]:
         seen: set[str] = set()
@@ -191,8 +193,8 @@ def split_first(stream: CorpusStream, validation_documents: int) -> tuple[Corpus
                 yield document
         if not left:
             raise CorpusError(
-                f"{stream.origin} has {count} documents, all of which --validation_documents {validation_documents} holds "
-                "out. Hold out fewer, or give a larger corpus."
+                f"{stream.origin} has {count} documents, all of which --validation_documents {validation_documents} "
+                "holds out. Hold out fewer, or use a larger corpus."
             )
 
     ingredients = {"part_of": stream.ingredients, "validation_documents": validation_documents}

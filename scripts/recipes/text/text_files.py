@@ -87,7 +87,7 @@ def _checked_documents(path: Path, text_column: str, part_characters: int | None
         problem = (
             "does not exist" if not path.exists() else f"is a {'folder' if path.is_dir() else 'device'}, not a file"
         )
-        problem = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else problem
+        problem = "is a broken link" if path.is_symlink() and not path.exists() else problem
         raise CorpusError(f"{path} {problem}. Give the path of one corpus file ({', '.join(EXTENSIONS)}).")
     if path.stat().st_size == 0:
         raise CorpusError(f"{path} is empty (0 bytes). Give a file with text in it.")
@@ -300,9 +300,7 @@ def _column(path: Path, where: str, row: Any, text_column: str) -> str | None:
     if text_column not in row:
         raise _missing_column(path, text_column, sorted(row), where=f", {where}")
     if text_column in row.repeated:
-        raise CorpusError(
-            f"{path}, {where}: the key {text_column!r} stands there twice; which is meant, nothing says."
-        )
+        raise CorpusError(f"{path}, {where}: the key {text_column!r} occurs twice; it is unclear which one is meant.")
     value = row[text_column]
     if value is not None and not isinstance(value, str):
         raise CorpusError(

@@ -374,6 +374,6 @@ def _require_space(folder: Path, stream: CorpusStream, itemsize: int, length: in
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CorpusError(
-            f"Too little disk space in {folder.parent}: the packed sequences of {stream.origin} need about "
-            f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free. Free some, or name another cache folder."
+            f"Not enough disk space in {folder.parent}: the packed sequences of {stream.origin} need about "
+            f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free. Free some, or choose another cache folder."
         )

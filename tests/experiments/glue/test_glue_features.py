@@ -164,7 +164,7 @@ def test_a_damaged_file_is_made_anew(tokenizer, tmp_path, warning_log, damage):
         load_tokens(path)
     assert prepare_tokens(examples, tokenizer, 32, tmp_path, "t") == path
     assert path.read_bytes() == good
-    assert any("is damaged and made anew" in message for message in warning_log.messages)
+    assert any("is damaged and is rebuilt" in message for message in warning_log.messages)
 
 
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):

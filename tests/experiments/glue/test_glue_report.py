@@ -137,7 +137,7 @@ def test_failed_runs_are_rows_and_in_no_mean(records):
     # averages over other columns are no pair
     assert cells["svd minus stock", "mean difference (seeds)"]["average (of how many numbers)"] == "–"
     assert "**The averages do not compare**" in text
-    assert "Failed runs are in no mean, median or difference" in text
+    assert "Failed runs are not part of any mean, median or difference" in text
     failures = [line for line in text.splitlines() if "diverged" in line]
     assert len(failures) == 5
     assert failures[0].startswith("| svd | cola | 0 | diverged: the loss \\| is nan!!")

@@ -76,10 +76,10 @@ def test_every_exif_orientation_stands_upright(orientation, wide):
 
 def test_what_is_taken_from_a_picture_is_said():
     cmyk = stored(Image.new("CMYK", (4, 4), (10, 200, 30, 40)), "TIFF")
-    assert remarks(cmyk) == ["are CMYK, converted without their colour profile"]
+    assert remarks(cmyk) == ["are CMYK, converted without their color profile"]
     assert np.asarray(decode(cmyk, "RGB"))[0, 0].tolist() == [207, 46, 190]
     clear = stored(Image.new("RGBA", (4, 4), (10, 200, 30, 0)), "PNG")
-    assert remarks(clear) == ["have transparency, which is dropped: the colours below it show"]
+    assert remarks(clear) == ["have transparency, which is dropped: the colors below it show"]
     assert np.asarray(decode(clear, "RGB"))[0, 0].tolist() == [10, 200, 30]
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (40, 90)]
     film = stored(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -117,7 +117,7 @@ def test_what_is_altered_is_counted_once(tmp_path, warning_log):
     load_image_data(settings)
     assert [message.split(". ")[0] for message in warning_log.messages if "training images" in message] == [
         "2 of the 4 training images have 16 bits or floats per channel, scaled to 8 bits by the range of their kind",
-        "2 of the 4 training images have transparency, which is dropped: the colours below it show",
+        "2 of the 4 training images have transparency, which is dropped: the colors below it show",
     ]
 
 
@@ -147,7 +147,7 @@ def test_hidden_files_links_and_other_endings(tmp_path, warning_log):
     with pytest.raises(ImageDataError, match=r"1 of the 8 training images cannot be read(?s:.*)gone\.png"):
         load_image_data(settings)
     (root / "red" / "round").symlink_to(root / "red")
-    with pytest.raises(ImageDataError, match=r"round leads to a folder whose images are read by another path"):
+    with pytest.raises(ImageDataError, match=r"round leads to a folder whose images are already read by another path"):
         load_image_data(settings)
 
 

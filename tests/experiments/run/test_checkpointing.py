@@ -331,7 +331,7 @@ def test_without_a_sound_checkpoint_all_are_named(tmp_path):
     checkpoints = make_checkpoints(tmp_path)
     for step in (1, 2):
         truncate(checkpoints.save(Progress(step)) / "model.safetensors")
-    pattern = r"(?s)000002: model.safetensors has.*000001: model.safetensors has.*start the run anew"
+    pattern = r"(?s)000002: model.safetensors has.*000001: model.safetensors has.*start the run again"
     with pytest.raises(CheckpointError, match=pattern):
         make_checkpoints(tmp_path).resume()
     assert len(list_checkpoints(tmp_path)) == 2

@@ -335,7 +335,7 @@ def test_a_full_disk_leaves_nothing_half_made(tokenizer, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(token_cache._Packer, "write", write_to_full_disk)
-        with pytest.raises(CorpusError, match=r"The disk of .* is full .*half made is removed.*another cache folder"):
+        with pytest.raises(CorpusError, match=r"The disk of .* is full .*incomplete data are removed.*another cache folder"):
             prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
     assert len(prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)) > 0
@@ -343,7 +343,7 @@ def test_a_full_disk_leaves_nothing_half_made(tokenizer, tmp_path, monkeypatch):
 
 def test_too_little_space_is_said_before_anything_is_read(tokenizer, tmp_path):
     huge = CorpusStream(lambda: pytest.fail("the corpus was read"), {}, "The Pile", 10**18)
-    with pytest.raises(CorpusError, match=r"Too little disk space .*The Pile need about .* MB, and .* MB are free"):
+    with pytest.raises(CorpusError, match=r"Not enough disk space .*The Pile need about .* MB, and .* MB are free"):
         prepare_tokens(huge, tokenizer, 8, cache_dir=tmp_path)
 
 

@@ -445,7 +445,11 @@ def _rows(results: Results) -> Any:
     grid.flat[0].set_ylim(len(rows) - 0.4, -0.6)
     for row in grid:
         row[0].set_ylabel("variant")
-    figure.supxlabel(f"{metric.final_name} ({metric.unit}), mean and deviation", fontsize="medium")
+    x_label = f"{metric.final_name} ({metric.unit}), mean and deviation"
+    if len(sweep.settings) == 1:
+        grid.flat[0].set_xlabel(x_label)
+    else:
+        figure.supxlabel(x_label, fontsize="medium")
     if len(starts) > 1:
         figure.legend(
             *grid.flat[0].get_legend_handles_labels(), fontsize=8, loc="outside upper right", ncols=len(starts)
