@@ -303,7 +303,7 @@ def _flag(cls: Any, kwargs: Mapping[str, Any], with_init: bool = False) -> bool:
 
     Raises:
         ValueError: for a flag that is not a truth value, a class that has no conditioned counterpart, settings without their
-            flag, or misspelt ones.
+            flag, or misspelled ones.
     """
     flag = kwargs.get(FLAG)
     if flag is not True and flag is not False and flag is not None:

@@ -80,7 +80,7 @@ class CrammedBertConfig(PreTrainedConfig):
         is still added).
         pad_token_id: token whose embedding starts as zero, or None.
         tie_word_embeddings: whether the decoder uses the token embeddings as its weight.
-        sparse_prediction: whether `CrammedBertForMaskedLM` decodes only labelled positions while training.
+        sparse_prediction: whether `CrammedBertForMaskedLM` decodes only labeled positions while training.
         classifier_hidden_size: width of the hidden layer of the sequence classification head.
         classifier_dropout: dropout in the classification heads; None means `hidden_dropout_prob`.
 
@@ -533,7 +533,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
            positions of the batch that have a label, sequence after sequence.
         3. Otherwise, so always in eval mode without `masked_positions`: (batch, n, vocab_size), every position.
 
-        The loss is the same in all cases, provided that `masked_positions` lists each labelled position once. The
+        The loss is the same in all cases, provided that `masked_positions` lists each labeled position once. The
         shape of case 2 depends on the data; code being compiled, which needs fixed shapes, decodes every position
         instead. `masked_positions` gives both the fixed shape and the small product.
 
@@ -542,7 +542,7 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
             masked_positions: (batch, k), the positions to decode, in training and in eval mode. Negative entries are
                 padding for sequences with fewer than k: they take no part in the loss, and their logits, those of
                 position 0, mean nothing. Labels at positions that are not listed are left out of the loss.
-            num_items_in_batch: number of labelled positions by which the summed loss is divided, as `Trainer` passes
+            num_items_in_batch: number of labeled positions by which the summed loss is divided, as `Trainer` passes
                 it; None divides by the number in this batch, which without any label gives nan.
 
         Returns:

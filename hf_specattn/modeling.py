@@ -83,7 +83,7 @@ PRECONDITIONER_FIELDS = (
     "preconditioner_norms",
 )
 FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)  # preconditioner_norms is the last
-SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelt one
+SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelled one
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
 IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
 

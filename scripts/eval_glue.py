@@ -213,7 +213,7 @@ def evaluate(arguments: GlueArguments, spectral: SpectralArguments, accelerator:
     planned = plan_runs(arguments, accelerator, variants, data)
     to_do = run_on_main_process(accelerator, lambda: runs_to_do(arguments, results, planned))
     bases = run_on_main_process(accelerator, lambda: save_bases(arguments, variants) if to_do else {})
-    # From here on each process is for itself, with its share of the runs: neighbours in the list take equally long.
+    # From here on each process is for itself, with its share of the runs: neighbors in the list take equally long.
     mine = to_do[accelerator.process_index :: accelerator.num_processes]
     with stop_on_signals() as stop:
         tuner = FineTuner(arguments, accelerator, by_label, data, stop, spectral.spectral_exact_refresh, bases, bars)

@@ -8,7 +8,7 @@ from PIL import Image
 
 
 def colours(count, size=10, seed=0):
-    """Images of random colours, one channel brighter by class: `(count, size, size, 3)` and labels 0, 1, 2, ... again."""
+    """Images of random colors, one channel brighter by class: `(count, size, size, 3)` and labels 0, 1, 2, ... again."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 3
     pixels = generator.integers(0, 120, (count, size, size, 3))

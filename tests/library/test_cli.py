@@ -366,7 +366,7 @@ DAMAGES = {
     "modules.json cut off": (write("modules.json", '[{"path": '), "restore it from its source"),
     "tokenizer_config.json a list": (tokenizer_of([]), "restore it from its source"),
     "tokenizer_config.json cut off": (tokenizer_of('{"a"'), "restore it from its source"),
-    "a licence that is false": (readme(license=False), "license in its metadata is False, but must be a text"),
+    "a license that is false": (readme(license=False), "license in its metadata is False, but must be a text"),
     "a tag that is a number": (readme(tags=["a", 5]), "tags in its metadata is ['a', 5], but must be"),
     "a pipeline that is a list": (
         readme(pipeline_tag=["x"]),

@@ -259,7 +259,7 @@ def test_initialization():
     assert louder.embeddings.position_scale.item() == 2.5
 
 
-# Masked language modelling
+# Masked language modeling
 
 
 def test_masked_lm_logits_are_the_tied_product():
@@ -307,7 +307,7 @@ def test_logits_of_every_path():
     model.train()
     sparse = model(ids, labels=labels).logits
     torch.testing.assert_close(sparse, dense[labels != -100], rtol=1e-11, atol=1e-11)
-    assert model(ids).logits.shape == dense.shape  # nothing is labelled, everything is wanted
+    assert model(ids).logits.shape == dense.shape  # nothing is labeled, everything is wanted
     model.config.sparse_prediction = False
     assert model(ids, labels=labels).logits.shape == dense.shape
 

@@ -103,7 +103,7 @@ def test_the_whole_in_small(demo, tmp_path, monkeypatch, capsys):
     results = json.loads((output / "conditioning.json").read_text())
     assert list(results) == list(demo.RUNS) == ["stock", "identity, lambda 1", "svd"]
     losses = rows_of((output / "comparison.md").read_text())
-    assert list(losses) == list(results)  # the same names in the same order, and so the same colours
+    assert list(losses) == list(results)  # the same names in the same order, and so the same colors
     conditioning = (output / "conditioning.md").read_text()
     assert conditioning in capsys.readouterr().out
     rows = rows_of(conditioning)

@@ -167,7 +167,7 @@ class Run:
         Args:
             key: "train_loss", or the key of a metric; the values are as recorded.
             over_tokens: over the training tokens read until then, not over optimizer steps. Where a record lacks them,
-                they lie on the line between its neighbours', the start and the end.
+                they lie on the line between its neighbors', the start and the end.
         """
         entries = self.record.history if key == "train_loss" else self.record.validation
         steps = [entry["step"] for entry in entries]

@@ -1,6 +1,6 @@
 """The embedded data: circles, squares and triangles on noise, with polygons, in COCO's format. Made anew in a second.
 
-Each image has one to four shapes of 16 to 56 pixels, of any colour that stands out from the grey behind it. A shape that
+Each image has one to four shapes of 16 to 56 pixels, of any color that stands out from the gray behind it. A shape that
 hides more than a fifth of another is not drawn. Masks are of what is seen.
 """
 
@@ -77,7 +77,7 @@ def _draw(generator: np.random.RandomState) -> tuple[Image.Image, list[tuple[int
 
 
 def _colour(generator: np.random.RandomState, level: int) -> tuple[int, int, int]:
-    """A colour with a channel at least 60 away from the grey."""
+    """A color with a channel at least 60 away from the grey."""
     while True:
         red, green, blue = (int(value) for value in generator.randint(0, 256, 3))
         if max(abs(value - level) for value in (red, green, blue)) >= 60:

@@ -1,4 +1,4 @@
-"""Image classification as a task of the loop: which images a step reads, in which size and colours, and the loss."""
+"""Image classification as a task of the loop: which images a step reads, in which size and colors, and the loss."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -77,7 +77,7 @@ class ImageTask(ReadAheadTask):
         logger.info(f"Images: {data.origin}; {train:,} to train on, {validation:,} to validate on.")
         self.size = arguments.image_size or own_size or (max(data.size) if data.size else DEFAULT_IMAGE_SIZE)
         self.channels = own_channels if arguments.timm_model is None and own_channels else data.channels
-        self.mode = "L" if self.channels == 1 else "RGB"  # PIL's name of the colours
+        self.mode = "L" if self.channels == 1 else "RGB"  # PIL's name of the colors
         self.order = BatchOrder(train, arguments.seed, repeats=arguments.repeated_augmentation)
         self.amounts = self.amounts_of(train)
         self.dataset = data.origin

@@ -16,10 +16,10 @@ STILL_FORMATS = ("MPO",)
 
 
 def decode(image: Image.Image, mode: str) -> Image.Image:
-    """Return a picture as its EXIF data say it stands, in PIL's mode "L" (grey) or "RGB", 8 bits per channel.
+    """Return a picture as its EXIF data say it stands, in PIL's mode "L" (gray) or "RGB", 8 bits per channel.
 
     One wide channel is scaled by its range: 16 bits without a sign (12 in some TIFF files), and floats from 0 to 1. CMYK is
-    converted without its colour profile, transparency is dropped, and of several frames the first is read; so do `datasets`
+    converted without its color profile, transparency is dropped, and of several frames the first is read; so do `datasets`
     and transformers.
 
     Raises:

@@ -1,7 +1,7 @@
 """What a step trains on: images, augmented and mixed, with soft targets; a pure function of (seed, position).
 
 Training reads one endless stream of images, pass after pass over the data, as in `..batching`. The image at a position, how
-it is augmented, and with which neighbour it is mixed depend on the seed and the position alone, so that a resumed run, one
+it is augmented, and with which neighbor it is mixed depend on the seed and the position alone, so that a resumed run, one
 with other workers, and one on several processes see the same batches.
 """
 
@@ -28,7 +28,7 @@ from .image_sources import ImageSplit
 class Mixing:
     """Mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019), through timm, and label smoothing, by flags.
 
-    Each image is mixed with its neighbour in the stream, both with one share (timm's mode "pair", whose partners are the
+    Each image is mixed with its neighbor in the stream, both with one share (timm's mode "pair", whose partners are the
     ends of a batch instead): so no process needs another one's images.
     """
 

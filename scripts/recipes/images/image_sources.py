@@ -109,7 +109,7 @@ class HubImages:
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Labelled images.
+    """Labeled images.
 
     Attributes:
         images: What opens them.
@@ -135,7 +135,7 @@ class ImageSplit:
         return self.images.name(self._place(index))
 
     def load(self, index: int, mode: str) -> Image.Image:
-        """Return one image as `decode` does, in PIL's mode "L" (grey) or "RGB".
+        """Return one image as `decode` does, in PIL's mode "L" (gray) or "RGB".
 
         Raises:
             ImageDataError: naming the image, where it cannot be read.
@@ -167,7 +167,7 @@ class ImageData:
         train, validation: The two splits.
         class_names: The name of each class, by its number.
         size: Height and width where all images have the same, which needs no resizing; None for files of any size.
-        channels: 1 for grey images, 3 for colour.
+        channels: 1 for gray images, 3 for colour.
         origin: Where the data come from, in words.
         skipped: The unreadable images that were left out, by name.
     """

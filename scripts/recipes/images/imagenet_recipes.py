@@ -26,6 +26,6 @@ def deviations(preset: str, settings: Mapping[str, Any], global_batch_size: int,
         lines.append("mixed precision bf16 (published: fp16 or none)")
     if recipe["mixup"]:
         lines.append(
-            "mixup and CutMix: each image with its neighbour (published: with another of the same process's batch)"
+            "mixup and CutMix: each image with its neighbor (published: with another of the same process's batch)"
         )
     return lines + changes

@@ -87,7 +87,7 @@ class LraNystromformerConfig(PreTrainedConfig):
                 f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}."
             )
         if self.conv_kernel_size % 2 == 0:
-            raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd: it is centred on each position.")
+            raise ValueError(f"conv_kernel_size={self.conv_kernel_size} must be odd: it is centered on each position.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0 and below 1.")

@@ -316,7 +316,7 @@ def add_distractors(generator: np.random.Generator, masks: Floats) -> list[list[
 @dataclass(frozen=True)
 class PathfinderImage:
     """Attributes: `pixels` (32, 32) in 0-255; `label` 1: both discs on one curve; `curves` (2, 14, 3) and `distractors`
-    (4, 3) each, the segments; `markers` (2, 2), the discs' centres: a beginning and an end of a curve."""
+    (4, 3) each, the segments; `markers` (2, 2), the discs' centers: a beginning and an end of a curve."""
 
     pixels: NDArray[np.uint8]
     label: int

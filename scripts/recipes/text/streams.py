@@ -38,7 +38,7 @@ class CorpusStream:
     """Documents that can be read again and again without being held.
 
     Attributes:
-        documents: Starts a new reading. A long document may come in parts: neighbours of one name are one document.
+        documents: Starts a new reading. A long document may come in parts: neighbors of one name are one document.
         ingredients: What decides the documents, as JSON values; equal ingredients promise equal documents.
         origin: Where they come from, for messages.
         characters: About how many there are; None if nothing is known before reading.

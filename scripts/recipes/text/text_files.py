@@ -62,7 +62,7 @@ def file_documents(
         path: A file with one of `EXTENSIONS`.
         text_column: The key or column with the text; plain text files have none and ignore it.
         part_characters: Longer documents come in parts of about this many characters, cut at line ends or else at spaces,
-            as neighbours of one name. None gives each document whole.
+            as neighbors of one name. None gives each document whole.
 
     Raises:
         CorpusError: for a file that is missing, empty, damaged, not UTF-8, of another kind or without the column.

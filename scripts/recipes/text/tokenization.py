@@ -169,7 +169,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     for role in ("mask_token", "sep_token", "pad_token"):
         if getattr(tokenizer, role) is None:
             raise CorpusError(
-                f"The tokenizer of {name_or_path!r} has no {role}, which masked-language modelling needs. "
+                f"The tokenizer of {name_or_path!r} has no {role}, which masked-language modeling needs. "
                 "Name another --tokenizer_name, or leave it out to train one."
             )
     return tokenizer

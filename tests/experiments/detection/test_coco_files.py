@@ -273,6 +273,6 @@ def test_shapes_are_the_same_each_time():
             rows, columns = mask.nonzero(as_tuple=True)
             corners = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert box == [float(corner) for corner in corners]
-            # One colour, on noise.
+            # One color, on noise.
             assert pixels[:, mask.bool()].float().std(1).max() == 0
     assert seen == {1, 2, 3}

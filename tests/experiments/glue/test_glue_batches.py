@@ -42,7 +42,7 @@ def test_grouping_saves_padding_and_keeps_the_order_random():
 
 
 def test_groups_are_drawn_anew_in_every_epoch():
-    """An example of one length meets other neighbours: sorted over the whole set it would always meet the same."""
+    """An example of one length meets other neighbors: sorted over the whole set it would always meet the same."""
     lengths = np.arange(16 * BATCHES_PER_GROUP * 3)
     neighbours = []
     for epoch in (0, 1):

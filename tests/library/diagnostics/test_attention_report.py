@@ -222,7 +222,7 @@ def test_training_figure_has_means_over_runs_and_heads(tmp_path):
     groups = {"stock": [records(3.0), records(5.0)], "svd": [records(2.0)]}
     axes = training_figure(groups).axes
     assert [panel.get_yscale() for panel in axes] == ["linear"] * 3
-    for panel in axes:  # logarithms are drawn, and labelled with what they are of
+    for panel in axes:  # logarithms are drawn, and labeled with what they are of
         labels = [label.get_text() for label in panel.get_yticklabels()]
         assert [math.log10(float(label)) for label in labels] == pytest.approx(panel.get_yticks().tolist())
         assert len(labels) >= 2

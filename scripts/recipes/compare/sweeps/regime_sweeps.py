@@ -68,7 +68,7 @@ def residual_free(scale: str, scripts: Path) -> Sweep:
 
 
 def strong_decay(scale: str, scripts: Path) -> Sweep:
-    """Strong weight decay and a long training: a fixed C moves the centre of the decay, and so do the controls."""
+    """Strong weight decay and a long training: a fixed C moves the center of the decay, and so do the controls."""
     _refuse_paper("strong_decay", scale)
     small = ("--hidden_size", "32", "--num_hidden_layers", "4", "--intermediate_size", "64")
     settings = tuple(
