@@ -21,7 +21,7 @@ from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from numpy.typing import NDArray
 
-from hf_specattn.files import replace_folder, temporary_name, write_bytes, write_json
+from hf_specattn.files import checksum, replace_folder, temporary_name, write_bytes, write_json
 
 from ..run.randomness import Purpose, random_words
 from .listops import guesses, make_trees
@@ -249,11 +249,13 @@ def _made(settings: LraDataSettings) -> Path:
 
 def _cached(source: Source, settings: LraDataSettings) -> dict[str, Part]:
     """The parts of a source, encoded where they are not yet."""
-    files = [[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in source.files]
+    files = [[str(file.resolve()), _state(file)] for file in source.files]
     key = _key([FORMAT, settings.task, source.form, files, settings.max_length])
     folder = settings.caches / f"lra-{settings.task}-{key}"
     with _lock(folder):
         if not _is_whole(folder):
+            if folder.exists():
+                logger.warning(f"{folder} is damaged; it is made again.")
             logger.info(f"Reading {source.form}.")
             temporary = folder.with_name(temporary_name(folder.name))
             shutil.rmtree(temporary, ignore_errors=True)
@@ -264,8 +266,8 @@ def _cached(source: Source, settings: LraDataSettings) -> dict[str, Part]:
             except BaseException:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-            write_json(temporary / MANIFEST_FILE, {"form": source.form, "files": files, "bytes": sizes})
+            sums = {file.name: checksum(file) for file in temporary.iterdir()}
+            write_json(temporary / MANIFEST_FILE, {"form": source.form, "files": files, "crc32": sums})
             replace_folder(temporary, folder)
     return {name: Part(folder, name) for name in source.read}
 
@@ -282,17 +284,27 @@ def _write_part(folder: Path, name: str, examples: Iterator[Example], max_length
                 end += min(len(ids), max_length)
                 bounds[-1].append(end)
             labels.append(label)
-    if not labels:
+    if not end:
         raise LraDataError(
-            f"The {name} part of {source.form} has no example: {', '.join(map(str, source.files[:3]))}."
+            f"The {name} part of {source.form} has no example, or only empty ones: {', '.join(map(str, source.files[:3]))}."
         )
     np.savez(folder / f"{name}.npz", labels=np.array(labels, dtype=np.int64), bounds=np.array(bounds, dtype=np.int64))
 
 
+def _state(path: Path) -> str:
+    """What changes with a file, or with any of those in a folder: sizes and times."""
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise LraDataError(f"{path} cannot be read: {error}") from error
+    return _key(states)
+
+
 def _is_whole(folder: Path) -> bool:
     try:
-        sizes: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["bytes"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        sums: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["crc32"]
+        return bool(sums) and all(checksum(folder / name) == value for name, value in sums.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -7,6 +7,7 @@ by the names of its files. Whatever is wrong with a file is an error that names 
 import gzip
 import io
 import logging
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .listops import encode
+from ..images.decoding import decode
+from .listops import UNKNOWN, encode
 from .pathfinder import FOLDER, WINDOW
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ def checked_label(task: str, label: Any, where: str) -> int:
     Raises:
         LraDataError: for one that is outside of the task's classes.
     """
+    if isinstance(label, bytes):
+        label = label.decode(errors="replace")
     try:
         number = float(label)
     except (TypeError, ValueError):
@@ -102,7 +106,7 @@ def rows_of(file: Path, columns: int, header: tuple[str, ...] | None = None) -> 
                     yield where, row
                 elif (found := tuple(name.decode(errors="replace") for name in row)) != header:
                     raise LraDataError(f"{file}: the header is {', '.join(found)}; needed is {', '.join(header)}.")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise LraDataError(f"{file} cannot be read: {error}") from error
 
 
@@ -121,9 +125,10 @@ def table_rows(file: Path, columns: Mapping[str, tuple[str, ...]]) -> Iterator[t
         present, names = table.schema_arrow.names, []
         for meaning, possible in columns.items():
             names.append(next((name for name in possible if name in present), None))
-            if names[-1] is None:
+            if present.count(names[-1]) != 1:
+                number = "no" if names[-1] is None else "more than one"
                 raise LraDataError(
-                    f"{file} has no column of {meaning} ({' or '.join(possible)}); it has {', '.join(present)}."
+                    f"{file} has {number} column of {meaning} ({' or '.join(possible)}); it has {', '.join(present)}."
                 )
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=names):
@@ -175,10 +180,17 @@ def three_parts(
 # --- ListOps ---------------------------------------------------------------------------------------------------------
 
 
+def _expression(text: bytes, where: str) -> Ids:
+    ids = encode(text.decode(errors="replace"))
+    if not len(ids) or (ids == UNKNOWN).any():
+        raise LraDataError(f"{where}: {text[:50]!r} is not an expression such as [MAX 4 [MIN 2 9 ] 0 ].")
+    return ids
+
+
 def find_listops(folder: Path) -> Source | None:
     def read(file: Path) -> Iterator[Example]:
         for where, (expression, label) in rows_of(file, 2, ("Source", "Target")):
-            yield (encode(expression.decode(errors="replace")),), checked_label("listops", label.decode(), where)
+            yield (_expression(expression, where),), checked_label("listops", label, where)
 
     names = {"train": "basic_train.tsv", "validation": "basic_val.tsv", "test": "basic_test.tsv"}
     for place in places(folder, "listops-1000"):
@@ -190,7 +202,7 @@ def find_listops(folder: Path) -> Source | None:
 def find_original_listops(folder: Path) -> Source | None:
     def read(file: Path) -> Iterator[Example]:
         for where, (label, expression) in rows_of(file, 2):
-            yield (encode(expression.decode(errors="replace")),), checked_label("listops", label.decode(), where)
+            yield (_expression(expression, where),), checked_label("listops", label, where)
 
     train, test = (with_gz(folder, f"{part}_d20s.tsv") for part in ("train", "test"))
     if test is None:
@@ -207,6 +219,8 @@ def find_imdb_folders(folder: Path) -> Source | None:
     for place in (folder, folder / "aclImdb"):
         if (place / "train" / "pos").is_dir():
             folders = tuple(place / part / name for part in ("train", "test") for name in ("neg", "pos"))
+            if missing := [str(each) for each in folders if not each.is_dir()]:
+                raise LraDataError(f"{missing[0]} is missing; IMDb has train/pos, train/neg, test/pos and test/neg.")
             return Source(
                 "IMDb's folders", folders, {part: partial(_reviews, place / part) for part in ("train", "test")}
             )
@@ -215,23 +229,29 @@ def find_imdb_folders(folder: Path) -> Source | None:
 
 def _reviews(folder: Path) -> Iterator[Example]:
     for label, name in enumerate(("neg", "pos")):
-        if not (files := sorted((folder / name).glob("*.txt"))):
+        # A Mac writes hidden files beside those that it copies.
+        if not (files := sorted((folder / name).glob("[!.]*.txt"))):
             raise LraDataError(
                 f"{folder / name} holds no .txt file; IMDb has train/pos, train/neg, test/pos and test/neg."
             )
         for file in files:
-            yield (byte_ids(file.read_bytes()),), label
+            try:
+                yield (byte_ids(file.read_bytes()),), label
+            except OSError as error:
+                raise LraDataError(f"{file} cannot be read: {error}") from error
 
 
 def find_imdb_tables(folder: Path) -> Source | None:
     def read_lines(file: Path) -> Iterator[Example]:
         for where, (label, _, _, text) in rows_of(file, 4, ("label", "rating", "id", "text")):
-            yield (byte_ids(text),), checked_label("text", label.decode(), where)
+            yield (byte_ids(text),), checked_label("text", label, where)
 
     def read_tables(files: Iterable[Path]) -> Iterator[Example]:
         for file in files:
             for where, (text, label) in table_rows(file, {"texts": ("text",), "labels": ("label",)}):
-                yield (byte_ids(str(text).encode()),), checked_label("text", label, where)
+                if not isinstance(text, str):
+                    raise LraDataError(f"{where}: {str(text)[:50]} ({type(text).__name__}) is not a text.")
+                yield (byte_ids(text.encode()),), checked_label("text", label, where)
 
     names = {"train": "train.tsv", "test": "test.tsv"}
     return three_parts(folder, names, read_lines, "IMDb as TSV") or _parquet(folder, read_tables, "IMDb as Parquet")
@@ -253,7 +273,7 @@ def _parquet(folder: Path, read: Callable[[Iterable[Path]], Iterator[Example]], 
 def find_aan(folder: Path) -> Source | None:
     def read(file: Path) -> Iterator[Example]:
         for where, (label, _, _, one, two) in rows_of(file, 5):
-            yield (byte_ids(one), byte_ids(two)), checked_label("retrieval", label.decode(), where)
+            yield (byte_ids(one), byte_ids(two)), checked_label("retrieval", label, where)
 
     names = {part: f"new_aan_pairs.{name}.tsv" for part, name in zip(PARTS, ("train", "eval", "test"))}
     for place in places(folder, "tsv_data"):
@@ -268,11 +288,15 @@ def find_citations(folder: Path) -> Source | None:
         return None
 
     def read(file: Path) -> Iterator[Example]:
-        texts = {name: byte_ids(text) for _, (name, text) in rows_of(papers, 2, ("id", "text"))}
+        texts: dict[bytes, Ids] = {}
+        for where, (name, text) in rows_of(papers, 2, ("id", "text")):
+            if name in texts:
+                raise LraDataError(f"{where}: a second paper {name.decode(errors='replace')}; ids must differ.")
+            texts[name] = byte_ids(text)
         for where, (label, *pair) in rows_of(file, 3, ("label", "id1", "id2")):
-            if unknown := [name.decode() for name in pair if name not in texts]:
+            if unknown := [name.decode(errors="replace") for name in pair if name not in texts]:
                 raise LraDataError(f"{where}: {papers} has no paper {', '.join(unknown)}.")
-            yield (texts[pair[0]], texts[pair[1]]), checked_label("retrieval", label.decode(), where)
+            yield (texts[pair[0]], texts[pair[1]]), checked_label("retrieval", label, where)
 
     names = {part: f"{name}.tsv" for part, name in zip(PARTS, ("train", "dev", "test"))}
     source = three_parts(folder, names, read, "pairs of ACL papers")
@@ -292,7 +316,11 @@ def find_cifar_tables(folder: Path) -> Source | None:
     def read(files: Iterable[Path]) -> Iterator[Example]:
         for file in files:
             for where, (image, label) in table_rows(file, {"images": ("image", "img"), "labels": ("label",)}):
-                content = image["bytes"] if isinstance(image, dict) else image
+                content = image.get("bytes") if isinstance(image, dict) else image
+                if not isinstance(content, bytes):
+                    raise LraDataError(
+                        f"{where}: {str(image)[:50]} is not an image: the bytes of its file are needed."
+                    )
                 pixels = decoded(io.BytesIO(content), where, "RGB", IMAGE_SIDE)
                 yield (grey_ids(pixels),), checked_label("image", label, where)
 
@@ -351,8 +379,8 @@ def decoded(file: Any, where: str, mode: str, side: int) -> NDArray[np.uint8]:
     try:
         with Image.open(file) as image:
             size = image.size
-            pixels = np.asarray(image.convert(mode))
-    except (OSError, SyntaxError) as error:
+            pixels = np.asarray(decode(image, mode))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise LraDataError(f"{where}: the image cannot be read: {error}") from error
     if size != (side, side):
         raise LraDataError(f"{where}: the image is of {size[0]} x {size[1]} pixels; {side} x {side} are needed.")

@@ -1,9 +1,12 @@
 """Reading the data of the five tasks: every form, the splits of both protocols, the cache, and what is refused."""
 
 import pickle
+import shutil
 
 import lra_files
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recipes.lra import lra_data
@@ -229,7 +232,123 @@ def test_the_cache_is_read_again_and_made_again_where_it_must_be(tmp_path, monke
     assert len(reads) == 4
 
 
+def test_an_edited_review_and_a_flipped_bit_are_noticed(tmp_path, warning_log):
+    lra_files.imdb_folders(tmp_path / "data")
+    before = load("text", tmp_path / "data", tmp_path)
+    (tmp_path / "data" / "train" / "pos" / "0_1.txt").write_text("another one")
+    edited = load("text", tmp_path / "data", tmp_path)
+    assert edited.train.fingerprint != before.train.fingerprint
+    file = edited.train.part.folder / "train.ids.bin"
+    content = bytearray(file.read_bytes())
+    content[0] ^= 1
+    file.write_bytes(content)
+    assert load("text", tmp_path / "data", tmp_path).train.fingerprint == edited.train.fingerprint
+    assert any("is damaged; it is made again" in line for line in warning_log.messages)
+
+
+def test_hidden_files_are_no_reviews(tmp_path):
+    lra_files.imdb_folders(tmp_path / "data")
+    before = load("text", tmp_path / "data", tmp_path)
+    (tmp_path / "data" / "train" / "pos" / "._0_1.txt").write_bytes(b"\0\5\x16\7")
+    assert load("text", tmp_path / "data", tmp_path).train.fingerprint == before.train.fingerprint
+
+
+def test_pictures_of_16_bits_are_scaled_and_not_cut_off(tmp_path):
+    values = np.linspace(0, 65535, 1024).round().astype(np.uint16).reshape(32, 32)
+    place = tmp_path / "data" / "pathfinder32" / FOLDER
+    lra_files.write(place / "imgs/0/sample_0.png", lra_files.encoded(values))
+    lra_files.write(place / "metadata/0.npy", "imgs/0 sample_0.png 0 1 1\n" * 10)
+    data = load("pathfinder", tmp_path / "data", tmp_path, max_length=1024)
+    assert rows_of(data.train, 1024)[0][0].tolist() == np.round(values / 257).astype(int).ravel().tolist()
+
+
 # --- what is refused ---
+
+
+def parquet(columns, names, place):
+    place.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "test"):
+        pq.write_table(
+            pa.Table.from_arrays([pa.array(column) for column in columns], names=names), place / f"{part}.parquet"
+        )
+
+
+PAPERS = "id\ttext\np1\tx\np2\ty\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "write", "message"),
+    [
+        (
+            "listops",
+            lambda place: lra_files.listops_release(place, ["hello world\t4"]),
+            r"line 2: .* is not an expression",
+        ),
+        (
+            "listops",
+            lambda place: lra_files.listops_release(place, ["[max 4 2 ]\t4"]),
+            r"line 2: .* is not an expression",
+        ),
+        ("listops", lambda place: lra_files.listops_release(place, ["\t4"]), r"line 2: b'' is not an expression"),
+        (
+            "text",
+            lambda place: parquet([["a", None], [0, 1]], ["text", "label"], place),
+            r"row 2: None \(NoneType\) is not",
+        ),
+        ("text", lambda place: parquet([[7, 8], [0, 1]], ["text", "label"], place), r"row 1: 7 \(int\) is not a text"),
+        ("text", lambda place: parquet([["", ""], [0, 1]], ["text", "label"], place), r"or only empty ones"),
+        (
+            "text",
+            lambda place: parquet([["a"], ["b"], [0]], ["text", "text", "label"], place),
+            r"has more than one column of texts",
+        ),
+        ("image", lambda place: parquet([["x.png"], [0]], ["img", "label"], place), r"row 1: x.png is not an image"),
+        ("image", lambda place: parquet([[None], [0]], ["img", "label"], place), r"row 1: None is not an image"),
+        (
+            "retrieval",
+            lambda place: [
+                lra_files.write(place / "papers.tsv", f"{PAPERS}p1\tz\n"),
+                *(
+                    lra_files.write(place / f"{part}.tsv", "label\tid1\tid2\n1\tp1\tp2\n")
+                    for part in ("train", "dev", "test")
+                ),
+            ],
+            r"papers.tsv, line 4: a second paper p1",
+        ),
+        (
+            "retrieval",
+            lambda place: [
+                lra_files.write(place / f"new_aan_pairs.{part}.tsv", b"\xff\t1\t2\tone\ttwo\n")
+                for part in ("train", "eval", "test")
+            ],
+            r"line 1: the label .* is none of 0 to 1",
+        ),
+        (
+            "text",
+            lambda place: [lra_files.imdb_folders(place), shutil.rmtree(place / "train" / "neg")],
+            r"train/neg is missing; IMDb has",
+        ),
+        (
+            "text",
+            lambda place: [lra_files.imdb_folders(place), (place / "test/pos/9_1.txt").mkdir()],
+            r"9_1.txt cannot be read",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_named(task, write, message, tmp_path):
+    write(tmp_path / "data")
+    with pytest.raises(LraDataError, match=message):
+        load(task, tmp_path / "data", tmp_path)
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path):
+    lra_files.listops_original(tmp_path / "data")
+    file = tmp_path / "data" / "train_d20s.tsv.gz"
+    content = bytearray(file.read_bytes())
+    content[20:40] = b"\xff" * 20
+    file.write_bytes(content)
+    with pytest.raises(LraDataError, match=r"train_d20s.tsv.gz cannot be read"):
+        load("listops", tmp_path / "data", tmp_path)
 
 
 def broken():
