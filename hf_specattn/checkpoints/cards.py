@@ -48,7 +48,7 @@ def source_card(folder: Path) -> dict[str, Any]:
     for name, value in found.items():
         texts = value if isinstance(value, list) else [value]
         if not all(isinstance(text, str) for text in texts) or (isinstance(value, list) and name not in LISTS):
-            allowed = "a string or a list of strings" if name in LISTS else "a text"
+            allowed = "a string or a list of strings" if name in LISTS else "a string"
             raise ValueError(f"{file}: {name} in its metadata is {value!r}, but must be {allowed}; correct it.")
     return {name: [value] if name == "tags" and isinstance(value, str) else value for name, value in found.items()}
 

@@ -366,11 +366,11 @@ DAMAGES = {
     "modules.json cut off": (write("modules.json", '[{"path": '), "restore it from its source"),
     "tokenizer_config.json a list": (tokenizer_of([]), "restore it from its source"),
     "tokenizer_config.json cut off": (tokenizer_of('{"a"'), "restore it from its source"),
-    "a license that is false": (readme(license=False), "license in its metadata is False, but must be a text"),
+    "a license that is false": (readme(license=False), "license in its metadata is False, but must be a string"),
     "a tag that is a number": (readme(tags=["a", 5]), "tags in its metadata is ['a', 5], but must be"),
     "a pipeline that is a list": (
         readme(pipeline_tag=["x"]),
-        "pipeline_tag in its metadata is ['x'], but must be a text;",
+        "pipeline_tag in its metadata is ['x'], but must be a string;",
     ),
     "nan in W": (spoil(f"{QUERY}.weight", math.nan), f"{QUERY}.weight has nan or inf entries"),
     "inf in C": (spoil(f"{QUERY}.correction", math.inf), "has nan or inf entries"),

@@ -125,7 +125,7 @@ def test_what_came_into_a_destination_meanwhile_stays(tmp_path):
         destination.mkdir()
         (destination / "theirs").write_text("")
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "theirs"]
-    with pytest.raises(DestinationError, match="changed meanwhile"), whole_folder(destination, True) as folder:  # noqa: PT012
+    with pytest.raises(DestinationError, match="changed in the meantime"), whole_folder(destination, True) as folder:  # noqa: PT012
         (folder / "ours").write_text("")
         (destination / "more").write_text("")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["model", "more", "theirs"]

@@ -54,8 +54,8 @@ class InitializationArguments:
         scale = parse_numbers(self.initialization_scale, "initialization_scale", ("2", "query=2,output=3"))
         if reference is not None and scale != 1:  # of stock, W is scaled before
             raise ValueError(
-                f"--initialization_scale {self.initialization_scale} would change the norm that --match_norm_of sets; give "
-                "one of the two."
+                f"--initialization_scale {self.initialization_scale} would change the norm that --match_norm_of sets; pass "
+                "only one of the two."
             )
         try:
             targets = self.projection_init_targets or PROJECTIONS
