@@ -298,13 +298,6 @@ FINGERPRINT = PrivateName(
     "A run could continue with other images than it started with.",
     "Pass the images as folders (--train_dir, --validation_dir), or install datasets 5.2.",
 )
-DATASETS_ERROR = PrivateName(
-    "datasets",
-    "exceptions.DatasetsError",
-    "is the base class of its errors",
-    "Every error while reading a dataset is treated as an error of the data.",
-    "The message has the cause.",
-)
 
 
 def fingerprint(rows: Any) -> str:
@@ -314,14 +307,6 @@ def fingerprint(rows: Any) -> str:
         MissingNameError: if `datasets` does not say.
     """
     return FINGERPRINT.of(rows)
-
-
-def dataset_errors() -> tuple[type[Exception], ...]:
-    """Return the errors by which `datasets` says that data cannot be loaded or read."""
-    try:
-        return OSError, ValueError, RuntimeError, DATASETS_ERROR.find()
-    except MissingNameError:
-        return (Exception,)  # our error then names the dataset and has the cause, whatever it is
 
 
 # --- transformers, for the recipes -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .architectures import AttentionSpec, attention_specs, output_module
+from .architectures import AttentionSpec
 from .config import INITS, SpectralConfig, check_choice
 from .corrections import at_least_float32
 from .existing_adapters import refuse_adapters
@@ -87,7 +87,8 @@ def condition(
     layers: list[SpectralLayer] = []
     reports = []
     try:
-        for item in logging.tqdm(projections, desc="Conditioning", disable=_no_progress_bar(len(projections))):
+        # Small models are done before a bar is drawn; None shows one on a terminal only.
+        for item in logging.tqdm(projections, desc="Conditioning", disable=True if len(projections) < 24 else None):
             layers.append(layer := make_spectral(item.module, item.layout, config))
             before = projection_spectra(layer, layer.weight)
             if config.method == "svd":
@@ -255,11 +256,6 @@ def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
         )
 
 
-def _no_progress_bar(steps: int) -> bool | None:
-    # Small models are done before a bar is drawn; None shows one on a terminal only.
-    return True if steps < 24 else None
-
-
 # --- half precision --------------------------------------------------------------------------------------------------
 
 
@@ -401,20 +397,6 @@ def _agrees_with_table(model: nn.Module, projections: list[Projection], config: 
     except ValueError:
         return False
     return {item.name: item.layout for item in by_table} == {item.name: item.layout for item in projections}
-
-
-def projection_names(model: nn.Module, targets: Sequence[str]) -> set[str]:
-    """Full names of the modules, of whatever class, in which the table finds one of `targets`."""
-    names = set()
-    for name, attention in model.named_modules():
-        spec = next((spec for spec in attention_specs(None) if spec.matches(attention)), None)
-        if spec is None:
-            continue
-        held = [child for child, projections in spec.projections_of.items() if set(projections) & set(targets)]
-        names.update(f"{name}.{child}" if name else child for child in held)
-        if "output" in targets and (located := output_module(model, name, spec)) is not None:
-            names.add(located[0])
-    return names
 
 
 def refuse_to_save(model: PreTrainedModel, why: str = NO_COUNTERPART) -> None:

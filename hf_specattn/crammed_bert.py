@@ -361,6 +361,7 @@ class CrammedBertPreTrainedModel(PreTrainedModel):
     config: CrammedBertConfig
     base_model_prefix = "crammed_bert"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "word_embeddings"
     _no_split_modules = ["CrammedBertEmbeddings", "CrammedBertLayer"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -393,12 +394,6 @@ class CrammedBertModel(CrammedBertPreTrainedModel):
         self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.word_embeddings = value
 
     @capture_outputs
     def forward(

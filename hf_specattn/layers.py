@@ -234,6 +234,11 @@ def add_identity_(matrix: Tensor, layout: ProjectionLayout, spectral: SpectralCo
                 run.diagonal(offset).add_(lambda_)
 
 
+def add_correction(weight: Tensor, correction: Tensor) -> Tensor:
+    """`W + C` in the dtype of `weight`: formed in at least float32, cast once."""
+    return (at_least_float32(weight) + at_least_float32(correction)).to(weight.dtype)
+
+
 def _add_slice(output: Tensor, input: Tensor, lambda_: float) -> Tensor:
     rows, columns = output.shape[-1], input.shape[-1]
     term = input[..., :rows] if rows <= columns else F.pad(input, (0, rows - columns))
@@ -293,19 +298,16 @@ class SpectralLayer(ChangedLayer):
 
     def with_correction(self, weight: Tensor) -> Tensor:
         """The same of another weight."""
-        return (at_least_float32(weight) + at_least_float32(self.current_correction())).to(weight.dtype)
+        return add_correction(weight, self.current_correction())
 
     def sum_of(self, weight: Tensor, correction: Tensor | None) -> Tensor:
         """The same bits, of a weight and a stored correction (None for identity), with fewer writes."""
-        if correction is not None:
-            return (at_least_float32(weight) + at_least_float32(correction)).to(weight.dtype)
-        return self.shifted(weight.clone())
+        return self.shifted(weight.clone()) if correction is None else add_correction(weight, correction)
 
     def shifted(self, weight: Tensor) -> Tensor:
         """`W + lambda I` in the dtype of a weight that nobody else needs: in place, unless that is to be differentiated."""
         if needs_gradient(weight):
-            correction = self.orient(self.correction_of(self.orient(weight)))
-            return (at_least_float32(weight) + at_least_float32(correction)).to(weight.dtype)
+            return add_correction(weight, self.orient(self.correction_of(self.orient(weight))))
         add_identity_(self.orient(weight), self.layout, self.spectral)
         return weight
 

@@ -50,7 +50,6 @@ from .conditioning import (
     check_lambda,
     define_with,
     half_precision_cost,
-    projection_names,
     set_origin,
     subtract_correction,
 )
@@ -59,6 +58,7 @@ from .existing_adapters import adapted_layers
 from .layers import refuse_replaced, spectral_layers
 from .preconditioner import PreconditionerConfig, preconditioned_layers
 from .preconditioning import attach_preconditioner, find_output_projections, precondition
+from .projections import projection_names
 from .refreshing import recompute, steps_since_refresh
 
 logger = logging.get_logger(__name__)

@@ -18,6 +18,7 @@ import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -248,10 +249,7 @@ class PreconditionReport:
     @property
     def mean_kappa(self) -> tuple[float, float]:
         """Geometric means over the heads of `kappa_before` and `kappa_after`."""
-        before, after = (
-            math.exp(_mean([math.log(kappa) for kappa in kappas])) for kappas in (self.kappa_before, self.kappa_after)
-        )
-        return before, after
+        return geometric_mean(self.kappa_before), geometric_mean(self.kappa_after)
 
 
 def head_condition(heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,18 +322,14 @@ def _row(report: PreconditionReport) -> tuple[str, ...]:
     return (
         report.attention or "(model)",
         f"{report.shape[0]}x{report.shape[1]}",
-        f"{_mean(report.mean_norm):.3g}",
+        f"{fmean(report.mean_norm):.3g}",
         f"{report.norm_after:.3g}",
         f"{before:.4g}",
         f"{after:.4g}",
-        f"{_mean(report.log10_bound_before):.4g}",
-        f"{_mean(report.log10_bound_after):.4g}",
+        f"{fmean(report.log10_bound_before):.4g}",
+        f"{fmean(report.log10_bound_after):.4g}",
         f"kappa GREW in heads {grew}" if grew else "",
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 # --- precondition ----------------------------------------------------------------------------------------------------
@@ -444,8 +438,8 @@ def _attended(
 ) -> dict[nn.Module, Tensor]:
     """What enters each output projection on the probe, `(samples, positions, heads, head_dim)` in float64."""
     # By its name: an import statement would copy that file, which no checkpoint needs, into checkpoints.
-    balance = importlib.import_module(".balance", __package__)
-    probe = balance.probe_batch(model) if probe is None else probe
+    outputs_of = importlib.import_module(".model_outputs", __package__)
+    probe = outputs_of.probe_batch(model) if probe is None else probe
     seen: dict[nn.Module, list[Tensor]] = {item.module: [] for item in outputs}
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -453,7 +447,7 @@ def _attended(
 
     handles = [item.module.register_forward_pre_hook(see) for item in outputs]
     try:
-        balance.probe_outputs(model, probe)
+        outputs_of.probe_outputs(model, probe)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from torch import Tensor
 
@@ -164,8 +165,8 @@ def _row(report: ProjectionReport) -> tuple[str, ...]:
         f"{report.sigma_max:.3g}",
         f"{report.kappa_before:.4g}",
         f"{report.kappa_after:.4g}",
-        f"{_mean(report.before.head_kappa):.4g}",
-        f"{_mean(report.after.head_kappa):.4g}",
+        f"{fmean(report.before.head_kappa):.4g}",
+        f"{fmean(report.after.head_kappa):.4g}",
         _verdict(report),
     )
 
@@ -178,10 +179,6 @@ def _verdict(report: ProjectionReport) -> str:
     if report.weyl_bound_holds is False:
         notes.append("lambda <= sigma_max: no bound")
     return "; ".join(notes)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def singular_value_ratio(sigma_max: float, sigma_min: float) -> float:

@@ -179,6 +179,20 @@ def find_attention_modules(
     return found
 
 
+def projection_names(model: nn.Module, targets: Sequence[str]) -> set[str]:
+    """Full names of the modules, of whatever class, in which the table finds one of `targets`."""
+    names: set[str] = set()
+    for name, attention in model.named_modules():
+        spec = next((spec for spec in attention_specs(None) if spec.matches(attention)), None)
+        if spec is None:
+            continue
+        held = [child for child, projections in spec.projections_of.items() if set(projections) & set(targets)]
+        names.update(f"{name}.{child}" if name else child for child in held)
+        if "output" in targets and (located := output_module(model, name, spec)) is not None:
+            names.add(located[0])
+    return names
+
+
 def _projections_of(name: str, attention: nn.Module, spec: AttentionSpec, model_config: Any) -> Iterator[Projection]:
     for child in spec.projections_of:
         module = getattr(attention, child)

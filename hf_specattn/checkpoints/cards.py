@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -53,9 +54,9 @@ def source_card(folder: Path) -> dict[str, Any]:
     return {name: [value] if name == "tags" and isinstance(value, str) else value for name, value in found.items()}
 
 
-def write_card(folder: Path, record: Record, repo_id: str | None = None) -> list[str]:
+def write_card(folder: Path, record: Record) -> list[str]:
     """Write README.md and, if matplotlib is installed, the figure; return the names of the files."""
-    files = card_files(folder, record, repo_id)
+    files = card_files(folder, record)
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return sorted(files)
@@ -195,7 +196,7 @@ def heads_table(record: Record) -> str:
     sides = [[_or_inf(row.before) for row in record.heads], [_or_inf(row.after) for row in record.heads]]
     if not record.heads:
         return ""
-    figures = [f"{value:.4g}" for value in (*map(_median, sides), *map(max, sides))]
+    figures = [f"{value:.4g}" for value in (*map(median, sides), *map(max, sides))]
     grew = f"{sum(row.grew for row in record.heads)} of {sum(row.heads for row in record.heads)}"
     return markdown_table(header, [("kappa", str(len(record.heads)), *figures, grew)]).strip()
 
@@ -211,19 +212,13 @@ def kappa_table(record: Record) -> str:
         rows = [row for row in record.rows if row.projection == projection]
         whole = [[_or_inf(row.before) for row in rows], [_or_inf(row.after) for row in rows]]
         heads = [[_or_inf(row.head_before) for row in rows], [_or_inf(row.head_after) for row in rows]]
-        figures = [*map(_median, whole), *map(max, whole), *map(_median, heads)]
+        figures = [*map(median, whole), *map(max, whole), *map(median, heads)]
         lines.append((f"kappa({projection})", str(len(rows)), *(f"{value:.4g}" for value in figures)))
     return markdown_table(header, lines).strip()
 
 
 def _or_inf(value: float | None) -> float:
     return math.inf if value is None else value
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 def _scores_table(results: Sequence[EvalResult]) -> str:

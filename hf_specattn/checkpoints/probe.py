@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..balance import OutputChange, OutputChangedError, measured_tolerance, output_change, probe_batch, probe_outputs
+from ..balance import OutputChangedError
 from ..config import SpectralConfig
 from ..layers import HALF_PRECISION, SpectralLayer, correction_matrix, spectral_layers
+from ..model_outputs import OutputChange, measured_tolerance, output_change, probe_batch, probe_outputs
 from ..projections import find_projections
 
 
@@ -94,7 +95,7 @@ def _wider(dtype: torch.dtype) -> str:
 
 
 def make_batch(model: Any) -> Mapping[str, Tensor]:
-    """As `balance.probe_batch`, in the shape that multiple choice takes too."""
+    """As `model_outputs.probe_batch`, in the shape that multiple choice takes too."""
     batch = probe_batch(model)
     if type(model).__name__.endswith("ForMultipleChoice"):
         batch = {name: value.reshape(1, 2, -1) for name, value in batch.items()}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ..balance import BalanceReport
@@ -149,8 +150,8 @@ def _row(name: str, projection: str, before: Spectrum, after: Spectrum, note: st
         projection,
         _finite(before.kappa),
         _finite(after.kappa),
-        _finite(sum(before.head_kappa) / len(before.head_kappa)),
-        _finite(sum(after.head_kappa) / len(after.head_kappa)),
+        _finite(fmean(before.head_kappa)),
+        _finite(fmean(after.head_kappa)),
         note,
     )
 

@@ -110,21 +110,18 @@ class Source:
         return sum((self.folder / file).stat().st_size for file in self.shards)
 
 
-def find_source(
-    path_or_id: str, revision: str | None = None, allow_pickle: bool = False, cache_dir: str | Path | None = None
-) -> Source:
+def find_source(path_or_id: str, revision: str | None = None, allow_pickle: bool = False) -> Source:
     """Find a checkpoint and check it: every file of weights is opened, but no tensor is read.
 
     Args:
         path_or_id: A folder, or the name of a model repository on the Hub, which is downloaded into the cache.
         revision: Branch, tag or commit on the Hub.
         allow_pickle: Accept weights that are pickled; they are loaded with `weights_only`.
-        cache_dir: Of the Hub's files; None for the usual one.
 
     Raises:
         SourceError: naming what is wrong, the file, and what to do.
     """
-    folder, hub_id, commit = _locate(path_or_id, revision, allow_pickle, cache_dir)
+    folder, hub_id, commit = _locate(path_or_id, revision, allow_pickle)
     config = _read_config(folder, path_or_id)
     _refuse_quantized_config(config, path_or_id)
     _refuse_other_contents(config, folder, path_or_id)
@@ -241,9 +238,7 @@ def _check_projections(source: Source, model: Any, missing: set[str]) -> None:
 # --- where ------------------------------------------------------------------------------------------------------------
 
 
-def _locate(
-    path_or_id: str, revision: str | None, allow_pickle: bool, cache_dir: str | Path | None
-) -> tuple[Path, str | None, str | None]:
+def _locate(path_or_id: str, revision: str | None, allow_pickle: bool) -> tuple[Path, str | None, str | None]:
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -260,7 +255,6 @@ def _locate(
             snapshot_download(
                 path_or_id,
                 revision=revision,
-                cache_dir=cache_dir,
                 allow_patterns=HUB_PATTERNS + (HUB_PICKLES if allow_pickle else []),
                 ignore_patterns=HUB_IGNORED,
             )

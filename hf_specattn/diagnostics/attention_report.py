@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from ..figures import render
@@ -137,9 +136,8 @@ def diagnose(
 
 
 def _jacobian_rows(captured: CapturedAttention, queries: int | None, heads: int | None) -> list[JacobianRow]:
-    count = captured.heads if heads is None else min(heads, captured.heads)
     rows = []
-    for place in sorted({round(value) for value in np.linspace(0, captured.heads - 1, count)}):
+    for place in captured.spread_heads(heads):
         head = captured.head(place, queries=queries)
         found = jacobian_spectrum(head)
         layer, indicator = captured.attention.layer, jacobian_indicator(head)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -89,6 +90,11 @@ class CapturedAttention:
         if built.x_key is None and len(real) == len(built.x) and seen.all():
             return built
         return _at_keys(built.at_queries(real), seen.nonzero().flatten())
+
+    def spread_heads(self, count: int | None) -> list[int]:
+        """At most so many of the query heads, spread evenly; None: all."""
+        count = self.heads if count is None else min(count, self.heads)
+        return sorted({round(place) for place in np.linspace(0, self.heads - 1, count)})
 
     def _whole_head(self, head: int, sequence: int) -> AttentionHead:
         blocks, biases = self.attention.head_weights(), self.attention.head_biases()
@@ -279,7 +285,7 @@ class _Record:
             )
         batch, rows = captured.x.shape[0], captured.x.shape[1]
         placeholder = captured.x.new_zeros(batch, count, rows, captured.x_key.shape[1])
-        captured = _with_weights(captured, placeholder)
+        captured = replace(captured, weights=placeholder)
         heads = [[captured._whole_head(head, row) for head in range(count)] for row in range(batch)]
         values = torch.stack(
             [torch.cat([h.output(h.query, h.key, h.value) for h in by_head], dim=-1) for by_head in heads]
@@ -293,11 +299,7 @@ class _Record:
                 "masks, normalizes or biases in a way that the diagnostics do not know; the spectra do not depend on it."
             )
         weights = torch.stack([torch.stack([h.weights() for h in by_head]) for by_head in heads])
-        return _with_weights(captured, weights.to(captured.x))
-
-
-def _with_weights(captured: CapturedAttention, weights: Tensor) -> CapturedAttention:
-    return replace(captured, weights=weights)
+        return replace(captured, weights=weights.to(captured.x))
 
 
 def _place(of_heads: Tensor, head: int) -> int:

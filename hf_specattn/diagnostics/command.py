@@ -7,8 +7,8 @@ import torch
 import typer
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from ..balance import probe_batch
 from ..files import require_writable
+from ..model_outputs import probe_batch
 
 # What a text model reads if no data are given.
 DEFAULT_TEXT = (

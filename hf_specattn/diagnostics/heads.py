@@ -118,7 +118,9 @@ class AttentionHead:
         for name, shape in wanted.items():
             tensor = getattr(self, name)
             if tensor is not None and tuple(tensor.shape) != tuple(shape):
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; together with the others it must be {shape}.")
+                raise ValueError(
+                    f"{name} has the shape {tuple(tensor.shape)}; together with the others it must be {shape}."
+                )
         if (self.rotation is None) != (self.keys_rotation is None) or (
             self.rotation is not None and self.key_rotation is None and rows != keys
         ):

@@ -221,8 +221,7 @@ class SpectralMonitor(TrainerCallback):
     def _jacobian_record(self, captured: list[CapturedAttention]) -> dict[str, Any]:
         found: dict[str, Any] = {"jacobian_heads": [], "kappa_jacobian": [], "jacobian_at_least": [], "indicator": []}
         for item in captured:
-            count = min(self.jacobian_heads, item.heads)
-            places = sorted({round(place) for place in np.linspace(0, item.heads - 1, count)})
+            places = item.spread_heads(self.jacobian_heads)
             heads = [item.head(place, queries=self.queries) for place in places]
             exact = [jacobian_spectrum(head) for head in heads]
             found["jacobian_heads"].append(places)

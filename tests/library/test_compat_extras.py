@@ -287,21 +287,6 @@ def images_of_the_hub_are_refused(name, monkeypatch, request, warning_log):
     assert str(raised.value) == name.missing()
 
 
-@case(compat_extras.DATASETS_ERROR)
-def every_error_is_one_of_the_data(name, monkeypatch, request, warning_log):
-    import datasets
-
-    class OwnError(datasets.exceptions.DatasetsError):
-        pass
-
-    for error in (OwnError, OSError, ValueError, RuntimeError):
-        assert issubclass(error, compat_extras.dataset_errors())
-    assert not issubclass(KeyError, compat_extras.dataset_errors())
-    remove(name, monkeypatch)
-    assert issubclass(OwnError, compat_extras.dataset_errors())
-    assert not issubclass(KeyboardInterrupt, compat_extras.dataset_errors())
-
-
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 

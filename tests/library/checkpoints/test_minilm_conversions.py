@@ -11,10 +11,10 @@ from separate_process import SeparateProcess
 from transformers import AutoModel, AutoTokenizer
 
 from hf_specattn import SpectralConfig, balance
-from hf_specattn.balance import probe_batch
 from hf_specattn.checkpoints.conversion import balance_checkpoint, convert, fold_checkpoint
 from hf_specattn.checkpoints.inspection import inspect_checkpoint
 from hf_specattn.checkpoints.records import read_record
+from hf_specattn.model_outputs import probe_batch
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
