@@ -69,20 +69,21 @@ def register_architecture(
     models: Mapping[str | type, type[PreTrainedModel]],
     spec: AttentionSpec | tuple[AttentionSpec, ...],
 ) -> None:
-    """Let a model class from outside transformers and this package take part in the flag.
+    """Make the flag work for a model class from outside transformers and this package.
 
     The classes are registered with the Auto classes where they are not yet. Afterwards
-    `AutoModel.from_pretrained(path, spectral_conditioning=True)`, `condition`, `save_pretrained` and `fold` do for them what
-    they do for BERT. Whoever loads a conditioned checkpoint must make the same call first: the code of such a model lies
-    outside the package and cannot travel with the checkpoint.
+    `AutoModel.from_pretrained(path, spectral_conditioning=True)`, `condition`, `save_pretrained` and `fold` work for them as
+    they do for BERT. The same call is needed before a conditioned checkpoint is loaded: the code of such a model is not part
+    of this package and cannot be saved with the checkpoint.
 
     Args:
-        config_class: the stock configuration, with a `model_type` of its own.
+        config_class: the stock configuration, with its own `model_type`.
         models: Auto class, or its name, -> the stock model class, such as `{AutoModel: MyModel}`.
         spec: where the attention classes of these models keep their projections.
 
     Raises:
-        ValueError: for a model type that is already known by other classes, or what is no configuration, model or spec.
+        ValueError: for a model type that other classes already use, and for anything that is not a configuration,
+        model or spec.
     """
     heads = {name if isinstance(name, str) else name.__name__: model for name, model in models.items()}
     specs = spec if isinstance(spec, tuple) else (spec,)
@@ -102,20 +103,21 @@ def _check_architecture(config_class: Any, heads: dict[str, Any], specs: tuple[A
         not (isinstance(config_class, type) and issubclass(config_class, PretrainedConfig))
         or not config_class.model_type
     ):
-        raise ValueError(f"{config_class!r} is not a configuration class of transformers with a model_type; give one.")
+        raise ValueError(f"{config_class!r} is not a configuration class of transformers with a model_type; pass one.")
     model_type = config_class.model_type
     if model_type in ARCHITECTURES and (model_type not in OUTSIDE or OUTSIDE[model_type] != (config_class, heads)):
         raise ValueError(
-            f"model_type={model_type!r} of {config_class.__name__} is already known: give your configuration another one."
+            f"model_type={model_type!r} of {config_class.__name__} is already used: give your configuration another "
+            "one."
         )
     if not heads:
-        raise ValueError("models is empty; give at least one, such as {AutoModel: MyModel}.")
+        raise ValueError("models is empty; pass at least one, such as {AutoModel: MyModel}.")
     for auto_name, model_class in heads.items():
         if not hasattr(getattr(transformers, auto_name, None), "register"):
-            raise ValueError(f"{auto_name!r} is not an Auto class of transformers; give one such as 'AutoModel'.")
+            raise ValueError(f"{auto_name!r} is not an Auto class of transformers; use one such as 'AutoModel'.")
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             raise ValueError(
-                f"{model_class!r} for {auto_name} is not a PreTrainedModel class; give the stock model class."
+                f"{model_class!r} for {auto_name} is not a PreTrainedModel class; pass the stock model class."
             )
         if model_class.config_class is not config_class:
             raise ValueError(
@@ -148,7 +150,7 @@ def _register_type(model_type: str) -> None:
 
 
 def _wrap(owner: type, name: str, replacement: Callable[..., Any]) -> None:
-    """Put `replacement(original, self or cls, ...)` in the place of a method, once."""
+    """Replace a method by `replacement(original, self or cls, ...)`, once."""
     found = owner.__dict__.get(name, getattr(owner, name))
     original = found.__func__ if isinstance(found, (classmethod, staticmethod)) else found
     if getattr(original, "spectral", False):
@@ -279,11 +281,12 @@ def _post_init(original: Any, self: Any) -> None:
     if counterpart is None:
         raise ValueError(f"The configuration of {name} says {says}, but the model is not conditioned: {_why(self)}")
     raise ValueError(
-        f"The configuration of {name} says {says}, but a stock class was made from it, without the {without}. Make the model "
-        f"by an Auto class, or hf_specattn.modeling.{counterpart.__name__}, from a conditioned configuration: "
-        f"{type(config).__name__.removeprefix('Spec')}({says}, ...) or AutoConfig.from_pretrained(..., {says}); setting the "
-        "attribute afterwards does not change the class. Or change the stock model: hf_specattn.condition(model, "
-        "SpectralConfig(...)), hf_specattn.precondition(model, PreconditionerConfig(...))."
+        f"The configuration of {name} says {says}, but a stock class was made from it, without the {without}. Make "
+        f"the model with an Auto class, or hf_specattn.modeling.{counterpart.__name__}, from a conditioned "
+        f"configuration: {type(config).__name__.removeprefix('Spec')}({says}, ...) or AutoConfig.from_pretrained(..., "
+        f"{says}); setting the attribute afterwards does not change the class. Or condition the stock model: "
+        "hf_specattn.condition(model, SpectralConfig(...)), hf_specattn.precondition(model, "
+        "PreconditionerConfig(...))."
     )
 
 
@@ -324,7 +327,7 @@ def _flag(cls: Any, kwargs: Mapping[str, Any], with_init: bool = False) -> bool:
 
 
 def _without_flags(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments without flags that say no, of which stock classes know nothing."""
+    """Keyword arguments without flags that are off, which stock classes do not know."""
     return {name: value for name, value in kwargs.items() if name not in FLAGS}
 
 
@@ -336,7 +339,7 @@ def _asked(kwargs: Mapping[str, Any]) -> str:
 
 
 def _knows_settings(cls: Any) -> bool:
-    """Whether `lambda_` and similar names can only mean conditioning: classes from outside may have such a field."""
+    """Whether `lambda_` and similar names can only mean conditioning: outside classes may have such a field."""
     config_class = cls if issubclass(cls, PretrainedConfig) else cls.config_class
     return config_class in CONDITIONED_CONFIGS
 
@@ -349,12 +352,12 @@ def _counterpart(cls: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _why(cls: Any) -> str:
-    """That a class has no conditioned counterpart, and the way out."""
+    """The error that a class has no conditioned counterpart, with what to do."""
     cls = cls if isinstance(cls, type) else type(cls)
     model_type = getattr(cls, "model_type", None) or getattr(getattr(cls, "config_class", None), "model_type", None)
     return (
         f"{cls.__name__} (model type {model_type!r}) has no conditioned class; those of the model types "
-        f"{', '.join(ARCHITECTURES)} have one for each head of an Auto class. Load or make the model without the flag and "
-        "call hf_specattn.condition(model, SpectralConfig(...)), with architecture=AttentionSpec(...) for attention that it "
-        "does not know; or make the class known: hf_specattn.register_architecture."
+        f"{', '.join(ARCHITECTURES)} have one for each head of an Auto class. Load or make the model without the flag "
+        "and call hf_specattn.condition(model, SpectralConfig(...)), with architecture=AttentionSpec(...) for "
+        "unknown attention; or register the class: hf_specattn.register_architecture."
     )

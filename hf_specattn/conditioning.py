@@ -62,8 +62,8 @@ def condition(
         model: any module that contains attention of the table in `architectures.py`; with `architecture`, any other.
         config: what to add, and where.
         init: `"additive"` (the paper's SpecA) leaves W alone, so the *function changes* and the model needs training.
-            `"preserve"` sets `W <- W - C`, so that `W + C` and the function stay what they were; the model then trains as
-            the stock model does, except that weight decay pulls `W + C` towards C (static corrections only).
+            `"preserve"` sets `W <- W - C`, so that `W + C` and the function do not change; the model then trains as
+            the stock model does, except that weight decay pulls `W + C` toward C (static corrections only).
         architecture: where the model keeps its projections, if the table does not know it or should not be used.
 
     Returns:
@@ -71,7 +71,7 @@ def condition(
 
     Raises:
         ValueError: for bad settings, no projection found, a target that matches nothing, a model already conditioned,
-            tied, quantized, sharded or meta weights, `nn.MultiheadAttention`, adapters of PEFT. Nothing is changed then.
+            tied, quantized, sharded or meta weights, `nn.MultiheadAttention`, PEFT adapters. Nothing is changed then.
     """
     _check_settings(model, config, init)
     _check_not_conditioned(model)
@@ -96,7 +96,7 @@ def condition(
             weight = without_correction(layer) if preserves else layer.weight
             after = projection_spectra(layer, layer.with_correction(weight))
             reports += [build_report(item.name, layer, name, before[name], after[name], preserves) for name in before]
-    except BaseException:  # an interruption, too, leaves the model as it was
+    except BaseException:  # an interruption also leaves the model unchanged
         for layer in layers:
             unmake_spectral(layer)
         raise
@@ -132,7 +132,7 @@ def without_correction(layer: SpectralLayer) -> Tensor:
 
 @torch.no_grad()
 def subtract_correction(layer: SpectralLayer) -> None:
-    """`W <- W - C`: the effective weight becomes the W that was there."""
+    """`W <- W - C`: the effective weight becomes the original W."""
     layer.weight.copy_(without_correction(layer))
 
 
@@ -142,7 +142,7 @@ def fold(model: nn.Module) -> nn.Module:
 
     The sum is formed in at least float32 and cast once, as in the forward pass: a float32 or float64 model computes the
     same numbers as before. A half-precision identity model loses most of W's diagonal to the rounding of `W + lambda I`,
-    so for it the measured loss is logged; fold in float32 to keep it. Weights that accelerate has offloaded are folded too,
+    so the measured loss is logged; fold in float32 to keep it. Weights that accelerate has offloaded are folded too,
     one layer at a time, and stay in memory from then on.
 
     Returns:
@@ -157,9 +157,9 @@ def fold(model: nn.Module) -> nn.Module:
     refuse_replaced(model)
     layers = list(spectral_layers(model))
     if not layers:
-        beside = " (its preconditioner is held by no weight, and stays)" if is_preconditioned(model) else ""
+        beside = " (no weight can hold its preconditioner, which stays)" if is_preconditioned(model) else ""
         raise ValueError(
-            f"fold() found no conditioned projection in this model{beside}; condition it first, or leave it as it is."
+            f"fold() found no conditioned projection in this model{beside}; condition it first, or do not fold it."
         )
     refuse_unordinary(model, layers, "fold", offloaded=True)
     if cost := half_precision_cost([layer for _, layer in layers if not layer.weight.is_meta], shift=1):
@@ -175,8 +175,8 @@ def fold(model: nn.Module) -> nn.Module:
     if is_preconditioned(model):
         hold_projections(model)
         logger.warning(
-            "The corrections are folded, and the preconditioner of attention stays: no weight can hold it, and its "
-            "checkpoints need this package as before."
+            "The corrections are folded, but the preconditioner of attention stays: no weight can hold it, and its "
+            "checkpoints still need this package."
         )
     return model
 
@@ -196,8 +196,9 @@ def _check_settings(model: Any, config: Any, init: Any) -> None:
     check_choice("init", init, INITS)
     if init == "preserve" and config.dynamic:
         raise ValueError(
-            f"init='preserve' with refresh_every={config.refresh_every} is not possible: a correction recomputed from W - C "
-            "is another one, and the function would jump at the first refresh. Use init='additive' or refresh_every=None."
+            f"init='preserve' with refresh_every={config.refresh_every} is not possible: a correction recomputed from "
+            "W - C is a different one, and the function would jump at the first refresh. Use init='additive' or "
+            "refresh_every=None."
         )
 
 
@@ -215,8 +216,8 @@ def _check_targets(projections: list[Projection], config: SpectralConfig) -> Non
     missing = [target for target in config.targets if target not in found]
     if missing:
         raise ValueError(
-            f"targets={config.targets}: no module of this model holds {', '.join(missing)} (found: {sorted(found)}). Name "
-            "other targets, or pass architecture=AttentionSpec(...) that maps the missing ones."
+            f"targets={config.targets}: no module of this model holds {', '.join(missing)} (found: {sorted(found)}). "
+            "Choose other targets, or pass an architecture=AttentionSpec(...) that maps the missing ones."
         )
 
 
@@ -233,12 +234,12 @@ def _check_values(projections: list[Projection], config: SpectralConfig) -> None
         check_lambda(item.name, weight, config)
 
 
-# What a few steps of training make of weights that start at zero, or near it.
+# What weights that start at zero, or near it, become after a few training steps.
 SOON = 1e-3
 
 
 def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
-    """Refuse a lambda beyond the weight's dtype, or beside which the sum `W + lambda I` keeps no digit of W.
+    """Refuse a lambda beyond the weight's dtype, or so large that the sum `W + lambda I` keeps no digit of W.
 
     Raises:
         ValueError: naming it, and the greatest that is allowed.
@@ -251,8 +252,9 @@ def check_lambda(name: str, weight: Tensor, config: SpectralConfig) -> None:
     limit = min(torch.finfo(weight.dtype).max, 2 * max(greatest, SOON) / precision)
     if max(lambdas) >= limit:
         raise ValueError(
-            f"lambda_={max(lambdas):g} is too large for {name}, whose {weight.dtype} entries are at most {greatest:.3g}: "
-            f"nothing of W would be left in W + lambda I. Give a lambda far below {limit:.2g}; the paper's is 10."
+            f"lambda_={max(lambdas):g} is too large for {name}, whose {weight.dtype} entries are at most "
+            f"{greatest:.3g}: nothing of W would be left in W + lambda I. Choose a lambda far below {limit:.2g}; the "
+            "paper's is 10."
         )
 
 
@@ -264,7 +266,8 @@ def _rounds_diagonal(layer: SpectralLayer) -> bool:
 
 
 def half_precision_cost(layers: Sequence[SpectralLayer], shift: int) -> str | None:
-    """What storing `W + shift * C` in the weights' dtype costs W under C's nonzero entries; None where it costs nothing."""
+    """The error of W under C's nonzero entries when `W + shift * C` is stored in the weights' dtype; None if there is
+    none."""
     errors = [_diagonal_error(layer, shift) for layer in layers if _rounds_diagonal(layer)]
     if not errors:
         return None
@@ -285,13 +288,13 @@ def _diagonal_error(layer: SpectralLayer, shift: int) -> float:
 # --- the class and configuration of transformers models --------------------------------------------------------------
 
 NO_COUNTERPART = (
-    "has no conditioned counterpart to be saved as, and a checkpoint of it would load without its corrections. Call "
+    "has no conditioned counterpart to be saved as, and its checkpoint would load without the corrections. Call "
     "fold(model) before save_pretrained, or save model.state_dict() and condition the reloaded model again before "
     "load_state_dict."
 )
 
 NO_PRECONDITIONED_COUNTERPART = (
-    "has no preconditioned class to be saved as, and a checkpoint of it would load without the preconditioner. Save "
+    "has no preconditioned class to be saved as, and its checkpoint would load without the preconditioner. Save "
     "model.state_dict(), and precondition the reloaded model before load_state_dict."
 )
 
@@ -307,7 +310,7 @@ def define_with(define: Callable[[type[PreTrainedModel]], None]) -> None:
 
 
 def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
-    """The conditioned class of a stock model class; None where it has none. Of a conditioned class itself."""
+    """The conditioned class of a stock model class; None if it has none. For a conditioned class, itself."""
     if stock in CONDITIONED_CLASSES.values():
         return stock
     if stock not in CONDITIONED_CLASSES:
@@ -317,7 +320,7 @@ def conditioned_counterpart(stock: type[PreTrainedModel]) -> Any:
 
 
 def set_origin(model: nn.Module, path: str) -> None:
-    """Say where a checkpoint of `model` as it is can be found; "" where there is none (see `peft`).
+    """Record where a checkpoint of the current `model` can be found; "" if there is none (see `peft`).
 
     What was named before stays in `made_from`.
     """
@@ -366,7 +369,7 @@ def adopt(
             continue
         for submodel in _submodels(host):
             if is_changed(submodel):
-                refuse_to_save(submodel, why_not)  # it would lose its conditioning in silence
+                refuse_to_save(submodel, why_not)  # it would silently lose its conditioning
 
 
 def _release(model: nn.Module) -> None:

@@ -74,7 +74,8 @@ SPECTRAL_FIELDS = (
     "spectral_refresh_every",
 )
 PRECONDITIONER_FLAG = "attention_preconditioner"
-# The flag is the axis. The last one is measured, never asked for: the norms that `preconditioner_scale="match"` sets.
+# The flag is the axis. The last one is measured, never set by the user: the norms that `preconditioner_scale="match"`
+# sets.
 PRECONDITIONER_FIELDS = (
     PRECONDITIONER_FLAG,
     "preconditioner_gradient",
@@ -87,7 +88,7 @@ SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelled one
 # Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
 IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
 
-# Fields that say how training goes on, not what the loaded function is, and may differ from the checkpoint's.
+# Fields that say how training continues, not what the loaded function is; they may differ from the checkpoint's.
 TRAINING_FIELDS = ("spectral_refresh_every",)
 
 # Auto classes that load every supported architecture they have a head for -> transformers' mapping from a configuration
@@ -120,8 +121,8 @@ class SpectralConfigMixin:
 
     Args:
         lambda_: as in [`SpectralConfig`], and so the others with `spectral_` before the name.
-        spectral_conditioning: false only beside a preconditioner: a stock configuration is what says no. None: true unless
-            there is a preconditioner.
+        spectral_conditioning: false only with a preconditioner; a model with neither has a stock configuration. None: true
+            unless there is a preconditioner.
         attention_preconditioner: the axis of a [`PreconditionerConfig`]; None for no preconditioner.
         preconditioner_gradient: as there, and so the others with `preconditioner_` before the name.
         preconditioner_norms: of each attention, the norm that `preconditioner_scale="match"` sets: what [`precondition`]
@@ -130,7 +131,7 @@ class SpectralConfigMixin:
 
     stock_config_class: ClassVar[type[PretrainedConfig]]
     model_type: ClassVar[str]
-    # What is not there is not in config.json either: a checkpoint says nothing about what it does not do.
+    # What is absent is not in config.json either: a checkpoint does not mention what it does not do.
     lambda_ = None
     spectral_method = None
     spectral_targets = None
@@ -166,8 +167,8 @@ class SpectralConfigMixin:
         fields = (spectral_method, lambda_, spectral_targets, spectral_granularity, spectral_refresh_every)
         if not spectral_conditioning and fields != ("identity", None, PROJECTIONS, "projection", None):
             raise ValueError(
-                f"{', '.join(SPECTRAL_FIELDS[1:])}: one of them is given and does nothing without "
-                "spectral_conditioning=True; add it, or leave the field out."
+                f"{', '.join(SPECTRAL_FIELDS[1:])}: at least one of these was given, which does nothing without "
+                "spectral_conditioning=True; add that, or leave the field out."
             )
         spectral = SpectralConfig(*fields) if spectral_conditioning else None
         if spectral is not None and "output" in spectral.targets and preconditioner is not None:
@@ -203,12 +204,12 @@ class SpectralConfigMixin:
 
     @property
     def spectral_config(self) -> SpectralConfig | None:
-        """The fields as a validated [`SpectralConfig`]; None where there are no corrections."""
+        """The fields as a validated [`SpectralConfig`]; None if there are no corrections."""
         return spectral_settings(vars(self)) if self.spectral_conditioning else None
 
     @property
     def preconditioner_config(self) -> PreconditionerConfig | None:
-        """The fields as a validated [`PreconditionerConfig`]; None where there is no preconditioner."""
+        """The fields as a validated [`PreconditionerConfig`]; None if there is no preconditioner."""
         return preconditioner_settings(vars(self))
 
     def describe_conditioning(self) -> str:
@@ -290,12 +291,12 @@ def _checked_norms(norms: Any, preconditioner: PreconditionerConfig) -> list[flo
 
 
 def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], with_init: bool = False) -> None:
-    """Refuse names that can only be meant for a field of ours: a configuration keeps, or drops, any name in silence.
+    """Refuse names that can only be meant for one of our fields: a configuration silently keeps, or drops, any name.
 
     Args:
         fields: keyword arguments, or the fields of a config.json.
         stock: the stock configuration class, whose own fields may be called anything.
-        with_init: take `spectral_init`, which is an argument of `from_pretrained` and no field.
+        with_init: accept `spectral_init`, which is an argument of `from_pretrained` and not a field.
 
     Raises:
         ValueError: naming what is meant.
@@ -305,19 +306,21 @@ def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], wi
             continue
         if name == "spectral_init":
             raise ValueError(
-                f"spectral_init={value!r} is an argument of from_pretrained of a model, and no field of a configuration: it "
-                "says how the weights of a stock checkpoint enter, and would be applied again on each loading. Leave it out "
-                "here."
+                f"spectral_init={value!r} is an argument of a model's from_pretrained, not a field of a "
+                "configuration: it says how the weights of a stock checkpoint enter, and would be applied again on "
+                "each loading. Leave it out here."
             )
         parts = (name, name.removeprefix("spectral_").removeprefix("preconditioner_"))
         close = [found for part in parts for found in difflib.get_close_matches(part, FIELDS, 1, SIMILAR)]
         if close or name.startswith(("spectral_", "preconditioner_")):
             meant = f"Did you mean {close[0]}? " if close else ""
-            raise ValueError(f"{name}={value!r} is not a field of conditioning. {meant}They are {', '.join(FIELDS)}.")
+            raise ValueError(
+                f"{name}={value!r} is not a field of conditioning. {meant}The fields are {', '.join(FIELDS)}."
+            )
 
 
 def _refuse_lost_fields(config_dict: Mapping[str, Any]) -> None:
-    """Every saved configuration has all the fields of what it has, so one that lacks some was edited, or is damaged."""
+    """Every saved configuration has all fields of the methods it uses, so one that lacks some was edited or is damaged."""
     needed = () if config_dict.get(FLAG) is False else SPECTRAL_FIELDS
     if config_dict.get(PRECONDITIONER_FLAG):
         matched = config_dict.get("preconditioner_scale") == "match"
@@ -330,7 +333,7 @@ def _refuse_lost_fields(config_dict: Mapping[str, Any]) -> None:
 
 
 def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
-    """A conditioned checkpoint loads as it was trained: another correction would be another function."""
+    """A conditioned checkpoint loads as it was trained: another correction would change the function."""
     _refuse_other_preconditioner(config_dict, given)
     is_conditioned = config_dict.get(FLAG, True)
     if not is_conditioned:
@@ -366,7 +369,8 @@ def _refuse_other_preconditioner(config_dict: dict[str, Any], given: dict[str, A
         if name in given and (given[name] or None) != stored[name]:
             trained = f"{name}={stored[name]!r}" if stored[PRECONDITIONER_FLAG] else "no preconditioner"
             way_out = (
-                "its weights without it compute something else, and no fold takes it away; start from the stock model"
+                "its weights without it compute something else, and fold does not remove it; start from the stock "
+                "model"
                 if stored[PRECONDITIONER_FLAG]
                 else "load it as it is, then hf_specattn.precondition(model, PreconditionerConfig(...))"
             )
@@ -377,7 +381,7 @@ def _refuse_other_preconditioner(config_dict: dict[str, Any], given: dict[str, A
 
 
 def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = FIELDS) -> None:
-    """Refuse our fields in the configuration of a stock type: its weights may be W or W + C, which no file says.
+    """Refuse our fields in the configuration of a stock type: no file says whether its weights are W or W + C.
 
     Args:
         config_dict: the fields of a config.json.
@@ -391,11 +395,11 @@ def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = 
         return
     raise ValueError(
         f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
-        f"{', '.join(f'{name}={value!r}' for name, value in stored.items())}: a stock class has written it, or somebody has "
-        "edited it. If the weights are those of a stock model, take these fields out of config.json, and pass "
-        "spectral_conditioning=True (or attention_preconditioner) to from_pretrained to condition them. If they were trained "
-        "with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without C: go back to the "
-        "conditioned checkpoint, or to hf_specattn.fold(model) of it."
+        f"{', '.join(f'{name}={value!r}' for name, value in stored.items())}: a stock class wrote it, or somebody "
+        "edited it. If the weights are those of a stock model, remove these fields from config.json, and pass "
+        "spectral_conditioning=True (or attention_preconditioner) to from_pretrained to condition them. If they were "
+        "trained with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without "
+        "C: go back to the conditioned checkpoint, or to hf_specattn.fold(model) of it."
     )
 
 
@@ -440,8 +444,8 @@ class SpectralModelMixin:
         """Condition the projections before the weights are initialized or loaded, on the meta device too."""
         if not isinstance(self.config, SpectralConfigMixin):
             raise ValueError(
-                f"{type(self).__name__} was given a {type(self.config).__name__}, which says nothing about conditioning; "
-                f"make it {self.config_class.__name__}.from_stock(config, SpectralConfig(...))."
+                f"{type(self).__name__} was given a {type(self.config).__name__}, which has no conditioning; use "
+                f"{self.config_class.__name__}.from_stock(config, SpectralConfig(...))."
             )
         self._attach()
         super().post_init()  # type: ignore[misc]
@@ -542,8 +546,8 @@ class SpectralModelMixin:
             )
         if kwargs.get("push_to_hub") and not IS_REMOTE_CODE:
             logger.warning(
-                "save_pretrained(push_to_hub=True) publishes no code: whoever loads this model needs hf_specattn. "
-                "model.push_to_hub(...) or `specattn push` bring the code."
+                "save_pretrained(push_to_hub=True) publishes no code: everybody who loads this model needs "
+                "hf_specattn. model.push_to_hub(...) and `specattn push` add the code."
             )
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -660,8 +664,9 @@ def _replace_config(model: nn.Module, config: Any) -> None:
 def _refuse_unsupported_loading(config: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            "quantization_config is set, but a quantizer would replace the conditioned projections and drop their "
-            "corrections in silence. Load without it, call hf_specattn.fold(model), save, and quantize the folded checkpoint."
+            "quantization_config is set, but a quantizer would replace the conditioned projections and silently drop "
+            "their corrections. Load without it, call hf_specattn.fold(model), save, and quantize the folded "
+            "checkpoint."
         )
     for name in ("tp_plan", "tp_size", "distributed_config"):
         if kwargs.get(name) is not None:
@@ -685,7 +690,7 @@ def stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
 def _is_conditioned_checkpoint(stored: dict[str, Any] | None, spectral_init: str | None) -> bool:
     if (
         stored is None
-    ):  # weights alone, or a state dict: they are what they are, unless the caller says how to treat them
+    ):  # only weights, or a state dict: they are used unchanged, unless the caller says how to treat them
         return spectral_init is None
     return str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
 
@@ -696,8 +701,8 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
     check_choice("spectral_init", spectral_init, INITS)
     if conditioned:
         raise ValueError(
-            f"spectral_init={spectral_init!r}: this checkpoint is already conditioned, so there is no start to choose; "
-            "leave spectral_init out."
+            f"spectral_init={spectral_init!r}: this checkpoint is already conditioned, so its weights do not enter in "
+            "a new way; leave spectral_init out."
         )
     if not getattr(config, FLAG, kwargs.get(FLAG)) and (config is not None or kwargs.get(PRECONDITIONER_FLAG)):
         raise ValueError(
@@ -707,8 +712,8 @@ def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwarg
     every = getattr(config, "spectral_refresh_every", kwargs.get("spectral_refresh_every"))
     if spectral_init == "preserve" and every is not None:
         raise ValueError(
-            f"spectral_init='preserve' with spectral_refresh_every={every} is not possible: a correction recomputed from "
-            "W - C is another one. Use spectral_init='additive', or no spectral_refresh_every."
+            f"spectral_init='preserve' with spectral_refresh_every={every} is not possible: a correction recomputed "
+            "from W - C is a different one. Use spectral_init='additive', or no spectral_refresh_every."
         )
 
 
@@ -740,22 +745,22 @@ def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> No
         )
     if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
         raise ValueError(
-            f"{path} holds {len(surplus)} correction(s) that its config.json does not ask for, such as {surplus[0]} "
-            f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): one of "
-            "the two is not what was saved, and the model would compute something else. Restore both from their source."
+            f"{path} holds {len(surplus)} correction(s) that its config.json does not mention, such as {surplus[0]} "
+            f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): "
+            "one of the two was changed, and the model would compute something else. Restore both from their source."
         )
     if set(model._computed_corrections) - missing:
         raise UnsupportedTransformersError(
-            f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so that the "
-            f"corrections of {path} would be recomputed. Install a release that this package names."
+            f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so the "
+            f"corrections of {path} would be recomputed. Install a supported release (pip install hf_specattn)."
         )
 
 
 def _refuse_stray_corrections(path: Any, model: Any, kwargs: Mapping[str, Any]) -> None:
     if stray := stored_corrections(weight_files(path, model.config, kwargs)):
         raise ValueError(
-            f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such as "
-            f"{stray[0]}: config.json is not the one that was saved with the weights. Restore it from its source."
+            f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such "
+            f"as {stray[0]}: this config.json was not saved with these weights. Restore it from its source."
         )
 
 
@@ -794,21 +799,21 @@ def _enter_stock_weights(model: Any, spectral_init: str) -> None:
 
 
 def _enter_preconditioner(model: Any) -> None:
-    """Measure the norms of stock weights where they are to be matched, and say that the function is another one."""
+    """Measure the norms of stock weights if they have to be matched, and say that the function changes."""
     preconditioner = model.config.preconditioner_config
     if preconditioner is None:
         return
     if preconditioner.scale == "match":
         if IS_REMOTE_CODE:
             raise ValueError(
-                "preconditioner_scale='match' is measured by the package hf_specattn, which this checkpoint's own code is "
-                "not: install it, import hf_specattn, and load the stock checkpoint again."
+                "preconditioner_scale='match' is measured by the package hf_specattn, not by this checkpoint's own "
+                "code: install it, import hf_specattn, and load the stock checkpoint again."
             )
         precondition(model, preconditioner)
     logger.warning(
         f"{type(model).__name__} was loaded from a checkpoint that was trained without its "
-        f"{model.config.describe_conditioning()}: the function changes, and it needs training before use. A preconditioner "
-        "has no form that keeps the function."
+        f"{model.config.describe_conditioning()}: the function changes, and the model needs training before use. No "
+        "form of a preconditioner keeps the function."
     )
 
 

@@ -380,7 +380,7 @@ DAMAGES = {
     ),
     "a stock type with the flag": (
         in_config(model_type="bert", architectures=["BertModel"]),
-        "a stock class has written it, or somebody has edited it",
+        "a stock class wrote it, or somebody edited it",
     ),
 }
 

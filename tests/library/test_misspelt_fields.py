@@ -83,7 +83,7 @@ def test_spectral_init_is_no_field(stock_checkpoint, tmp_path):
         lambda: AutoModel.from_pretrained(tmp_path / "conditioned"),
         lambda: AutoModel.from_pretrained(tmp_path / "stock"),
     ):
-        with pytest.raises(ValueError, match=r"spectral_init='preserve' is an argument of from_pretrained of a model"):
+        with pytest.raises(ValueError, match=r"spectral_init='preserve' is an argument of a model's from_pretrained"):
             use()
 
 

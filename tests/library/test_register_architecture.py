@@ -184,12 +184,12 @@ class BertAgain(PreTrainedConfig):
     [
         (
             (transformers.BertConfig, {"AutoModel": transformers.BertModel}, SPEC),
-            "'bert' of BertConfig is already known",
+            "'bert' of BertConfig is already used",
         ),
-        ((BertAgain, {"AutoModel": OutsideModel}, SPEC), "'bert' of BertAgain is already known"),
+        ((BertAgain, {"AutoModel": OutsideModel}, SPEC), "'bert' of BertAgain is already used"),
         (
             (OutsideConfig, {"AutoModel": OutsideForSequenceClassification}, SPEC),
-            "'outside' of OutsideConfig is already known",
+            "'outside' of OutsideConfig is already used",
         ),
         ((nn.Linear, MODELS, SPEC), "is not a configuration class"),
         ((PreTrainedConfig, MODELS, SPEC), "with a model_type"),

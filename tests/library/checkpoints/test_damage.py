@@ -325,7 +325,7 @@ def test_checkpoints(first, last, originals, specattn, tmp_path):
             whole = torch.equal(outputs(AutoModel.from_pretrained(folder)), expected)
             assert whole or "not in the checkpoint" in said, (number, kind, said)
         if change in ON_CORRECTIONS or (change is add_a_correction and kind != "stock"):
-            with pytest.raises(ValueError, match=r"damaged|missing|does not ask for"):
+            with pytest.raises(ValueError, match=r"damaged|missing|does not mention"):
                 AutoModel.from_pretrained(folder)
         shutil.rmtree(folder.parent)
 
