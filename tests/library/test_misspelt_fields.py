@@ -1,4 +1,4 @@
-"""Fields that are misspelled, lost, or in a place where they do nothing: an error that names them, wherever they are given."""
+"""Fields that are misspelled, lost, or have no effect: an error that names them, wherever they are given."""
 
 import importlib.util
 import json

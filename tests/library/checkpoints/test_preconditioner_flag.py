@@ -211,7 +211,7 @@ def test_folding_takes_the_corrections_and_leaves_the_preconditioner(tiny, stock
     again = load(tmp_path)
     assert_bit_equal(outputs_of(again, tiny.batch()), outputs)
     with pytest.raises(
-        ValueError, match=r"no conditioned projection in this model \(its preconditioner is held by no"
+        ValueError, match=r"no conditioned projection in this model \(no weight can hold its preconditioner"
     ):
         fold(again)
 
