@@ -45,6 +45,7 @@ SIGNATURES = {
     b"\xfd7zXZ\x00": "is compressed by xz: unpack it (`xz -d`)",
     b"BZh91AY&SY": "is compressed by bzip2: unpack it (`bzip2 -d`)",
     b"%PDF-": "is a PDF: extract its text",
+    b"version https://git-lfs.github.com/spec/": "only names one in Git LFS: fetch that (`git lfs pull`)",
     b"\xff\xfe\x00\x00": "is UTF-32: convert it (`iconv -f UTF-32 -t UTF-8`)",
     b"\xff\xfe": "is UTF-16: convert it (`iconv -f UTF-16 -t UTF-8`)",
     b"\xfe\xff": "is UTF-16: convert it (`iconv -f UTF-16 -t UTF-8`)",

@@ -98,9 +98,10 @@ def test_damaged_bytes_in_a_column(tmp_path):
         (gzip.compress(b"text"), r"gzipped: give its name the ending \.gz"),
         (b"PK\x03\x04rest", "ZIP archive: unpack"),
         (b"%PDF-1.7\n", "is a PDF: extract its text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "Git LFS: fetch that"),
         ("caf\u00e9 \u201cquoted\u201d".encode("cp1252"), r"file -i corpus\.txt.*iconv -f ENCODING"),
     ],
-    ids=["utf-16", "utf-16 without a mark", "utf-16-be", "utf-32", "gzip", "zip", "pdf", "cp1252"],
+    ids=["utf-16", "utf-16 without a mark", "utf-16-be", "utf-32", "gzip", "zip", "pdf", "git lfs", "cp1252"],
 )
 def test_what_is_no_utf8_is_named(tmp_path, content, advice):
     path = tmp_path / "corpus.txt"
