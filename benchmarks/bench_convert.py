@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[str, Path], Result]]] = {
 
 
 def write_source(folder: Path, gigabytes: float) -> int:
-    """Write a BERT of about so many GB; return the number of its parameters."""
+    """Write a BERT of about this many GB; return the number of its parameters."""
     layer = 4 * WIDTH**2 + 2 * WIDTH * INTERMEDIATE
     layers = max(1, round((gigabytes * 1e9 / 4 - VOCABULARY * WIDTH) / layer))
     config = BertConfig(

@@ -90,7 +90,7 @@ class GpuArguments:
         default_factory=lambda: [item.name for item in ITEMS],
         metadata={"help": "What to measure.", "choices": [item.name for item in ITEMS]},
     )
-    minutes: float = field(default=8.0, metadata={"help": "Stop after so many, with everything written."})
+    minutes: float = field(default=8.0, metadata={"help": "Stop after this many minutes, with everything written."})
     results: str = field(default="benchmarks/results/gpu", metadata={"help": "Folder for the three files."})
     earlier: str = field(
         default="benchmarks/results/gpu", metadata={"help": "Folder with earlier results, where --results has none."}

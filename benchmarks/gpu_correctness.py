@@ -73,7 +73,7 @@ class Precision:
         return self.output_eps if self.output_eps > torch.finfo(torch.float32).eps else 0.0
 
     def tolerance(self, terms: int) -> float:
-        """What a sum of so many products may be off by, relative to the largest result: rounding of the result, of both
+        """How far a sum of this many products may be off, relative to the largest result: rounding of the result, of both
         operands, and of a sum in float32, whose errors grow as those of a random walk."""
         return self.output_eps + 2 * self.operand_eps + terms**0.5 * torch.finfo(torch.float32).eps
 

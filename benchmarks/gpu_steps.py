@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 FEW_ROUNDS = {"svd, exact": 2}
 # It also runs so many kernels that counting them would take longer than all else.
 UNCOUNTED = ("svd_exact",)
-# A refresh every so many steps is computed from the rounds of a step with one and of one without.
+# The cost of a refresh every n steps is computed from the rounds of a step with one and of one without.
 REFRESHED = {"svd_products": "svd by products", "svd_exact": "svd by SVD"}
 SHARED_BY = 10
 # Sequences of 128 tokens, and images.

@@ -1,4 +1,4 @@
-"""Pretrain a small Crammed BERT with a loop of one's own, the SVD corrections refreshed every 20 steps.
+"""Pretrain a small Crammed BERT in your own loop, with the SVD corrections refreshed every 20 steps.
 
     python examples/pretrain.py
 

@@ -135,7 +135,7 @@ def balance(
         probe: keyword arguments of the model's forward pass that run every attention, best without padding, whose outputs
             mean nothing and vary more; None makes some by `probe_batch`.
         tolerance: the greatest change of an output tensor, relative to its greatest value. None: 1e-10 for a float64 model,
-            else 4 times the dtype's own error, measured as the change of the outputs when the model as it stands computes in
+            else 4 times the dtype's own error, measured as the change of the outputs when the unchanged model computes in
             float64 (at least one rounding, the dtype's `eps`).
         architecture: as in [`condition`]; the gauges are used that its barriers do not forbid.
 

@@ -250,7 +250,7 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
     reference = find_reference(groups, arguments.reference)
     paragraphs = [f"{line}\n" for line in notes(groups, reference, metric, arguments)]
     text = "\n".join([table(groups, reference, metric), *paragraphs])
-    if output is not None:  # before anything is printed: whoever reads it may have gone
+    if output is not None:  # before anything is printed: the reader of a pipe may be gone
         output.mkdir(parents=True, exist_ok=True)
         write_bytes(output / f"{NAME}.md", text.encode())
         for ending, image in picture(groups, metric).items():

@@ -59,7 +59,7 @@ PLAIN = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GP
 def build_accelerator(arguments: GlueArguments) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
-        # The others wait while one prepares the data, and in the end for whoever has the longest run.
+        # The others wait while one prepares the data, and at the end for the process with the longest run.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PREPARATION_TIMEOUT)],
     )
     if accelerator.distributed_type not in PLAIN:
@@ -191,7 +191,7 @@ def report(arguments: GlueArguments, results: Results) -> None:
         images = {}
     for ending, image in images.items():
         write_bytes(output / f"{NAME}.{ending}", image)
-    print(text, end="")  # last: whoever reads it may have gone
+    print(text, end="")  # last: the reader of a pipe may be gone
     logger.info(f"{RESULTS_FILE}, {NAME}.md, {GLUE_EVALUATIONS} and the figure are in {output}.")
 
 

@@ -111,7 +111,7 @@ class SweepArguments:
         default=None, metadata={"help": "Runs at once. None: one for each GPU, or without any one for each core."}
     )
     num_seeds: int | None = field(
-        default=None, metadata={"help": "Take only so many of the sweep's seeds. None: all."}
+        default=None, metadata={"help": "Use only this many of the sweep's seeds. None: all."}
     )
     lra_data: list[str] | None = field(
         default=None,
@@ -189,7 +189,7 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
     if arguments.num_seeds is not None:
         if not 1 <= arguments.num_seeds <= len(sweep.seeds):
             raise SweepError(
-                f"--num_seeds {arguments.num_seeds}: {name} has {len(sweep.seeds)} seed(s); take 1 to so many."
+                f"--num_seeds {arguments.num_seeds}: {name} has {len(sweep.seeds)} seed(s); choose at most that many."
             )
         sweep = replace(sweep, seeds=sweep.seeds[: arguments.num_seeds])
     return sweep

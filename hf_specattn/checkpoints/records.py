@@ -131,7 +131,7 @@ def balance_rows(reports: Sequence[BalanceReport]) -> list[KappaRow]:
 
 
 def spectra_rows(spectra: Sequence[ProjectionSpectra]) -> list[KappaRow]:
-    """Of a model as it stands: W, and W + C."""
+    """Of the current model: W, and W + C."""
     return [_row(item.name, item.projection, item.raw, item.effective, "") for item in spectra]
 
 

@@ -217,7 +217,7 @@ def _key(entry: Any) -> str:
 def _check_projections(source: Source, model: Any, missing: set[str]) -> None:
     try:
         projections = find_projections(model)
-    except ValueError:  # an unknown architecture, about which whoever asked will hear
+    except ValueError:  # an unknown architecture, which is reported elsewhere
         return
     for item in projections:
         for name in ("weight", "correction"):

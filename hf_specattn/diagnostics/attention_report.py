@@ -375,7 +375,7 @@ paper's inequality (10). That product is an indicator: read with nonzero singula
 {% endif %}
 {% if diagnosis.preconditioning %}
 <h2>The preconditioner</h2>
-<p>Condition numbers of the output A of the heads on this input, in the layers as they stand: without the preconditioner and
+<p>Condition numbers of the output A of the heads on this input, in the unchanged layers: without the preconditioner and
 with it, geometric means over the heads.</p>
 <div class="wide"><table class="preconditioner">
 <tr><th>attention</th><th>kappa(A)</th><th>kappa(C A)</th><th>heads in which it grew</th></tr>

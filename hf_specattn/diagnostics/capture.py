@@ -92,7 +92,7 @@ class CapturedAttention:
         return _at_keys(built.at_queries(real), seen.nonzero().flatten())
 
     def spread_heads(self, count: int | None) -> list[int]:
-        """At most so many of the query heads, spread evenly; None: all."""
+        """At most this many of the query heads, spread evenly; None: all."""
         count = self.heads if count is None else min(count, self.heads)
         return sorted({round(place) for place in np.linspace(0, self.heads - 1, count)})
 

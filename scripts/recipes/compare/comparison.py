@@ -388,7 +388,7 @@ def derived_labels(representatives: Sequence[Run]) -> list[str]:
 
 
 def _as_given(value: Any) -> str:
-    """A setting as it stands on the command line."""
+    """A setting as written on the command line."""
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

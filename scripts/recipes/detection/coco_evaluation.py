@@ -51,7 +51,7 @@ def evaluate_results(split: DetectionSplit, results: Sequence[Result]) -> dict[s
         return dict.fromkeys(MEASURES, 0.0)
     dataset, evaluation = coco_classes()
     truth = dataset()
-    # The evaluation changes what it is given, and takes the id 0 for "no match": numbered anew, from 1.
+    # The evaluation changes what it is given, and takes the id 0 for "no match": renumbered from 1.
     content = copy.deepcopy(dict(split.content))
     for number, annotation in enumerate(content["annotations"], start=1):
         annotation["id"] = number

@@ -98,7 +98,7 @@ class DetectionSplit:
         }
 
     def take(self, count: int | None) -> "DetectionSplit":
-        """The first so many images."""
+        """The first `count` images."""
         if count is None or count >= len(self):
             return self
         images = self.content["images"][:count]

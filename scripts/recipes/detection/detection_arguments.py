@@ -170,7 +170,7 @@ class DetectionArguments(RunArguments):
         return arguments if self.drop_path_rate is None else {**arguments, "drop_path_rate": self.drop_path_rate}
 
     def steps_of(self, images: int, batch: int) -> int:
-        """Return the optimizer steps of a run over so many training images."""
+        """Return the optimizer steps of a run over this many training images."""
         return self.max_steps or max(1, round(self.num_train_epochs * images / batch))
 
 

@@ -1,4 +1,4 @@
-"""The embedded data: circles, squares and triangles on noise, with polygons, in COCO's format. Made anew in a second.
+"""The embedded data: circles, squares and triangles on noise, with polygons, in COCO's format. Generated in a second.
 
 Each image has one to four shapes of 16 to 56 pixels, of any color that stands out from the gray behind it. A shape that
 hides more than a fifth of another is not drawn. Masks are of what is seen.

@@ -23,7 +23,7 @@ from .glue_files import Examples, GlueDataError
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # raise it when the files of the cache change: older ones are then made anew
+FORMAT = 2  # raise it when the files of the cache change: older ones are then rebuilt
 EXAMPLES_PER_CALL = 1000
 LEAST_LENGTH = 8  # three special tokens, and something of each text
 

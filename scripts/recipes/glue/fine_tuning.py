@@ -69,7 +69,7 @@ class FineTuner:
         exact_refresh: How dynamic corrections are recomputed, for `refresh`.
         bases: Model -> the copy that its adapters name as their base.
         loaded: Models that were loaded before, whose warnings were seen.
-        tokens: Sets of the task at hand, by file.
+        tokens: Sets of the current task, by file.
     """
 
     arguments: GlueArguments

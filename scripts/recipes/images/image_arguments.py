@@ -97,7 +97,7 @@ class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing
             )
 
     def steps_of(self, images: int, global_batch_size: int) -> int:
-        """Return the optimizer steps of a run over so many training images."""
+        """Return the optimizer steps of a run over this many training images."""
         if self.max_steps is not None:
             return self.max_steps
         return max(1, round(self.num_train_epochs * images / global_batch_size))

@@ -240,7 +240,7 @@ def _new_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, 
 
 
 def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: int, channels: int) -> PreTrainedModel:
-    """A new model with timm's initialization; transformers' wrapper would draw its weights anew, from another one."""
+    """A new model with timm's initialization; transformers' wrapper would draw its weights again, with another one."""
     name = str(settings.timm_model)
     given = {**settings.timm_arguments, "in_chans": channels}
     if settings.drop_path_rate is not None:

@@ -115,7 +115,7 @@ class ImageSplit:
         images: What opens them.
         labels: The class of each, `(images,)`, int64.
         fingerprint: Tells these images and labels from others.
-        rows: The place of each in `images`, `(images,)`, int64; None: all of them as they stand.
+        rows: The place of each in `images`, `(images,)`, int64; None: all of them in order.
     """
 
     images: Images

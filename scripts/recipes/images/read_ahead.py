@@ -27,7 +27,7 @@ class ReadAheadTask(Task):
     _batches: Iterator[Any] | None = None
 
     def amounts_of(self, images: int) -> Amounts:
-        """How much a run does with so many training images."""
+        """How much a run does with this many training images."""
         arguments = self.arguments
         micro_batch = arguments.per_device_train_batch_size * self.accelerator.num_processes
         batch = micro_batch * arguments.gradient_accumulation_steps

@@ -26,7 +26,7 @@ from .one_cycle import beta1, learning_rate_factor
 
 logger = logging.getLogger(__name__)
 
-# Attention weights that the diagnostics may hold: so many samples of 1024 tokens, fewer of longer ones.
+# Attention weights that the diagnostics may hold: this many samples of 1024 tokens, fewer of longer ones.
 SAMPLED_TOKENS = 8 * 1024
 
 # What decides a run beside its data and model: a resumed run must have the same.

@@ -34,7 +34,7 @@ class LraNystromformerConfig(PreTrainedConfig):
             `intermediate_size`, too.
         max_position_embeddings: learned positions, the greatest length.
         attention_type: "nystrom", or "softmax" for exact attention (and no convolution).
-        num_landmarks: of Nystrom attention. A sequence of exactly so many tokens is attended to exactly.
+        num_landmarks: of Nystrom attention. A sequence of exactly this many tokens is attended to exactly.
         conv_kernel_size: of the depthwise convolution over the positions of the values, odd.
         inverse_iterations: of the pseudo-inverse.
         hidden_dropout_prob: after the embeddings, attention and the feed-forward, and in it.
@@ -375,7 +375,7 @@ SPEC = AttentionSpec(
 
 
 def register() -> None:
-    """Let these models take part in the Auto classes and in the flag; whoever loads a saved one calls it first."""
+    """Register these models with the Auto classes and the flag; call it before loading a saved one."""
     register_architecture(
         LraNystromformerConfig,
         {

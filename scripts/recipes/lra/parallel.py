@@ -9,7 +9,7 @@ Result = TypeVar("Result")
 
 
 def in_order(work: Callable[..., Result], jobs: Sequence[tuple[Any, ...]], processes: int) -> Iterator[Result]:
-    """Yield `work(*job)` for each job in turn, computed by up to so many processes."""
+    """Yield `work(*job)` for each job in turn, computed by up to this many processes."""
     if min(processes, len(jobs)) <= 1:
         yield from (work(*job) for job in jobs)
         return

@@ -359,7 +359,7 @@ def render(curves: Integers, distractors: list[Integers], markers: Integers) -> 
 
 
 def write_chunk(root: str, seed: int, chunk: int, count: int) -> None:
-    """Make the files of a chunk of so many images, its metadata last; nothing where they are there already."""
+    """Make the files of a chunk of images, its metadata last; does nothing if they exist."""
     folder = Path(root)
     metadata = folder / "metadata" / f"{chunk}.npy"
     if metadata.exists():

@@ -44,7 +44,7 @@ class Batch:
 class BatchOrder:
     """The endless stream of samples.
 
-    With repeats a pass reads only that share of the samples, each one so many times, `REPEATED_BLOCK` places apart.
+    With repeats a pass reads only that share of the samples, each one `repeats` times, `REPEATED_BLOCK` places apart.
 
     Attributes:
         sequences: The number of samples, sequences or images, at least 1.

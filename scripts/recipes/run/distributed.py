@@ -41,7 +41,7 @@ def _as_sent(error: Exception) -> Exception:
     """The error itself, where it survives being sent to another process; else its text."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # of whatever kind its class raises when it is made anew
+    except Exception:  # of any kind that its class raises when it is recreated
         return RuntimeError(one_line(error))
     return error
 

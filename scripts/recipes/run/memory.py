@@ -110,7 +110,7 @@ def estimate_training_memory(
     Args:
         model: On the device that it will be trained on, or on the meta device, where attention may take another kernel;
             not wrapped, sharded or compiled.
-        run_batch: Runs the forward pass up to the loss, as training does, on so many sequences of the usual length.
+        run_batch: Runs the forward pass up to the loss, as training does, on this many sequences of the usual length.
         per_device_batch_size: Sequences per forward pass on one device.
         autocast: Makes the context of the forward pass, such as `accelerator.autocast`.
 

@@ -37,7 +37,7 @@ class Budget:
         return size
 
     def used(self, steps: int, seconds: float) -> float:
-        """Return how much of it is used up, in its own unit, after so many steps and seconds."""
+        """Return how much of it is used up, in its own unit, after these steps and seconds."""
         return steps if self.steps is not None else seconds
 
     def share(self, steps: int, seconds: float) -> float:

@@ -40,7 +40,7 @@ class LossWindow:
         return {"losses": list(self._losses), "units": self._units, "seconds": time.perf_counter() - self._started}
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Go on from what `state` returned, in this process or an earlier one; None starts anew."""
+        """Continue from what `state` returned, in this process or an earlier one; None starts over."""
         self._restart()
         if state is not None:
             self._losses.extend(state["losses"])

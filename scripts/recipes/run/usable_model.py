@@ -72,7 +72,7 @@ def check_conditioning(model: Any, spectral: SpectralArguments, path: str) -> No
     """Refuse a checkpoint that the flags cannot condition.
 
     Raises:
-        ModelError: for one without known projections, and for one that is conditioned already and asked to begin anew.
+        ModelError: for one without known projections, and for a conditioned one if the flags ask for a new conditioning.
     """
     if not spectral.spectral_conditioning:
         return

@@ -101,7 +101,7 @@ def _both_ends(layer_types: list[str]) -> list[str]:
 
 
 def tiny_model(model_class: type[PreTrainedModel], config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """A float64 model in eval mode, every parameter drawn anew: at initial values (zero biases, unit norms) errors hide."""
+    """A float64 model in eval mode, every parameter drawn again: at initial values (zero biases, unit norms) errors hide."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         # Grouped kernels of mixtures of experts do not take float64.

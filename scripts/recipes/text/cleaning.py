@@ -54,7 +54,7 @@ class Cleaning:
         return normalize_text(text) if self.normalize else text
 
     def keeps(self, tokens: int, characters: int) -> bool:
-        """Say whether a document of so many tokens and (raw) characters stays in the corpus."""
+        """Say whether a document with these numbers of tokens and (raw) characters stays in the corpus."""
         limit = self.max_tokens_per_character
         return limit is None or 0 < tokens < limit * characters
 

@@ -133,7 +133,7 @@ class PretrainArguments(MlmDataSettings, RunArguments):
         return self.budget.size / 10 if self.budget.steps is None else self.budget.steps // 10
 
     def training_tokens(self, micro_batch_tokens: int) -> int | None:
-        """The tokens that a run of so many steps reads, its ramp included; None where the clock decides.
+        """The tokens that a run of this many steps reads, including its ramp; None if the clock decides.
 
         Args:
             micro_batch_tokens: Tokens of one forward pass of all processes.

@@ -64,7 +64,7 @@ def stock_model(arguments: PretrainArguments) -> PreTrainedModel:
 def _model_line(arguments: PretrainArguments, spectral: SpectralArguments, model: PreTrainedModel) -> str:
     origin = f"from {arguments.model_name_or_path}" if arguments.model_name_or_path else "new"
     vocabulary = f"{'' if arguments.model_name_or_path else 'up to '}{model.config.vocab_size:,} tokens"
-    unchanged = "as it stands, none added" if arguments.model_name_or_path else "none"
+    unchanged = "unchanged, none added" if arguments.model_name_or_path else "none"
     changes = model_changes(arguments, spectral)
     if not spectral.spectral_conditioning:
         changes.append(f"spectral conditioning: {unchanged}")

@@ -216,7 +216,7 @@ def split_first(stream: CorpusStream, validation_documents: int) -> tuple[Corpus
 def training_sample(stream: CorpusStream, max_characters: int = SAMPLE_CHARACTERS) -> Iterator[Document]:
     """Yield documents (or parts of them) of at most about `max_characters` in all, spread evenly over the corpus.
 
-    Where the size of the corpus is not known beforehand, they are those that come first.
+    If the size of the corpus is not known in advance, they are the first ones.
     """
     share = 1.0 if stream.characters is None else max_characters / max(stream.characters, 1)
     read = taken = 0

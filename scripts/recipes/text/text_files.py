@@ -111,7 +111,7 @@ def _checked_documents(path: Path, text_column: str, part_characters: int | None
 
 
 def parts_of(text: str, characters: int) -> Iterator[str]:
-    """Cut a text into parts of at most so many characters: after a line's end, else after a space, else anywhere."""
+    """Cut a text into parts of at most this many characters: after a line end, else after a space, else anywhere."""
     start = 0
     while len(text) - start > characters:
         stop = start + characters

@@ -33,7 +33,7 @@ from .tokenization import plain_encoder, works_wordwise
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # raise it when packed files or their manifest change: older caches are then made anew
+FORMAT = 2  # raise it when packed files or their manifest change: older caches are then rebuilt
 TOKENS_FILE, ORDER_FILE = "tokens.bin", "order.npy"
 ORDERS = ("published", "shuffled")
 
@@ -54,7 +54,7 @@ class TokenCache:
     Args:
         folder: As `prepare_tokens` made it.
         order: One of `ORDERS`. "published" numbers the sequences by their count of "." tokens, most first, ties as in the
-            corpus; "shuffled" numbers them as they stand in the corpus, for a batch order that shuffles.
+            corpus; "shuffled" numbers them in the order of the corpus, for a batch order that shuffles.
 
     Attributes:
         tokens: Token ids, `(sequences, length)`, a read-only memory map, in the corpus's order.

@@ -20,7 +20,7 @@ from .streams import SAMPLE_CHARACTERS, CorpusStream, training_sample
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # raise it when the files of a kept tokenizer change: older ones are then made anew
+FORMAT = 2  # raise it when the files of a kept tokenizer change: older ones are then rebuilt
 
 # In BERT's names; [PAD] has id 0, as the model's padding_idx expects.
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -57,7 +57,7 @@ def prepare_tokenizer(
         vocab_size: The largest size of the vocabulary.
         cleaning: Its normalization is applied before; nothing is filtered, which would need the tokenizer.
         max_seq_length: Stored as the tokenizer's `model_max_length`, in tokens.
-        sample_characters: Train on so many characters at most, as `training_sample` picks them.
+        sample_characters: Train on at most this many characters, picked by `training_sample`.
 
     Raises:
         CorpusError: as in `prepare_tokens` and `train_wordpiece`.

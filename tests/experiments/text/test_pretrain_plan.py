@@ -223,7 +223,7 @@ def test_a_checkpoint_is_named_with_its_own_parameters(lines_of, stock_checkpoin
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert line == (
         f"Model: {name}, from {path}, {parameters:,} parameters, vocabulary of {model.config.vocab_size} tokens; "
-        "spectral conditioning: as it stands, none added."
+        "spectral conditioning: unchanged, none added."
     )
 
 
@@ -233,7 +233,7 @@ def test_a_conditioned_checkpoint_is_planned_for_as_it_is(lines_of, tmp_path):
     condition(model, SpectralConfig(method="svd"))
     model.save_pretrained(tmp_path / "svd")
     checkpoint = ["--model_name_or_path", str(tmp_path / "svd"), "--max_seq_length", "16"]
-    for flags, words in (([], "as it stands, none added"), (SVD, f"{SpectralConfig(method='svd').describe()}, init")):
+    for flags, words in (([], "unchanged, none added"), (SVD, f"{SpectralConfig(method='svd').describe()}, init")):
         first, *_, last = lines_of(*checkpoint, *flags)
         assert first.startswith(f"Model: specattn_crammed_bert, from {tmp_path / 'svd'}, {stock:,} parameters")
         assert f"spectral conditioning: {words}" in first

@@ -36,5 +36,5 @@ def training_operations(arguments: ImageArguments) -> float:
 
 
 def gpu_hours(operations: float, teraflops: float) -> float:
-    """Return the hours that so many operations take at a sustained rate, in 10^12 operations per second."""
+    """Return the hours that this many operations take at a sustained rate, in 10^12 operations per second."""
     return operations / (teraflops * 1e12) / 3600

@@ -140,7 +140,7 @@ def run_all(
 def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> None:
     directory = run.directory(runs_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    # A run that was killed may leave a saved model and neither a checkpoint nor a record: it begins anew.
+    # A run that was killed may leave a saved model and neither a checkpoint nor a record: it starts over.
     arguments = run.arguments(runs_dir, anew=not list_checkpoints(directory))
     write_bytes(directory / COMMAND_FILE, (shlex.join(["python", str(run.script), *arguments]) + "\n").encode())
     with open(directory / LOG_FILE, "a", encoding="utf-8") as log:
