@@ -2,8 +2,8 @@
 
     python examples/diagnose.py
 
-With the paper's lambda of 10 on query and key, a token of this model attends to itself alone, so no gradient reaches W_Q and
-W_K. `advise` finds the largest lambda for them at which that does not happen, by trial on a batch. Prints:
+With the paper's lambda of 10 on query and key, each token of this model attends only to itself, so no gradient reaches W_Q
+and W_K. `advise` finds the largest lambda at which that does not happen, by trial on a batch. Prints:
 
     stock: largest kappa 2704.4, entropy of attention 0.94 of uniform
     lambda 10: largest kappa 1.3, entropy of attention 0.01 of uniform

@@ -2,8 +2,8 @@
 
     python examples/fine_tune.py
 
-A small ViT learns to read scikit-learn's digits. It is saved, loaded with `spectral_init="preserve"`, which takes C out of
-W, so that its outputs stay what they were, and fine-tuned to tell odd digits from even ones. Prints:
+A small ViT learns to read scikit-learn's digits. It is saved, loaded with `spectral_init="preserve"`, which subtracts C from
+W, so that its outputs do not change, and fine-tuned to tell odd digits from even ones. Prints:
 
     ten digits: accuracy 0.93
     conditioned: outputs changed by at most 0.0000

@@ -2,8 +2,8 @@
 
     python examples/lora.py
 
-The adapter adds B A to a projection that computes with W + C. Merged and folded, all of it is in the weights of a plain ViT,
-which needs neither PEFT nor this package. Prints:
+The adapter adds B A to a projection that computes with W + C. After merging and folding, everything is in the weights of a
+plain ViT, which needs neither PEFT nor this package. Prints:
 
     trainable parameters: 2,698 of 71,892
     loss 2.51 before, 0.46 after

@@ -2,7 +2,7 @@
 
     python examples/precondition.py
 
-A third-party reading of arXiv 2603.27153 (docs/preconditioning.md), which promises nothing about condition numbers: here
+A third-party reading of arXiv 2603.27153 (docs/preconditioning.md), which guarantees nothing about condition numbers: here
 they grow in some heads. Equilibrated rows also change the scale, so `scale="match"` is the fair comparison. Prints:
 
     heads in which the condition number grew: 2 of 8

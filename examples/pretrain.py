@@ -2,8 +2,8 @@
 
     python examples/pretrain.py
 
-Masked characters of the documentation that every Python carries. A static correction ages while W moves; `refresh` after
-the optimizer's step computes it again. Prints:
+It predicts masked characters of the documentation that ships with Python. A static correction goes stale while W moves;
+`refresh` after the optimizer step recomputes it. Prints:
 
     step 0: loss 4.83, largest kappa of W + C 2.00
     step 60: loss 3.23, largest kappa of W + C 2.00
