@@ -126,9 +126,9 @@ def table_rows(file: Path, columns: Mapping[str, tuple[str, ...]]) -> Iterator[t
         for meaning, possible in columns.items():
             names.append(next((name for name in possible if name in present), None))
             if present.count(names[-1]) != 1:
-                number = "no" if names[-1] is None else "more than one"
+                found = "no" if names[-1] is None else "more than one"
                 raise LraDataError(
-                    f"{file} has {number} column of {meaning} ({' or '.join(possible)}); it has {', '.join(present)}."
+                    f"{file} has {found} column of {meaning} ({' or '.join(possible)}); it has {', '.join(present)}."
                 )
         number = 0
         for batch in table.iter_batches(batch_size=1024, columns=names):
