@@ -7,7 +7,7 @@ which keeps the import light.
 
 from typing import TYPE_CHECKING
 
-from . import auto, peft
+from . import auto, peft, resuming
 from .balance import balance  # at once: on its first import, the module of this name would take its place
 from .lazy_names import lazy_names
 from .version import __version__
@@ -52,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
 
 auto.register()
 peft.register()
+resuming.register()
 
 __all__ = [
     "AttentionSpec",

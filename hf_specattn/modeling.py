@@ -310,9 +310,10 @@ def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], wi
                 "configuration: it says how the weights of a stock checkpoint enter, and would be applied again on "
                 "each loading. Leave it out here."
             )
-        parts = (name, name.removeprefix("spectral_").removeprefix("preconditioner_"))
+        small = name.lower()
+        parts = (small, small.removeprefix("spectral_").removeprefix("preconditioner_"))
         close = [found for part in parts for found in difflib.get_close_matches(part, FIELDS, 1, SIMILAR)]
-        if close or name.startswith(("spectral_", "preconditioner_")):
+        if close or small == "spectral" or small.startswith(("spectral_", "preconditioner_")):
             meant = f"Did you mean {close[0]}? " if close else ""
             raise ValueError(
                 f"{name}={value!r} is not a field of conditioning. {meant}The fields are {', '.join(FIELDS)}."

@@ -22,6 +22,8 @@ MISSPELT = {
     "spectral_granularty": "spectral_granularity",
     "preconditioner_epsilon": "preconditioner_eps",
     "atention_preconditioner": "attention_preconditioner",
+    "SPECTRAL_METHOD": "spectral_method",
+    "spectral": "no field in particular",
 }
 
 
@@ -51,7 +53,7 @@ def test_misspelt_fields_are_named_wherever_they_are_given(name, meant, stock_ch
         lambda: AutoModel.from_pretrained(tmp_path / "edited", **FLAG),
     ):
         with pytest.raises(
-            ValueError, match=rf"{name}=.* is not a field of conditioning\. (Did you mean {meant}\? )?They"
+            ValueError, match=rf"{name}=.* is not a field of conditioning\. (Did you mean {meant}\? )?The fields"
         ):
             use()
 

@@ -90,6 +90,45 @@ def test_trains_saves_and_resumes(method, stock_checkpoint, tmp_path):
         torch.testing.assert_close(value, after[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"lambda_": 2.0}, {"lambda_": 9.0}, r"lambda_=2\.0.* lambda_=9\.0"),
+        ({"spectral_targets": ["query"]}, {}, r"spectral_targets=\['query'\]"),
+        (
+            {"spectral_method": "svd"},
+            {"spectral_method": "svd", "spectral_granularity": "head"},
+            "spectral_granularity",
+        ),
+        ({"lambda_": 2.0}, None, "spectral_conditioning=True.* spectral_conditioning=None"),
+        (None, {"lambda_": 2.0}, "spectral_conditioning=None.* spectral_conditioning=True"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused(before, now, named, by_name, stock_checkpoint, tmp_path):
+    def make(settings):
+        path = stock_checkpoint(BERT, "AutoModelForMaskedLM")
+        return AutoModelForMaskedLM.from_pretrained(path) if settings is None else conditioned(path, **settings)
+
+    trainer(make(before), tmp_path, 1, save_strategy="steps", save_steps=1).train()
+    model = make(now)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"checkpoint-1 was trained with {named}"):
+        trainer(model, tmp_path, 2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1") if by_name else True)
+    assert_bit_equal(model.state_dict(), weights)
+    trainer(make(before), tmp_path, 2).train(resume_from_checkpoint=True)
+
+
+def test_going_on_with_another_refresh_interval(tmp_path):
+    def make(every):
+        model = BERT.model("AutoModelForMaskedLM", dtype=torch.float32)
+        condition(model, SpectralConfig("svd", refresh_every=every))
+        return model
+
+    trainer(make(1), tmp_path, 1, [SpectralCallback()], save_strategy="steps", save_steps=1).train()
+    trainer(make(2), tmp_path, 2, [SpectralCallback()]).train(resume_from_checkpoint=True)
+
+
 def test_load_best_model_at_end(stock_checkpoint, tmp_path):
     model = conditioned(stock_checkpoint(BERT, "AutoModelForMaskedLM"), spectral_method="svd")
     settings = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
