@@ -263,7 +263,7 @@ REFUSALS = [
     ("--projection_init random", "invalid choice: 'random'"),
     ("--initialization_scale 0", "scale=0.0 must be a finite number above 0"),
     ("--match_norm_of identity=0", "--match_norm_of 'identity=0': give svd, or identity with its lambda"),
-    ("--match_norm_of svd --initialization_scale 2", "would change the norm that --match_norm_of sets; give one"),
+    ("--match_norm_of svd --initialization_scale 2", "would change the norm that --match_norm_of sets; pass only"),
     ("--match_norm_of svd --spectral_conditioning", "--match_norm_of makes the control that has the norm of W + C"),
     # Trackers.
     ("--report_to tensorboard nothing other", "--report_to nothing other: unknown or not installed; available here:"),
