@@ -208,9 +208,9 @@ def _refuse_conditioned_weights(cls: Any, pretrained_model_name_or_path: Any, *_
     stored = stored_config(path, kwargs) or {}
     if str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX):
         raise ValueError(
-            f"{path} is a conditioned checkpoint (model type {stored['model_type']!r}), and the configuration beside it is "
-            f"one of a stock model ({type(config).__name__}): {cls.__name__} would compute with W instead of W + C. Leave "
-            "config out, or take it from there: AutoConfig.from_pretrained(path)."
+            f"{path} is a conditioned checkpoint (model type {stored['model_type']!r}), but the configuration passed with "
+            f"it is that of a stock model ({type(config).__name__}): {cls.__name__} would compute with W instead of W + C. "
+            "Leave config out, or load it from the checkpoint: AutoConfig.from_pretrained(path)."
         )
 
 

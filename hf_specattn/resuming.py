@@ -48,7 +48,7 @@ def refuse_other_settings(model: Any, checkpoint: str | Path) -> None:
         before, now = stored.get(name), vars(config).get(name)
         if name not in TRAINING_FIELDS and before != now:
             raise ValueError(
-                f"{checkpoint} was trained with {name}={before!r}, and the model that is to go on has {name}={now!r}: "
+                f"{checkpoint} was trained with {name}={before!r}, and the model to continue with has {name}={now!r}: "
                 "the trained weights would compute another function. Make the model with the settings of the checkpoint "
                 f"(AutoConfig.from_pretrained({str(checkpoint)!r})), or start without resume_from_checkpoint."
             )

@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as error:
         raise SystemExit(f"error: {error}") from error
     except KeyboardInterrupt:
-        print("\nInterrupted; the same command goes on where this stopped.", file=sys.stderr)
+        print("\nInterrupted; the same command continues where this one stopped.", file=sys.stderr)
         raise SystemExit(130) from None
     if not complete:
         raise SystemExit(

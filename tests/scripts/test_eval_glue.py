@@ -926,7 +926,7 @@ def odd_checkpoints(checkpoints, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("no tokenizer", [], r"no tokenizer has no tokenizer: .*save the model's tokenizer beside it, or name one by"),
+        ("no tokenizer", [], r"no tokenizer has no tokenizer: .*save the model's tokenizer with it, or name one with"),
         ("no padding", [], "has no padding token, which batches need"),
         ("no config", [], "no config cannot be loaded|no config has no tokenizer"),
         ("small vocabulary", [], r"tokens and the model .*small vocabulary only 50"),

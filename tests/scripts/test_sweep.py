@@ -79,7 +79,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_result(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert "the same command goes on where this stopped" in errors
+    assert "the same command continues where this one stopped" in errors
     assert list((tmp_path / "a").glob("*/seed-*/checkpoint-*"))
     outputs = []
     for folder in ("a", "b"):

@@ -24,5 +24,5 @@ def read_records(run: Path) -> list[dict[str, Any]]:
         return sorted(records, key=lambda record: record["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ComparisonError(
-            f"{file} is damaged or not a file of SpectralMonitor: {error!r}. Move it away to go on without it."
+            f"{file} is damaged or not a file of SpectralMonitor: {error!r}. Move it away to continue without it."
         ) from error

@@ -148,7 +148,7 @@ class DetectionArguments(RunArguments):
         if self.milestones is not None and sorted(set(self.milestones)) != self.milestones:
             raise ValueError(f"--milestones {self.milestones} must rise.")
         if self.body_args is not None and self.body is None:
-            raise ValueError("--body_args: of the body that --body names; give it, too.")
+            raise ValueError("--body_args: for the body that --body names; also give --body.")
         self.body_arguments()
         if self.torch_compile:
             raise ValueError("--torch_compile: what a detector computes depends on what it finds; leave the flag out.")

@@ -120,7 +120,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: where there is none, or it has no padding token.
     """
-    advice = "save the model's tokenizer beside it, or name one by --tokenizer_name."
+    advice = "save the model's tokenizer with it, or name one with --tokenizer_name."
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # of whatever kind: `tokenizers` raises bare ones for a file it cannot parse

@@ -139,7 +139,7 @@ class ImageArguments(ImageDataSettings, ImageModelSettings, Augmentation, Mixing
             raise ValueError(f"{_flags(given)}: one of them says which model; give one.")
         check_heads(self)
         if self.timm_model_args is not None and self.timm_model is None:
-            raise ValueError("--timm_model_args: of a model of timm; give --timm_model, too.")
+            raise ValueError("--timm_model_args: for a timm model only; also give --timm_model.")
         _ = self.timm_arguments  # refuses what is not a JSON object
 
 
@@ -166,7 +166,7 @@ def _refuse_contradictions(
         )
     of_dataset = [name for name in OF_DATASET if name != "dataset_name"]
     if arguments.dataset_name is None and (given := explicitly_given(parser, of_dataset, argv)):
-        raise ValueError(f"{_flags(sorted(given))}: of a dataset; give --dataset_name, too.")
+        raise ValueError(f"{_flags(sorted(given))}: for a dataset only; also give --dataset_name.")
     check_initialization(arguments, spectral)
 
 

@@ -85,7 +85,7 @@ class MlmDataSettings:
             )
         if self.dataset_name is None:
             if given := self._given(OF_DATASET):
-                raise ValueError(f"{', '.join(given)}: of a dataset; give --dataset_name, too.")
+                raise ValueError(f"{', '.join(given)}: for a dataset only; also give --dataset_name.")
             if self.train_file is None and (given := self._given(("validation_file", "max_documents"))):
                 raise ValueError(f"{', '.join(given)} without a corpus: give --train_file or --dataset_name as well.")
         if len(given := self._given(OF_VALIDATION)) > 1:

@@ -55,7 +55,7 @@ def test_the_body_is_told_its_arguments_and_stochastic_depth():
         (["--mask_layers", "0"], "--mask_layers [0]: give at least one"),
         (["--min_size", "300"], "--max_size 128 is less than --min_size 300"),
         (["--milestones", "3", "2"], "--milestones [3.0, 2.0] must rise"),
-        (["--body_args", "{}"], "--body_args: of the body that --body names"),
+        (["--body_args", "{}"], "--body_args: for the body that --body names"),
         (["--body", "swin", "--body_args", "[1]"], "--body_args '[1]' is not a JSON object"),
         (["--warmup_factor", "2"], "--warmup_factor 2.0 must be at least 0 and at most 1"),
         (["--num_train_epochs", "0"], "--num_train_epochs 0.0 must be at least"),
