@@ -105,7 +105,7 @@ def test_fold_takes_the_corrections_and_leaves_the_preconditioner(both, tmp_path
     assert loaded.config.spectral_config is None
     assert_bit_equal(outputs_of(loaded, BERT.batch()), outputs_of(load(both), BERT.batch()))
     card = (tmp_path / "folded" / "README.md").read_text()
-    assert "with a preconditioner of attention alone, which no weight can hold" in card
+    assert "with only a preconditioner of attention, which no weight can hold" in card
     assert 'condition(model, SpectralConfig("svd"), init="preserve")' in card
     assert "trust_remote_code=True" in card
 

@@ -245,7 +245,7 @@ def test_the_card_of_a_model_that_was_trained_names_no_source(api, tmp_path):
     model.save_pretrained(tmp_path / "svd")
     text = plan(tmp_path / "svd", "me/trained").files["README.md"].decode()
     assert "A CrammedBertForMaskedLM with **spectrally conditioned attention**" in text
-    assert "as the weights here have them" in text
+    assert "for the weights in this repository" in text
     assert "None is named yet" in text
     assert "The source" not in text
     assert "no code but that of transformers" not in text
