@@ -116,6 +116,11 @@ def limit_samples(split: ImageSplit, limit: int | None, flag: str, classes: int)
 
 
 def _refuse_missing_classes(data: ImageData) -> None:
+    if len(data.class_names) < 2:
+        raise ImageDataError(
+            f"There is one class, {', '.join(data.class_names)}, in {data.origin}: every answer would be right. Add "
+            "images of another."
+        )
     for split, part in ((data.train, "training"), (data.validation, "validation")):
         present = np.bincount(split.labels, minlength=len(data.class_names)) > 0
         missing = [name for name, there in zip(data.class_names, present) if not there]

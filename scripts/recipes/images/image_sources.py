@@ -313,7 +313,8 @@ def read_image_folders(train_dir: str | Path, validation_dir: str | Path) -> Ima
         digest = hashlib.sha256()
         for path, label in pairs:
             size = path.stat().st_size if path.exists() else 0  # a link that leads nowhere is found unreadable later
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0{names[label]}\n".encode())
+            line = f"{path.relative_to(folder).as_posix()}\0{size}\0{names[label]}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # a name need not be UTF-8
         labels = np.array([label for _, label in pairs], dtype=np.int64)
         splits.append(ImageSplit(FileImages(tuple(path for path, _ in pairs)), labels, digest.hexdigest()[:16]))
     train, validation = splits

@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import datasets
 import numpy as np
 import pytest
@@ -118,6 +121,23 @@ def test_an_image_that_fails_while_training_is_named(folders):
     path.write_bytes(b"gone")
     with pytest.raises(ImageDataError, match=path.name):
         data.train.load(0, "RGB")
+
+
+def test_one_class_alone_is_refused(folders):
+    for folder in folders:
+        for name in sorted(path.name for path in folder.iterdir())[1:]:
+            shutil.rmtree(folder / name)
+    with pytest.raises(ImageDataError, match=r"There is one class, \w+, in .*: every answer would be right"):
+        load_image_data(settings_of(folders))
+
+
+def test_a_name_that_is_not_utf8(folders):
+    before = load_image_data(settings_of(folders))
+    path = next((folders[0] / "red").iterdir())
+    os.link(path, os.fsencode(path.parent) + b"/caf\xe9.png")
+    after = load_image_data(settings_of(folders))
+    assert len(after.train) == len(before.train) + 1
+    assert after.train.fingerprint != before.train.fingerprint
 
 
 def test_a_class_that_one_split_lacks_is_named(folders):
