@@ -248,8 +248,8 @@ def test_the_card_of_a_model_that_was_trained_names_no_source(api, tmp_path):
     assert "for the weights in this repository" in text
     assert "None is named yet" in text
     assert "The source" not in text
-    assert "no code but that of transformers" not in text
+    assert "only transformers' code" not in text
     stock = BERT.model("AutoModelForMaskedLM", torch.float32)
     condition(stock, SpectralConfig("svd"))
     stock.save_pretrained(tmp_path / "bert")
-    assert "no code but that of transformers" in plan(tmp_path / "bert", "me/x").files["README.md"].decode()
+    assert "only transformers' code" in plan(tmp_path / "bert", "me/x").files["README.md"].decode()
