@@ -104,9 +104,9 @@ def test_table_4_from_pretraining_to_its_report(sweep, tmp_path, capsys):
     content = json.loads((tmp_path / "runs" / "reports" / "table4.json").read_text())
     arms = {(arm["setting"], arm["variant"]): arm["values"] for arm in content["arms"]}
     pretrained = [json.loads(file.read_text()) for file in tmp_path.glob("runs/crammed-bert-*/seed-*/metrics.json")]
-    assert len(pretrained) == 3
+    assert len(pretrained) == 4
     scored = list(tmp_path.glob("runs/crammed-bert-*/seed-*/*/seed-*/results.json"))
-    assert len(scored) == 3 * 3
+    assert len(scored) == 4 * 3
     headings = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2 (accuracy)"}
     for file in scored:
         (run,) = json.loads(file.read_text())["runs"]

@@ -163,6 +163,11 @@ def exists(sweep: str) -> bool:
     return (SWEEPS / f"{sweep}.json").is_file()
 
 
+def variants(sweep: str) -> list[str]:
+    """The labels of its variants, in order."""
+    return list(dict.fromkeys(item["variant"] for item in sweep_results(sweep)["arms"]))
+
+
 def seeds(sweep: str) -> int:
     """How many seeds its arms have at most."""
     return max(len(item["values"]) for item in sweep_results(sweep)["arms"])
@@ -276,7 +281,7 @@ def page() -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, exists, seeds, chosen, hours)
+    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, exists, variants, seeds, chosen, hours)
     environment.globals.update({function.__name__: function for function in functions})
     return wrapped(environment.get_template(TEMPLATE).render())
 

@@ -140,13 +140,14 @@ def later_results(tmp_path, monkeypatch):
 def test_sections_enter_with_their_results(later_results):
     text = evidence_page.page()
     section = text.partition("## Pretraining, then GLUE")[2].partition("\n## ")[0]
-    # Arms in order, losses first and then each column's three models: number n has the values n and 1.5 n.
-    assert "| identity, lambda 1 | 6.25 ± 1.77 | 10.00 ± 2.83 | 13.75 ± 3.89 | 17.50 ± 4.95 |" in section
+    # Arms in order, losses first and then each column's four models: number n has the values n and 1.5 n.
+    assert "| identity, lambda 1 | 8.75 ± 2.47 | 13.75 ± 3.89 | 18.75 ± 5.30 | 23.75 ± 6.72 |" in section
     # Student's t of one degree of freedom, 12.71, on differences of 2 and 3, and of 1 and 1.5.
-    assert "| minus stock |" + " +2.5 (-3.9 to +8.9) |" * 4 in section
-    assert "| minus stock of its norm |" + " +1.2 (-1.9 to +4.4) |" * 4 in section
+    assert "| minus stock, norm of identity, lambda 1 |" + " +2.5 (-3.9 to +8.9) |" * 4 in section
+    assert "| minus mimetic |" + " +1.2 (-1.9 to +4.4) |" * 4 in section
     text = " ".join(text.split())
-    assert "stock 0.000 ± 0.000, its norm 1.250 ± 0.354, identity 2.500 ± 0.707." in text
+    assert "| identity, lambda 1 | 3.750 ± 1.061 |" in section
+    assert "minus its norm: +2.50 (-3.85 to +8.85)." in text
     # The sixth and the last of eight variants.
     assert "| svd on V and O, no residual | 8.750 ± 2.475 |" in text
     assert "svd on both +2.500 (-3.853 to +8.853) nats." in text

@@ -29,7 +29,7 @@ from recipes.text.pretrain_arguments import parse_arguments as parse_text_argume
 
 ROOT = Path(__file__).resolve().parents[4]
 SMALL, PAPER = (table4(scale, ROOT / "scripts") for scale in ("small", "paper"))
-STOCK, CONTROL, TREATED = (variant.label for variant in SMALL.variants)
+STOCK, CONTROL, MIMETIC, TREATED = (variant.label for variant in SMALL.variants)
 
 
 @pytest.mark.parametrize("sweep", [SMALL, PAPER], ids=["small", "paper"])
@@ -48,7 +48,9 @@ def test_every_run_parses_and_each_model_has_every_task(sweep, tmp_path):
         assert not conditioning.spectral_conditioning
         assert spectral.spectral_conditioning == run.label.startswith("identity")
         assert pretraining.match_norm_of == (f"identity={run.label[-2:].strip()}" if "norm of" in run.label else None)
-    assert len({run.directory(tmp_path) for run in runs}) == len(runs) == 3 * len(sweep.seeds) * len(sweep.glue_tasks)
+        assert (pretraining.projection_init == "mimetic") == (run.label == MIMETIC)
+    count = len(sweep.variants) * len(sweep.seeds) * len(sweep.glue_tasks)
+    assert len({run.directory(tmp_path) for run in runs}) == len(runs) == count
 
 
 def test_the_paper_trains_five_models_of_each_kind_by_its_recipe(tmp_path):
@@ -160,7 +162,7 @@ def run_by(monkeypatch):
 
 
 def test_only_models_that_came_to_their_end_are_fine_tuned(run_by, tmp_path, monkeypatch):
-    trained = [run for run in fine_tunings(SMALL) if run.seed == 1 and run.label != CONTROL]
+    trained = [run for run in fine_tunings(SMALL) if run.seed == 1 and run.label in (STOCK, TREATED)]
     folders = {run.pretrained.directory(tmp_path) for run in trained}
     monkeypatch.setattr(PlannedRun, "finished", lambda run, runs_dir: run.directory(runs_dir) in folders or None)
     run_by(score)
