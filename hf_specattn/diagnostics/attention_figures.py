@@ -124,7 +124,7 @@ def jacobian_figure(rows: Sequence[Any]) -> Any:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     label_powers(axes, "y")
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=8, loc="outside lower center")
     return figure
 
 

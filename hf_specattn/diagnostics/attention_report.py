@@ -353,7 +353,7 @@ function can have another kappa(W), but the same products, so these are the numb
 <img alt="All singular values" src="data:image/png;base64,{{ images.distributions }}"></div>
 {% if diagnosis.jacobians %}
 <h2>The Jacobian</h2>
-<p>Of each head's output with respect to its W_Q, W_K and W_V, computed exactly, beside the product of the factors of the
+<p>Of each head's output with respect to its W_Q, W_K and W_V, computed exactly, next to the product of the factors of the
 paper's inequality (10). That product is an indicator: read with nonzero singular values, it is not a bound.</p>
 <div class="wide">
 <img class="narrow" alt="Condition number of the Jacobian" src="data:image/png;base64,{{ images.jacobian }}"></div>
