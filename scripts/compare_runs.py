@@ -167,7 +167,7 @@ def notes(groups: Sequence[RunGroup], reference: RunGroup, metric: Metric, argum
             lines.append("Each interval stands by itself: among many comparisons some leave out 0 by chance.")
     if any(difference is not None and difference.interval is None for difference in differences):
         lines.append(
-            "A difference of one seed, or the same for each seed, has no interval and is no evidence for either side."
+            "A difference of one seed, or the same for each seed, has no interval and is not evidence for either side."
         )
     if len({hardware(run) for run in runs}) > 1:
         lines.append(f"Speeds do not compare: the runs differ in {', '.join(HARDWARE)}.")
@@ -257,7 +257,7 @@ def compare(arguments: CompareArguments, directories: Sequence[str]) -> None:
             write_bytes(output / f"{NAME}.{ending}", image)
     print(text, end="")
     if output is not None:
-        print(f"\nTable and picture: {output / NAME}.md, .png, .svg")
+        print(f"\nTable and figure: {output / NAME}.md, .png, .svg")
         draw_conditioning(groups, metric, output)
 
 

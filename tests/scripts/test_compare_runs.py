@@ -69,7 +69,7 @@ def test_the_table(compare_runs, runs, capsys):
     assert rows["svd"][-2:] == ["+0.9500 (1)", "–"]
     assert "4 steps, 4,096 training tokens, the same 5,000 validation tokens" in text
     assert (
-        "A difference of one seed, or the same for each seed, has no interval and is no evidence for either side."
+        "A difference of one seed, or the same for each seed, has no interval and is not evidence for either side."
         in text
     )
     assert "Each interval stands by itself" in text

@@ -55,9 +55,7 @@ def test_a_flipped_bit_in_the_tokens(corpus, tmp_path, warning_log, name, place)
     assert corpus.readings == before + 1
     np.testing.assert_array_equal(again.tokens, expected)
     np.testing.assert_array_equal(again.in_order("published")[:], order)
-    assert any(
-        f"is damaged ({name} is not what was written); it is rebuilt" in text for text in warning_log.messages
-    )
+    assert any(f"is damaged ({name} is not what was written); it is rebuilt" in text for text in warning_log.messages)
     prepare_tokens(corpus.stream, tokenizer, 8, cache_dir=tmp_path)
     assert corpus.readings == before + 1
 

@@ -213,7 +213,10 @@ REFUSALS = [
     ("--hidden_size 33 --num_attention_heads 1", "--hidden_size 33 must be even"),
     ("--intermediate_size 31", "--intermediate_size 31 must be even"),
     # Choices.
-    ("--preset big", "--preset big is neither one of demo, crammed-bert, crammed-bert-small nor a file that ends in .yaml"),
+    (
+        "--preset big",
+        "--preset big is neither one of demo, crammed-bert, crammed-bert-small nor a file that ends in .yaml",
+    ),
     ("--sequence_order random", "invalid choice: 'random' (choose from"),
     ("--lr_scheduler_type cosine", "invalid choice: 'cosine' (choose from"),
     # Which corpus.
@@ -225,7 +228,10 @@ REFUSALS = [
     ("--dataset_revision v1 --train_file a.txt", "--dataset_revision: for a dataset only; also give --dataset_name"),
     ("--dataset_validation_split v", "--dataset_validation_split: for a dataset only; also give --dataset_name"),
     ("--dataset_split all", "--dataset_split: for a dataset only; also give --dataset_name"),
-    ("--streaming --dataset_revision v1", "--dataset_revision, --streaming: for a dataset only; also give --dataset_name"),
+    (
+        "--streaming --dataset_revision v1",
+        "--dataset_revision, --streaming: for a dataset only; also give --dataset_name",
+    ),
     ("--validation_file v.txt", "--validation_file without a corpus: give --train_file or --dataset_name"),
     ("--max_documents 9", "--max_documents without a corpus: give --train_file or --dataset_name"),
     # What to validate on.

@@ -335,7 +335,9 @@ def test_a_full_disk_leaves_nothing_half_made(tokenizer, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(token_cache._Packer, "write", write_to_full_disk)
-        with pytest.raises(CorpusError, match=r"The disk of .* is full .*incomplete data are removed.*another cache folder"):
+        with pytest.raises(
+            CorpusError, match=r"The disk of .* is full .*incomplete data are removed.*another cache folder"
+        ):
             prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
     assert len(prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)) > 0
