@@ -609,7 +609,7 @@ def test_a_norm_or_gate_before_the_output_projection_is_refused(part):
     kwargs = {"scale_norm": {"scale_norm": True, "norm_layer": nn.LayerNorm}, "gated": {"gated": True}}[part]
     model.blocks[0].attn = timm.layers.attention.Attention(32, num_heads=4, **kwargs)
     name = {"scale_norm": "norm", "gated": "gate"}[part]
-    refused(model, rf"stands {name}, which Attention does not have in the table.*AttentionSpec\(..., output=")
+    refused(model, rf"there is {name}, which Attention does not have in the table.*AttentionSpec\(..., output=")
 
 
 def test_an_unknown_output_projection_is_refused():
