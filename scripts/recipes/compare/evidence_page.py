@@ -158,11 +158,6 @@ def time_ratio(sweep: str, variant: str, other: str, setting: str | None = None)
     return f"{median(ours[seed] / others[seed] for seed in ours.keys() & others.keys()):.2f}"
 
 
-def exists(sweep: str) -> bool:
-    """Whether a sweep's results are there; sections of those that are not are left out."""
-    return (SWEEPS / f"{sweep}.json").is_file()
-
-
 def variants(sweep: str) -> list[str]:
     """The labels of its variants, in order."""
     return list(dict.fromkeys(item["variant"] for item in sweep_results(sweep)["arms"]))
@@ -195,7 +190,7 @@ class Regime:
         label: In words.
         sweep, setting: Where its runs are.
         treated: The conditioned variant.
-        stock: The stock model as it comes; None where it does not train, or is not what was asked.
+        stock: The default stock model; None where it does not train, or is not what was asked.
         controls: Stock models with what else could explain the gain; the best by its mean counts.
     """
 
@@ -241,10 +236,10 @@ REGIMES = (
 
 
 def regimes_figure(regimes: Sequence[Regime]) -> dict[str, bytes]:
-    """Points gained on the stock model as it comes, and on the best control, with 95 % intervals; file ending -> image."""
+    """Points gained on default stock, and on the best control, with 95 % intervals; file ending -> image."""
     figure = new_figure(9.5, 1.4 + 0.42 * len(regimes))
     axes = figure.subplots()
-    kinds = (("minus stock as it comes", COLORS[3], "o", 0.14), ("minus the best control", COLORS[0], "s", -0.14))
+    kinds = (("minus default stock", COLORS[3], "o", 0.14), ("minus the best control", COLORS[0], "s", -0.14))
     for number, (label, color, marker, shift) in enumerate(kinds):
         drawn = []
         for row, regime in enumerate(regimes):
@@ -281,7 +276,7 @@ def page() -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, exists, variants, seeds, chosen, hours)
+    functions = (arm, mean, minus, pooled, gain, table, seen, time_ratio, variants, seeds, chosen, hours)
     environment.globals.update({function.__name__: function for function in functions})
     return wrapped(environment.get_template(TEMPLATE).render())
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import shutil
 from statistics import fmean, stdev
 
 import pytest
@@ -12,7 +11,6 @@ from scipy import stats
 
 from recipes.compare import evidence_page
 from recipes.compare.evidence_page import EvidenceError, Regime, regimes_figure
-from recipes.compare.sweeps.glue_sweep import GLUE_SWEEPS
 
 STOCK, SVD = {"0": 90.0, "1": 92.0, "2": 91.0}, {"0": 93.0, "1": 94.5, "2": 95.0, "3": 50.0}
 
@@ -112,38 +110,6 @@ def test_the_figure_decodes_and_repeats(results):
 
 def test_the_committed_page_is_that_of_the_committed_results():
     assert evidence_page.PAGE.read_text(encoding="utf-8") == evidence_page.page()
-
-
-@pytest.fixture
-def later_results(tmp_path, monkeypatch):
-    """The committed results, and small ones of the sweep whose section enters when they are there."""
-    shutil.copytree(evidence_page.SWEEPS, tmp_path, dirs_exist_ok=True)
-    sweep = GLUE_SWEEPS["table4"]("small", tmp_path)
-    settings = ["Crammed BERT", "CoLA (Matthews)", "RTE (accuracy)", "SST-2 (accuracy)", "GLUE, average"]
-    places = [(setting, variant.label) for setting in settings for variant in sweep.variants]
-    arms = [
-        {"setting": setting, "variant": label, "values": {"0": float(number), "1": 1.5 * number}, "seconds": {}}
-        for number, (setting, label) in enumerate(places)
-    ]
-    (tmp_path / "table4.json").write_text(json.dumps({"sweep": "table4", "arms": arms}), encoding="utf-8")
-    monkeypatch.setattr(evidence_page, "SWEEPS", tmp_path)
-    evidence_page.sweep_results.cache_clear()
-    yield
-    evidence_page.sweep_results.cache_clear()
-
-
-def test_a_section_enters_with_its_results(later_results):
-    text = evidence_page.page()
-    section = text.partition("## Pretraining, then GLUE")[2].partition("\n## ")[0]
-    # Arms in order, losses first and then each column's four models: number n has the values n and 1.5 n.
-    assert "| identity, lambda 1 | 8.75 ± 2.47 | 13.75 ± 3.89 | 18.75 ± 5.30 | 23.75 ± 6.72 |" in section
-    # Student's t of one degree of freedom, 12.71, on differences of 2 and 3, and of 1 and 1.5.
-    assert "| minus stock, norm of identity, lambda 1 |" + " +2.5 (-3.9 to +8.9) |" * 4 in section
-    assert "| minus mimetic |" + " +1.2 (-1.9 to +4.4) |" * 4 in section
-    assert "| identity, lambda 1 | 3.750 ± 1.061 |" in section
-    assert "minus its norm: +2.50 (-3.85 to +8.85)." in " ".join(section.split())
-    (evidence_page.SWEEPS / "table4.json").unlink()
-    assert "table4" not in evidence_page.page()
 
 
 def test_the_readme_names_the_same_gain():
