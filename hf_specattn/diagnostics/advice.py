@@ -90,8 +90,8 @@ class Advice:
             return []
         return [
             "Attention has no residual connection around it, and the product of its W_O W_V over all layers passes "
-            f"{self.path_rank:.0%} of the directions. Here the conditioning of value and output matters more than "
-            "that of query and key: use method='svd' with targets=('value', 'output'), or initialize(model, "
+            f"{self.path_rank:.0%} of the directions. In small ViTs of this kind, conditioning value and output helped more "
+            "than conditioning query and key: use method='svd' with targets=('value', 'output'), or initialize(model, "
             "'orthogonal', targets=('value', 'output'))."
         ]
 
