@@ -39,7 +39,7 @@ def refuse_other_settings(model: Any, checkpoint: str | Path) -> None:
         ValueError: naming the setting.
     """
     config, stored = getattr(model, "config", None), stored_config(checkpoint, {})
-    if stored is None:  # of an adapter
+    if not stored:  # of an adapter
         return
     was = str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
     if not was and not isinstance(config, SpectralConfigMixin):

@@ -171,7 +171,7 @@ def test_what_keeps_the_monitor_from_being_drawn_is_said(compare_runs, tmp_path,
     for content in ("[]", "{", '{"records": [{}]}'):
         (tmp_path / "stock-1" / "spectral_monitor.json").write_text(content)
         with pytest.raises(
-            SystemExit, match=r"^error: .*stock-1/spectral_monitor\.json is damaged or no file of Spec"
+            SystemExit, match=r"^error: .*stock-1/spectral_monitor\.json is damaged or not a file of Spec"
         ):
             compare_runs.main([*runs, *output])
 
@@ -321,7 +321,7 @@ def test_errors_are_one_line_for_the_user(compare_runs, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "needs"), [("scipy", "intervals need scipy"), ("matplotlib", "picture needs matplotlib")]
+    ("module", "needs"), [("scipy", "intervals need scipy"), ("matplotlib", "figure needs matplotlib")]
 )
 def test_a_missing_package_is_named(compare_runs, runs, tmp_path, monkeypatch, module, needs):
     monkeypatch.setitem(sys.modules, module, None)  # makes its import fail

@@ -169,7 +169,7 @@ def test_a_damaged_file_is_made_anew(tokenizer, tmp_path, warning_log, damage):
 
 def test_a_cache_that_cannot_be_written(tokenizer, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GlueDataError, match=r"cannot be written: .*name another --cache_dir"):
+    with pytest.raises(GlueDataError, match=r"cannot be written: .*choose another --cache_dir"):
         prepare_tokens(examples_of("the cat"), tokenizer, 32, tmp_path / "file" / "cache", "t")
 
 

@@ -114,7 +114,7 @@ def test_a_lambda_that_saturates_is_named_with_a_better_one(caplog):
     with caplog.at_level(logging.WARNING):
         conditioned(lambda_="10")
     assert "is saturated (more than half of the rows" in caplog.text
-    assert "in place of 10 no layer is saturated" in caplog.text
+    assert "instead of 10 no layer is saturated" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         conditioned(lambda_="0.1")

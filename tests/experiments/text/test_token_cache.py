@@ -308,7 +308,7 @@ def test_a_damaged_cache_is_made_again_with_a_warning(tokenizer, tmp_path, encod
     again = prepare_tokens(memory_stream(), tokenizer, 8, cache_dir=tmp_path)
     assert encoded[0] == 2 * before
     assert np.array_equal(again.tokens, expected)
-    assert any("is damaged" in message and "made again" in message for message in warning_log.messages)
+    assert any("is damaged" in message and "rebuilt" in message for message in warning_log.messages)
 
 
 def test_a_failure_leaves_nothing_half_made(tokenizer, tmp_path):
@@ -400,7 +400,7 @@ def test_of_two_processes_one_prepares(tokenizer, tmp_path):
     assert prepared[1][:3] == waited[0][:3]
     assert (prepared[1][3], waited[0][3]) == (
         [],
-        ["Another process prepares the sequences of slow corpus; waiting until it is done."],
+        ["Another process is preparing the sequences of slow corpus; waiting until it is done."],
     )
 
 

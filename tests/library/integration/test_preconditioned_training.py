@@ -195,7 +195,7 @@ def test_a_whole_output_projection_may_be_trained_beside_adapters():
 def test_a_model_with_an_adapter_is_refused():
     peft = pytest.importorskip("peft", reason="the extra `peft` is not installed")
     adapted = peft.get_peft_model(BERT.model(), peft.LoraConfig(target_modules=["query"]))
-    with pytest.raises(ValueError, match="carries an adapter"):
+    with pytest.raises(ValueError, match="has an adapter"):
         precondition(adapted, ROW)
 
 

@@ -83,7 +83,15 @@ def test_the_gpu_is_one_that_the_sweep_may_see(monkeypatch):
     assert runner._device(1) == "1"
 
 
-def test_an_interruption_ends_the_runs(tmp_path):
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also under a shell that started the tests in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_ends_the_runs(tmp_path, interruptible):
     def interrupt_when_both_run() -> None:
         while len(list(tmp_path.glob("pid-*"))) < 2:
             time.sleep(0.05)
