@@ -556,7 +556,9 @@ def test_the_tolerance_is_the_error_of_the_dtype(tiny, dtype):
 def test_a_given_tolerance_is_what_counts():
     model = BERT.model(dtype=torch.float32)
     weights = snapshot(model)
-    with pytest.raises(OutputChangedError, match=r"more than the tolerance of 1e-12, so the model was not changed") as caught:
+    with pytest.raises(
+        OutputChangedError, match=r"more than the tolerance of 1e-12, so the model was not changed"
+    ) as caught:
         balance(model, tolerance=1e-12)
     assert caught.value.tolerance == 1e-12
     assert caught.value.change.relative > 1e-12
