@@ -22,6 +22,8 @@ LAMBDAS = {"query": 0.5, "key": 0.25, "value": 2.0, "output": 1.5}
 VALUE_OUTPUT = ("value", "output")
 # float64; models that compute a norm or a softmax in float32 whatever their weights are round a difference up to it.
 TOLERANCE = 1e-5
+# What a correction must change at least, so that comparing outputs to TOLERANCE says something.
+VISIBLE = 10 * TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def compare(
         if gap > TOLERANCE and name.removesuffix(".weight") not in idle:
             return f"{name} is not W + C (relative difference {gap:.2g})"
     outputs, expected_outputs = outputs_of(conditioned, inputs), outputs_of(expected, inputs)
-    if largest_difference(expected_outputs, outputs_of(stock, inputs)) < 100 * TOLERANCE:
+    if largest_difference(expected_outputs, outputs_of(stock, inputs)) < VISIBLE:
         return "W + C does not change the outputs, so that comparing them says nothing"
     if (gap := largest_difference(outputs, expected_outputs)) > TOLERANCE:
         return f"outputs differ by {gap:.2g}"
@@ -144,7 +146,7 @@ def preconditioned(stock: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[str,
     expected = with_normalized_heads(stock, inputs)
     if (gap := largest_difference(outputs_of(model, inputs), expected)) > TOLERANCE:
         return "wrong", f"outputs differ by {gap:.2g}"
-    if largest_difference(expected, outputs_of(stock, inputs)) < 100 * TOLERANCE:
+    if largest_difference(expected, outputs_of(stock, inputs)) < VISIBLE:
         return "wrong", "normalized heads do not change the outputs, so that comparing them says nothing"
     gap = largest_difference(gradients(model, inputs), gradients(stock, inputs, with_normalized_heads))
     return ("wrong", f"gradients differ by {gap:.2g}") if gap > TOLERANCE else ("exact", "")
