@@ -678,7 +678,7 @@ def _refuse_unsupported_loading(config: Any, kwargs: dict[str, Any]) -> None:
 
 
 def stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of the checkpoint's config.json; None where there is none."""
+    """The fields of the checkpoint's config.json. Without one: none of them for a local folder, None elsewhere."""
     if path is None:
         return None
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")

@@ -264,10 +264,8 @@ def check_models(variants: Iterable[ModelVariant], tasks: Iterable[GlueTask], pr
             texts = [text[: len(task.hub_text_columns)] for text in both]
             examples = Examples(texts, None, ["0", "1"], "two texts")
             tokens = tokenize(examples, variant.tokenizer, protocol.max_seq_length, empty_second=protocol.empty_second)
-            generator = torch.get_rng_state()
-            with quiet():
+            with quiet(), torch.random.fork_rng(devices=[]):
                 model = load_model(variant, task, protocol)
-            torch.set_rng_state(generator)
             loaded: Any = model
             base = loaded.get_base_model() if variant.lora is not None else loaded
             collate = Collator(variant.tokenizer, accepted_inputs(base), device)

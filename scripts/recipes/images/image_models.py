@@ -258,9 +258,8 @@ def _new_timm_model(settings: ImageModelSettings, labels: dict[str, Any], size: 
     except (RuntimeError, ValueError, AssertionError) as error:
         raise ModelError(f"timm's {name} cannot be built with {json.dumps(given)}: {error}") from error
     config = _with_labels(TimmWrapperConfig(architecture=name, model_args=given), labels)
-    generator = torch.get_rng_state()
-    model = TimmWrapperForImageClassification(config)
-    torch.set_rng_state(generator)
+    with torch.random.fork_rng(devices=[]):
+        model = TimmWrapperForImageClassification(config)
     model.timm_model.load_state_dict(initialized.state_dict())
     return model
 

@@ -131,9 +131,8 @@ def text_operations(arguments: PretrainArguments) -> float:
 
 def sequence_operations(model_class: Callable[[Any], Any], arguments: PretrainArguments, length: int) -> float:
     """Operations of training on one sequence, with the head of a class of models."""
-    state = torch.get_rng_state()
-    model = model_class(arguments.new_model_config(arguments.vocab_size)).eval()
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(arguments.new_model_config(arguments.vocab_size)).eval()
     counter: Any = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(input_ids=torch.ones(1, length, dtype=torch.int64))
