@@ -22,25 +22,27 @@ from transformers.utils import logging
 
 from .architectures import ARCHITECTURES, AttentionSpec
 from .conditioning import conditioned_counterpart
-from .layers import spectral_layers
-from .modeling import (
-    CONDITIONED_CONFIGS,
-    CRAMMED_BERT,
+from .config_fields import (
     FIELDS,
     FLAG,
     MODEL_TYPE_PREFIX,
-    OUTSIDE,
     PRECONDITIONER_FLAG,
     SPECTRAL_FIELDS,
+    preconditioner_settings,
+    refuse_misspelt,
+    refuse_stored_fields,
+)
+from .layers import spectral_layers
+from .loading import stored_config
+from .modeling import (
+    CONDITIONED_CONFIGS,
+    CRAMMED_BERT,
+    OUTSIDE,
     SpectralConfigMixin,
     SpectralModelMixin,
     conditioned_config_class,
     crammed_bert_classes,
     is_constructing,
-    preconditioner_settings,
-    refuse_misspelt,
-    refuse_stored_fields,
-    stored_config,
 )
 from .preconditioner import is_preconditioned, preconditioned_layers
 

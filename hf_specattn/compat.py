@@ -44,6 +44,10 @@ def dynamic_module_name() -> str:
     return getattr(transformers.utils, "TRANSFORMERS_DYNAMIC_MODULE_NAME", "transformers_modules")
 
 
+# Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
+IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
+
+
 try:
     from transformers.pytorch_utils import Conv1D
 except (

@@ -16,6 +16,7 @@ from .corrections import at_least_float32
 from .existing_adapters import refuse_adapters
 from .layers import (
     HALF_PRECISION,
+    ProjectionLayout,
     SpectralLayer,
     hold_projections,
     make_spectral,
@@ -93,6 +94,7 @@ def condition(
             before = projection_spectra(layer, layer.weight)
             if config.method == "svd":
                 recompute(layer)
+                check_range(item.name, layer)
             weight = without_correction(layer) if preserves else layer.weight
             after = projection_spectra(layer, layer.with_correction(weight))
             reports += [build_report(item.name, layer, name, before[name], after[name], preserves) for name in before]
@@ -223,15 +225,45 @@ def _check_targets(projections: list[Projection], config: SpectralConfig) -> Non
 
 def _check_values(projections: list[Projection], config: SpectralConfig) -> None:
     for item in projections:
-        weight = item.module.weight
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"The weight of {item.name} has nan or inf entries. Check the checkpoint.")
-        if config.method == "svd" and not weight.any():
+        check_values(item.name, item.orient(item.module.weight), item.layout, config)
+        check_lambda(item.name, item.module.weight, config)
+
+
+@torch.no_grad()
+def check_values(name: str, matrix: Tensor, layout: ProjectionLayout, config: SpectralConfig) -> None:
+    """Refuse an `(out_features, in_features)` weight that has no correction.
+
+    Raises:
+        ValueError: for nan and inf; for svd also where a matrix with a C of its own is zero.
+    """
+    if not torch.isfinite(matrix).all():
+        raise ValueError(f"The weight of {name} has nan or inf entries. Check the checkpoint.")
+    if config.method != "svd":
+        return
+    for projection, part in layout.split(matrix).items():
+        if projection not in config.targets:
+            continue
+        blocks = layout.head_blocks(projection, part) if config.granularity == "head" else part[None]
+        which = "" if len(blocks) == 1 == len(layout.projections) else f" ({projection})"
+        if not blocks.flatten(1).any(1).all():
+            head = "of a head " if len(blocks) > 1 else ""
             raise ValueError(
-                f"The weight of {item.name} is zero, and a zero matrix has no spectral correction. Initialize it, or use "
-                "method='identity'."
+                f"The weight of {name}{which} {head}is zero, and a zero matrix has no spectral correction. Initialize it, "
+                f"{'choose granularity=projection, ' if head else ''}or use method='identity'."
             )
-        check_lambda(item.name, weight, config)
+
+
+def check_range(name: str, layer: SpectralLayer) -> None:
+    """Refuse an svd correction whose sum with a huge W is not finite.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    if not torch.isfinite(layer.effective_weight()).all():
+        raise ValueError(
+            f"W + C of {name} is beyond {layer.weight.dtype}: W has entries of {layer.weight.abs().max():.3g}. Check the "
+            "checkpoint, or convert the model to a wider dtype first."
+        )
 
 
 # What weights that start at zero, or near it, become after a few training steps.

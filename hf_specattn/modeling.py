@@ -10,11 +10,10 @@ configuration, or when one of them is asked for by name: they are attributes of 
 
 import contextlib
 import copy
-import difflib
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,72 +23,52 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import ARCHITECTURES
-from .checksums import (
-    CORRECTION,
-    check_shape,
-    order_metadata,
-    stored_corrections,
-    verify,
-    weight_files,
-    with_checksums,
-)
+from .checksums import CORRECTION, order_metadata, with_checksums
 from .compat import (
-    UnsupportedTransformersError,
+    IS_REMOTE_CODE,
     add_metadata_on_save,
     decide_by_source_as,
-    dynamic_module_name,
     enter_names,
     expect_missing,
     record_outputs_as,
     share_key_conversions,
     was_loaded,
 )
-from .conditioning import (
-    CONDITIONED_CLASSES,
-    attach,
-    check_lambda,
-    define_with,
-    half_precision_cost,
-    set_origin,
-    subtract_correction,
+from .conditioning import CONDITIONED_CLASSES, attach, check_lambda, define_with, set_origin
+from .config import PROJECTIONS, SpectralConfig
+from .config_fields import (
+    FIELDS,
+    FLAG,
+    MODEL_TYPE_PREFIX,
+    PRECONDITIONER_FIELDS,
+    SPECTRAL_FIELDS,
+    checked_norms,
+    preconditioner_settings,
+    refuse_lost_fields,
+    refuse_misspelt,
+    refuse_other_settings,
+    refuse_stored_fields,
+    spectral_settings,
 )
-from .config import INITS, PROJECTIONS, TARGETS, SpectralConfig, check_choice, is_positive_number
 from .existing_adapters import adapted_layers
 from .layers import refuse_replaced, spectral_layers
+from .loading import (
+    check_corrections_loaded,
+    check_init,
+    enter_preconditioner,
+    enter_stock_weights,
+    is_conditioned_checkpoint,
+    refuse_stray_corrections,
+    refuse_unsupported_loading,
+    stored_config,
+    verify_corrections,
+)
 from .preconditioner import PreconditionerConfig, preconditioned_layers
-from .preconditioning import attach_preconditioner, find_output_projections, precondition
+from .preconditioning import attach_preconditioner, find_output_projections
 from .projections import projection_names
 from .refreshing import recompute, steps_since_refresh
 
 logger = logging.get_logger(__name__)
-
-MODEL_TYPE_PREFIX = "specattn_"
-FLAG = "spectral_conditioning"
-SPECTRAL_FIELDS = (
-    FLAG,
-    "lambda_",
-    "spectral_method",
-    "spectral_targets",
-    "spectral_granularity",
-    "spectral_refresh_every",
-)
-PRECONDITIONER_FLAG = "attention_preconditioner"
-# The flag is the axis. The last one is measured, never set by the user: the norms that `preconditioner_scale="match"`
-# sets.
-PRECONDITIONER_FIELDS = (
-    PRECONDITIONER_FLAG,
-    "preconditioner_gradient",
-    "preconditioner_scale",
-    "preconditioner_eps",
-    "preconditioner_norms",
-)
-FIELDS = (*SPECTRAL_FIELDS, *PRECONDITIONER_FIELDS)  # preconditioner_norms is the last
-SIMILAR = 0.8  # to a field: difflib's ratio of a name that is a misspelled one
-# Whether this file was loaded from a checkpoint, without the package (see `checkpoints/remote_code.py`).
-IS_REMOTE_CODE = __name__.partition(".")[0] == dynamic_module_name()
-
-# Fields that say how training continues, not what the loaded function is; they may differ from the checkpoint's.
-TRAINING_FIELDS = ("spectral_refresh_every",)
 
 # Auto classes that load every supported architecture they have a head for -> transformers' mapping from a configuration
 # class to that head.
@@ -188,7 +167,7 @@ class SpectralConfigMixin:
         self.preconditioner_scale = preconditioner.scale
         self.preconditioner_eps = preconditioner.eps
         if norms is not None:
-            self.preconditioner_norms = _checked_norms(norms, preconditioner)
+            self.preconditioner_norms = checked_norms(norms, preconditioner)
 
     def _set_spectral(self, spectral: SpectralConfig | None) -> None:
         self.spectral_conditioning = spectral is not None
@@ -239,8 +218,8 @@ class SpectralConfigMixin:
             # It names files beside the checkpoint, and a checkpoint saved from here has none of them.
             config_dict = {name: value for name, value in config_dict.items() if name != "auto_map"}
         if config_dict.get("model_type") == cls.model_type:
-            _refuse_lost_fields(config_dict)
-            _refuse_other_settings(config_dict, given)
+            refuse_lost_fields(config_dict)
+            refuse_other_settings(config_dict, given)
         else:
             if config_dict.get("model_type") == cls.stock_config_class.model_type:
                 refuse_stored_fields(config_dict)
@@ -278,138 +257,6 @@ def _recast_config(config: Any, target: type) -> Any:
         conditioned_models(target.stock_config_class.model_type)
     copied.__class__ = target
     return copied
-
-
-def _checked_norms(norms: Any, preconditioner: PreconditionerConfig) -> list[float]:
-    numbers = list(norms) if isinstance(norms, (list, tuple)) else []
-    if preconditioner.scale != "match" or not numbers or not all(is_positive_number(norm) for norm in numbers):
-        raise ValueError(
-            f"preconditioner_norms={norms!r} must be a list of finite numbers > 0, one for each attention, and belongs to "
-            "preconditioner_scale='match'. It is measured by hf_specattn.precondition, not set by hand."
-        )
-    return [float(norm) for norm in numbers]
-
-
-def refuse_misspelt(fields: Mapping[str, Any], stock: type[PretrainedConfig], with_init: bool = False) -> None:
-    """Refuse names that can only be meant for one of our fields: a configuration silently keeps, or drops, any name.
-
-    Args:
-        fields: keyword arguments, or the fields of a config.json.
-        stock: the stock configuration class, whose own fields may be called anything.
-        with_init: accept `spectral_init`, which is an argument of `from_pretrained` and not a field.
-
-    Raises:
-        ValueError: naming what is meant.
-    """
-    for name, value in fields.items():
-        if name in FIELDS or hasattr(stock, name) or (with_init and name == "spectral_init"):
-            continue
-        if name == "spectral_init":
-            raise ValueError(
-                f"spectral_init={value!r} is an argument of a model's from_pretrained, not a field of a "
-                "configuration: it says how the weights of a stock checkpoint enter, and would be applied again on "
-                "each loading. Leave it out here."
-            )
-        small = name.lower()
-        parts = (small, small.removeprefix("spectral_").removeprefix("preconditioner_"))
-        close = [found for part in parts for found in difflib.get_close_matches(part, FIELDS, 1, SIMILAR)]
-        if close or small == "spectral" or small.startswith(("spectral_", "preconditioner_")):
-            meant = f"Did you mean {close[0]}? " if close else ""
-            raise ValueError(
-                f"{name}={value!r} is not a field of conditioning. {meant}The fields are {', '.join(FIELDS)}."
-            )
-
-
-def _refuse_lost_fields(config_dict: Mapping[str, Any]) -> None:
-    """Every saved configuration has all fields of the methods it uses, so one that lacks some was edited or is damaged."""
-    needed = () if config_dict.get(FLAG) is False else SPECTRAL_FIELDS
-    if config_dict.get(PRECONDITIONER_FLAG):
-        matched = config_dict.get("preconditioner_scale") == "match"
-        needed = (*needed, *(PRECONDITIONER_FIELDS if matched else PRECONDITIONER_FIELDS[:-1]))
-    if lost := [name for name in needed if name not in config_dict]:
-        raise ValueError(
-            f"The configuration has model_type={config_dict['model_type']!r} and lacks {', '.join(lost)}, which "
-            "save_pretrained writes: config.json was edited, or is damaged. Restore it from its source."
-        )
-
-
-def _refuse_other_settings(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
-    """A conditioned checkpoint loads as it was trained: another correction would change the function."""
-    _refuse_other_preconditioner(config_dict, given)
-    is_conditioned = config_dict.get(FLAG, True)
-    if not is_conditioned:
-        asked_for = [name for name in SPECTRAL_FIELDS if given.get(name) not in (None, False)]
-        if asked_for:
-            raise ValueError(
-                f"{asked_for[0]}={given[asked_for[0]]!r}: this checkpoint was trained with a preconditioner and no spectral "
-                "conditioning. Load it as it is, then hf_specattn.condition(model, SpectralConfig(...))."
-            )
-        return
-    if given.get("spectral_conditioning", True) not in (True, None):
-        raise ValueError(
-            f"spectral_conditioning={given['spectral_conditioning']!r}: this checkpoint was trained with spectral "
-            "conditioning, and its weights without the corrections compute something else. Load it as it is, call "
-            "hf_specattn.fold(model) and save it: that is the same model as a stock checkpoint."
-        )
-    stored = _comparable({name: config_dict[name] for name in SPECTRAL_FIELDS if name in config_dict})
-    for name, wanted in given.items():
-        if name in TRAINING_FIELDS or name == "spectral_conditioning" or name not in SPECTRAL_FIELDS:
-            continue
-        asked = _comparable({**{key: config_dict[key] for key in SPECTRAL_FIELDS if key in config_dict}, name: wanted})
-        if asked != stored:
-            raise ValueError(
-                f"{name}={wanted!r}, but this checkpoint was trained with {name}={config_dict.get(name)!r} and loads as it "
-                "was trained. To change it: load it as it is, hf_specattn.fold(model), then hf_specattn.condition(model, "
-                "SpectralConfig(...)) again."
-            )
-
-
-def _refuse_other_preconditioner(config_dict: dict[str, Any], given: dict[str, Any]) -> None:
-    stored = {name: config_dict.get(name) for name in PRECONDITIONER_FIELDS}
-    for name in PRECONDITIONER_FIELDS:
-        if name in given and (given[name] or None) != stored[name]:
-            trained = f"{name}={stored[name]!r}" if stored[PRECONDITIONER_FLAG] else "no preconditioner"
-            way_out = (
-                "its weights without it compute something else, and fold does not remove it; start from the stock "
-                "model"
-                if stored[PRECONDITIONER_FLAG]
-                else "load it as it is, then hf_specattn.precondition(model, PreconditionerConfig(...))"
-            )
-            raise ValueError(
-                f"{name}={given[name]!r}, but this checkpoint was trained with {trained} and loads as it was trained. To "
-                f"change it: {way_out}."
-            )
-
-
-def refuse_stored_fields(config_dict: Mapping[str, Any], names: Sequence[str] = FIELDS) -> None:
-    """Refuse our fields in the configuration of a stock type: no file says whether its weights are W or W + C.
-
-    Args:
-        config_dict: the fields of a config.json.
-        names: those that can only mean conditioning: other people's classes may have a `lambda_`.
-
-    Raises:
-        ValueError: unless they are absent, or the flag alone says no.
-    """
-    stored = {name: config_dict[name] for name in names if name in config_dict}
-    if all(name in (FLAG, PRECONDITIONER_FLAG) and not value for name, value in stored.items()):
-        return
-    raise ValueError(
-        f"The configuration has model_type={config_dict.get('model_type')!r}, which is not conditioned, and "
-        f"{', '.join(f'{name}={value!r}' for name, value in stored.items())}: a stock class wrote it, or somebody "
-        "edited it. If the weights are those of a stock model, remove these fields from config.json, and pass "
-        "spectral_conditioning=True (or attention_preconditioner) to from_pretrained to condition them. If they were "
-        "trained with corrections (a stock class opened a conditioned checkpoint and saved it), they are W without "
-        "C: go back to the conditioned checkpoint, or to hf_specattn.fold(model) of it."
-    )
-
-
-def _comparable(fields: dict[str, Any]) -> tuple[Any, ...] | None:
-    try:
-        spectral = spectral_settings({**fields, "spectral_refresh_every": None})
-    except ValueError:  # such as the checkpoint's lambda_ with another method: settings that no checkpoint has
-        return None
-    return (spectral.method, spectral.targets, spectral.granularity, [spectral.lambda_for(p) for p in TARGETS])
 
 
 # Whether the weights being loaded are stock ones, for which a missing `correction` is no loss.
@@ -505,27 +352,27 @@ class SpectralModelMixin:
                 quantization or tensor parallelism.
         """
         config, kwargs = cls._settle(config, kwargs)
-        _refuse_unsupported_loading(config, kwargs)
+        refuse_unsupported_loading(config, kwargs)
         stored = stored_config(pretrained_model_name_or_path, kwargs)
-        conditioned = _is_conditioned_checkpoint(stored, spectral_init)
-        _check_init(spectral_init, conditioned, config, kwargs)
+        conditioned = is_conditioned_checkpoint(stored, spectral_init)
+        check_init(spectral_init, conditioned, config, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         with _within(_loading_stock_weights, not conditioned):
             model, info = super().from_pretrained(  # type: ignore[misc]
                 pretrained_model_name_or_path, *model_args, config=config, output_loading_info=True, **kwargs
             )
         if conditioned and stored is not None:  # the configuration may have come from elsewhere
-            _refuse_other_settings(stored, {name: getattr(model.config, name, None) for name in FIELDS})
+            refuse_other_settings(stored, {name: getattr(model.config, name, None) for name in FIELDS})
         if conditioned:
-            _check_corrections_loaded(pretrained_model_name_or_path, model, info)
+            check_corrections_loaded(pretrained_model_name_or_path, model, info)
             if model.config.spectral_method == "svd":
-                _verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
+                verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
             set_origin(model, model.config.name_or_path)
         else:
             if stored is not None:
-                _refuse_stray_corrections(pretrained_model_name_or_path, model, kwargs)
-            _enter_stock_weights(model, spectral_init or "additive")
-            _enter_preconditioner(model)
+                refuse_stray_corrections(pretrained_model_name_or_path, model, kwargs)
+            enter_stock_weights(model, spectral_init or "additive")
+            enter_preconditioner(model)
         return (model, info) if with_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -610,7 +457,7 @@ class SpectralModelMixin:
         if not given or not isinstance(config, PretrainedConfig):
             return config, kwargs  # without a configuration `from_pretrained` gives them to the one that it reads
         if isinstance(config, SpectralConfigMixin):
-            _refuse_other_settings(vars(config), given)
+            refuse_other_settings(vars(config), given)
         else:
             preconditioner = preconditioner_settings(given)
             spectral = spectral_settings(given) if given.get(FLAG, preconditioner is None) else None
@@ -662,193 +509,7 @@ def _replace_config(model: nn.Module, config: Any) -> None:
             module.config = config
 
 
-def _refuse_unsupported_loading(config: Any, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "quantization_config is set, but a quantizer would replace the conditioned projections and silently drop "
-            "their corrections. Load without it, call hf_specattn.fold(model), save, and quantize the folded "
-            "checkpoint."
-        )
-    for name in ("tp_plan", "tp_size", "distributed_config"):
-        if kwargs.get(name) is not None:
-            raise ValueError(
-                f"{name}={kwargs[name]!r}: tensor parallelism would shard W but not C. Use DDP or FSDP, or fold the "
-                "model first."
-            )
-
-
-def stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of the checkpoint's config.json. Without one: none of them for a local folder, None elsewhere."""
-    if path is None:
-        return None
-    names = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
-    try:
-        return PretrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})[0]
-    except OSError:
-        return None
-
-
-def _is_conditioned_checkpoint(stored: dict[str, Any] | None, spectral_init: str | None) -> bool:
-    if (
-        stored is None
-    ):  # only weights, or a state dict: they are used unchanged, unless the caller says how to treat them
-        return spectral_init is None
-    return str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
-
-
-def _check_init(spectral_init: str | None, conditioned: bool, config: Any, kwargs: dict[str, Any]) -> None:
-    if spectral_init is None:
-        return
-    check_choice("spectral_init", spectral_init, INITS)
-    if conditioned:
-        raise ValueError(
-            f"spectral_init={spectral_init!r}: this checkpoint is already conditioned, so its weights do not enter in "
-            "a new way; leave spectral_init out."
-        )
-    if not getattr(config, FLAG, kwargs.get(FLAG)) and (config is not None or kwargs.get(PRECONDITIONER_FLAG)):
-        raise ValueError(
-            f"spectral_init={spectral_init!r} does nothing without spectral_conditioning=True; add it, or leave "
-            "spectral_init out."
-        )
-    every = getattr(config, "spectral_refresh_every", kwargs.get("spectral_refresh_every"))
-    if spectral_init == "preserve" and every is not None:
-        raise ValueError(
-            f"spectral_init='preserve' with spectral_refresh_every={every} is not possible: a correction recomputed "
-            "from W - C is a different one. Use spectral_init='additive', or no spectral_refresh_every."
-        )
-
-
-def _check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> None:
-    mismatched = [key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]]
-    missing = set(info["missing_keys"])
-    # An attention that the checkpoint does not have at all (the cross-attention of a new decoder) begins as stock ones do.
-    new = {key for key in missing if f"{key.removesuffix(CORRECTION)}.weight" in missing}
-    lost = sorted(key for key in {*missing, *mismatched} - new if key.endswith(CORRECTION))
-    if lost:
-        raise ValueError(
-            f"{path} is a conditioned checkpoint, but {len(lost)} correction(s) are missing from it or have the wrong shape, "
-            f"such as {lost[0]}. They are part of the trained function and cannot be recomputed; restore the file from its "
-            "source."
-        )
-    ours = {f"{name}.weight" for name, _ in (*spectral_layers(model), *preconditioned_layers(model))}
-    random = sorted(ours & missing)
-    parts = tuple(name.removesuffix("weight") for name in random)  # of pruned or parametrized weights
-    unexpected = info["unexpected_keys"]
-    others = sorted(
-        key for key in unexpected if key.startswith(parts) or (ours <= missing and key.endswith(".weight"))
-    )
-    if random and others:
-        raise ValueError(
-            f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and others instead of "
-            f"{len(random)} weight(s) of its projections, such as {random[0]}, which would be random numbers. Restore "
-            "config.json and the weights from their source; where weights were pruned or parametrized, make them plain "
-            "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations) and save again."
-        )
-    if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
-        raise ValueError(
-            f"{path} holds {len(surplus)} correction(s) that its config.json does not mention, such as {surplus[0]} "
-            f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): "
-            "one of the two was changed, and the model would compute something else. Restore both from their source."
-        )
-    if set(model._computed_corrections) - missing:
-        raise UnsupportedTransformersError(
-            f"transformers {transformers.__version__} does not mark loaded tensors as this package expects, so the "
-            f"corrections of {path} would be recomputed. Install a supported release (pip install hf_specattn)."
-        )
-
-
-def _refuse_stray_corrections(path: Any, model: Any, kwargs: Mapping[str, Any]) -> None:
-    if stray := stored_corrections(weight_files(path, model.config, kwargs)):
-        raise ValueError(
-            f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such "
-            f"as {stray[0]}: this config.json was not saved with these weights. Restore it from its source."
-        )
-
-
-def _verify_corrections(path: Any, model: Any, stored: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> None:
-    path = "the given state dict" if path is None else path
-    verified = verify(weight_files(path, model.config, kwargs))
-    if verified.checked and not verified.unproved:
-        return
-    every = (stored or {}).get("spectral_refresh_every")
-    check_shape(path, spectral_layers(model), verified.coarsest, by_products=every is not None)
-    logger.warning(f"The corrections of {path}: {verified.describe()}. save_pretrained adds checksums.")
-
-
-def _enter_stock_weights(model: Any, spectral_init: str) -> None:
-    named = list(spectral_layers(model))
-    layers = [layer for _, layer in named]
-    if any(layer.weight.is_meta for layer in layers):
-        raise ValueError(
-            "Projections were offloaded before their corrections could be computed; load with device_map='cpu' (or on one "
-            "device), save_pretrained, and offload the conditioned checkpoint."
-        )
-    for name, layer in named:
-        check_lambda(name, layer.weight, layer.spectral)
-    if spectral_init == "preserve":
-        if cost := half_precision_cost(layers, shift=-1):
-            logger.warning(f"{cost}, so spectral_init='preserve' does not keep the function; load with dtype=float32.")
-        for layer in layers:
-            subtract_correction(layer)
-        return
-    if layers and model.config.preconditioner_config is None:
-        logger.warning(
-            f"{type(model).__name__} was loaded from a checkpoint that was not trained conditioned, and adding "
-            f"{model.config.spectral_config.describe()} changes its function: it needs training before use. To keep the "
-            "function pass spectral_init='preserve'; to start from scratch use from_config."
-        )
-
-
-def _enter_preconditioner(model: Any) -> None:
-    """Measure the norms of stock weights if they have to be matched, and say that the function changes."""
-    preconditioner = model.config.preconditioner_config
-    if preconditioner is None:
-        return
-    if preconditioner.scale == "match":
-        if IS_REMOTE_CODE:
-            raise ValueError(
-                "preconditioner_scale='match' is measured by the package hf_specattn, not by this checkpoint's own "
-                "code: install it, import hf_specattn, and load the stock checkpoint again."
-            )
-        precondition(model, preconditioner)
-    logger.warning(
-        f"{type(model).__name__} was loaded from a checkpoint that was trained without its "
-        f"{model.config.describe_conditioning()}: the function changes, and the model needs training before use. No "
-        "form of a preconditioner keeps the function."
-    )
-
-
 # --- the classes, one set per model type -----------------------------------------------------------------------------
-
-
-def spectral_settings(fields: Mapping[str, Any]) -> SpectralConfig:
-    """The settings among keyword arguments or the fields of a configuration, by the names that those have."""
-    return SpectralConfig(
-        fields.get("spectral_method", "identity"),
-        fields.get("lambda_"),
-        fields.get("spectral_targets", PROJECTIONS),
-        fields.get("spectral_granularity", "projection"),
-        fields.get("spectral_refresh_every"),
-    )
-
-
-def preconditioner_settings(fields: Mapping[str, Any]) -> PreconditionerConfig | None:
-    """The preconditioner among keyword arguments or the fields of a configuration; None where none is asked for.
-
-    Raises:
-        ValueError: for bad values, and for its other fields without the flag.
-    """
-    names = {name: name.removeprefix("preconditioner_") for name in PRECONDITIONER_FIELDS[1:-1]}
-    given = {names[name]: fields[name] for name in names if name in fields}
-    axis = fields.get(PRECONDITIONER_FLAG)
-    if axis is not None and axis is not False:
-        return PreconditionerConfig(axis, **given)
-    if stray := [name for name in PRECONDITIONER_FIELDS[1:] if fields.get(name) is not None]:
-        raise ValueError(
-            f"{stray[0]}={fields[stray[0]]!r} does nothing without attention_preconditioner='row' or 'column'; add it, or "
-            f"leave {stray[0]} out."
-        )
-    return None
 
 
 def stock_config_class(model_type: str) -> type[PretrainedConfig]:

@@ -54,7 +54,10 @@ def refuse_unordinary(
     """
     parts, tensors = list(parts), tuple(tensors)
     owners = {} if reads_only else _owners(model)
+    seen: dict[int, str] = {}
     for name, module in parts:
+        if (other := seen.setdefault(id(module), name)) is not name and not reads_only:
+            raise ValueError(f"{name} and {other} are one module. Give each its own (copy.deepcopy), then {verb}.")
         if problem := module_problem(module, verb):
             raise ValueError(f"{name or type(model).__name__} {problem}")
         for tensor_name in tensors:

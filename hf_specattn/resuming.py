@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .compat_extras import when_imported
-from .modeling import FIELDS, MODEL_TYPE_PREFIX, TRAINING_FIELDS, SpectralConfigMixin, stored_config
+from .config_fields import FIELDS, MODEL_TYPE_PREFIX, TRAINING_FIELDS
+from .loading import stored_config
+from .modeling import SpectralConfigMixin
 
 
 def register() -> None:

@@ -14,8 +14,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 
 from ..architectures import ARCHITECTURES
 from ..compat import tasks_of_pipelines
+from ..config_fields import MODEL_TYPE_PREFIX
 from ..figures import markdown_table
-from ..modeling import AUTO_CLASSES, MODEL_TYPE_PREFIX, conditioned_class, conditioned_models
+from ..modeling import AUTO_CLASSES, conditioned_class, conditioned_models
 from ..preconditioner import PreconditionerConfig
 from .evaluations_file import read_evaluations
 from .pictures import PICTURE, kappa_picture

@@ -6,9 +6,9 @@ from typing import Any
 
 from ..architectures import ARCHITECTURES
 from ..checksums import verify
+from ..config_fields import FIELDS, MODEL_TYPE_PREFIX
 from ..diagnostics.spectra import spectra
 from ..files import megabytes
-from ..modeling import FIELDS, MODEL_TYPE_PREFIX
 from ..preconditioning import SOURCE, PreconditionReport, format_preconditioning, preconditioning_reports
 from .probe import make_batch
 from .records import KappaRow, heads_rows, read_record, spectra_rows

@@ -12,7 +12,8 @@ from typing import Any
 from .. import crammed_bert, modeling
 from ..architectures import ARCHITECTURES
 from ..compat import relative_imports
-from ..modeling import MODEL_TYPE_PREFIX, OUTSIDE, conditioned_class, conditioned_models, crammed_bert_classes
+from ..config_fields import MODEL_TYPE_PREFIX
+from ..modeling import OUTSIDE, conditioned_class, conditioned_models, crammed_bert_classes
 
 CONFIG = "config.json"
 

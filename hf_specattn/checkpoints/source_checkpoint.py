@@ -16,14 +16,8 @@ from transformers import PreTrainedModel
 from .. import modeling
 from ..architectures import ARCHITECTURES
 from ..checksums import CORRECTION
-from ..modeling import (
-    FIELDS,
-    FLAG,
-    MODEL_TYPE_PREFIX,
-    PRECONDITIONER_FLAG,
-    crammed_bert_classes,
-    refuse_stored_fields,
-)
+from ..config_fields import FIELDS, FLAG, MODEL_TYPE_PREFIX, PRECONDITIONER_FLAG, refuse_stored_fields
+from ..modeling import crammed_bert_classes
 from ..projections import find_projections
 from .remote_code import refuse_outside
 

@@ -70,9 +70,9 @@ def test_the_walk_sees_every_kind_of_import(tmp_path):
 # itself.
 CARRIED = {
     "specattn_bert": [
-        "architectures", "checksums", "compat", "conditioning", "config", "corrections", "crammed_bert", "existing_adapters",
-        "layers", "modeling", "ordinary", "polar", "preconditioner", "preconditioning", "products", "projection_report",
-        "projections", "refreshing",
+        "architectures", "checksums", "compat", "conditioning", "config", "config_fields", "corrections", "crammed_bert",
+        "existing_adapters", "layers", "loading", "modeling", "ordinary", "polar", "preconditioner", "preconditioning",
+        "products", "projection_report", "projections", "refreshing",
     ],
     "crammed_bert": ["crammed_bert"],
 }  # fmt: skip

@@ -9,7 +9,8 @@ from models import ARCHITECTURES, outputs_of, relative_difference
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel
 
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
-from hf_specattn.modeling import FIELDS, SpecBertConfig, SpecBertModel
+from hf_specattn.config_fields import FIELDS
+from hf_specattn.modeling import SpecBertConfig, SpecBertModel
 
 BERT = ARCHITECTURES["bert"]
 FLAG = {"spectral_conditioning": True}

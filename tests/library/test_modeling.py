@@ -31,8 +31,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from hf_specattn import AttentionSpec, SpectralConfig, condition, fold, refresh
 from hf_specattn.conditioning import conditioned_counterpart
+from hf_specattn.config_fields import SPECTRAL_FIELDS
 from hf_specattn.layers import SpectralLayer, spectral_layers
-from hf_specattn.modeling import SPECTRAL_FIELDS, SpecBertConfig, SpecBertForMaskedLM, SpecBertModel
+from hf_specattn.modeling import SpecBertConfig, SpecBertForMaskedLM, SpecBertModel
 
 pytestmark = pytest.mark.integration
 

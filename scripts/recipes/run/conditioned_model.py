@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_specattn import condition, precondition
 from hf_specattn.config import SpectralConfig
+from hf_specattn.config_fields import MODEL_TYPE_PREFIX
 from hf_specattn.layers import spectral_layers
-from hf_specattn.modeling import MODEL_TYPE_PREFIX
 from hf_specattn.preconditioner import PreconditionerConfig
 
 from .distributed import run_on_main_process

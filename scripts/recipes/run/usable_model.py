@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig, PreTrainedConfig
 
-from hf_specattn.modeling import MODEL_TYPE_PREFIX
+from hf_specattn.config_fields import MODEL_TYPE_PREFIX
 from hf_specattn.projections import find_projections
 
 from .messages import one_line

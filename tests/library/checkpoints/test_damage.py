@@ -17,7 +17,7 @@ from transformers import AutoModel, logging
 
 import specattn as cli
 from hf_specattn import PreconditionerConfig, SpectralConfig, condition, precondition
-from hf_specattn.modeling import FIELDS, PRECONDITIONER_FIELDS, SPECTRAL_FIELDS
+from hf_specattn.config_fields import FIELDS, PRECONDITIONER_FIELDS, SPECTRAL_FIELDS
 
 BERT = ARCHITECTURES["bert"]
 KINDS = ("stock", "identity", "svd", "preconditioned", "both")
