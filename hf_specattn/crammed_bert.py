@@ -575,8 +575,8 @@ class CrammedBertForMaskedLM(CrammedBertPreTrainedModel):
         sparse = self.training and self.config.sparse_prediction and not torch.compiler.is_compiling()
         if labels is None or not sparse:
             return hidden_states, labels
-        labelled = labels != IGNORED_LABEL
-        return hidden_states[labelled], labels[labelled]
+        labeled = labels != IGNORED_LABEL
+        return hidden_states[labeled], labels[labeled]
 
 
 def _classifier_dropout(config: CrammedBertConfig) -> nn.Dropout:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 
-def colours(count, size=10, seed=0):
+def colors(count, size=10, seed=0):
     """Images of random colors, one channel brighter by class: `(count, size, size, 3)` and labels 0, 1, 2, ... again."""
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % 3
@@ -18,7 +18,7 @@ def colours(count, size=10, seed=0):
 
 def write_folders(root, count=12, size=10, seed=0, ending="png"):
     """One folder per class, named red, green and blue."""
-    pixels, labels = colours(count, size, seed)
+    pixels, labels = colors(count, size, seed)
     for index, (image, label) in enumerate(zip(pixels, labels)):
         folder = root / ("red", "green", "blue")[label]
         folder.mkdir(parents=True, exist_ok=True)

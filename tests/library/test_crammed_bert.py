@@ -75,8 +75,8 @@ def masked_batch(per_sequence=3, seed=2):
 
 
 def reference_norm(x, weight, bias, eps):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
 def reference_positions(length, width):

@@ -61,7 +61,7 @@ def test_a_missing_matplotlib_is_named(monkeypatch):
         ((1.0, 1e33), ["1", "1e+05", "1e+10", "1e+15", "1e+20", "1e+25", "1e+30"]),
     ],
 )
-def test_axes_of_logarithms_are_labelled_with_the_numbers(values, labels):
+def test_axes_of_logarithms_are_labeled_with_the_numbers(values, labels):
     axes = new_figure(4, 3).subplots()
     axes.set_ylim(*np.log10(values))
     label_powers(axes, "y")

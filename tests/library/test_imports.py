@@ -1,4 +1,4 @@
-"""What imports what: the library nothing of the experiments, its travelling files little, `import hf_specattn` not much."""
+"""What imports what: the library nothing of the experiments, its traveling files little, `import hf_specattn` not much."""
 
 import ast
 import json

@@ -500,6 +500,21 @@ MAPPINGS = {
 }
 
 
+@each_method
+def test_adapters_by_sample(method):
+    model = put_on(conditioned(method), "LORA", targets=("query",))
+    shake(model)
+    batch = BERT.batch()
+    with torch.no_grad():
+        adapted = model(**batch)[0]
+        with model.disable_adapter():
+            plain = model(**batch)[0]
+    mixed = model(**batch, adapter_names=["default", "__base__"])[0]  # with gradients, as in training
+    torch.testing.assert_close(mixed[0], adapted[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(mixed[1], plain[1], rtol=0, atol=1e-12)
+    assert (adapted - plain).abs().max() > 1e-3
+
+
 def adapted_projections(model, **settings):
     model = peft.get_peft_model(model, peft.LoraConfig(**settings))
     names = {name.rpartition(".")[2] for name in model.targeted_module_names}

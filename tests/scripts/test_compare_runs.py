@@ -285,7 +285,7 @@ def test_different_time_budgets_are_refused(compare_runs, timed_runs, tmp_path):
         compare_runs.main([*timed_runs, other])
 
 
-def test_more_groups_than_colours_and_runs_without_log_entries(compare_runs, tmp_path):
+def test_more_groups_than_colors_and_runs_without_log_entries(compare_runs, tmp_path):
     folders = [write_run(tmp_path / f"{i}", 0, 3.0, learning_rate=0.1 * i) for i in range(9)]
     record = json.loads((tmp_path / "0" / "metrics.json").read_text())
     (tmp_path / "0" / "metrics.json").write_text(json.dumps(record | {"history": []}))

@@ -168,7 +168,7 @@ def test_a_pipeline_classifies_with_what_was_saved(train, tmp_path):
     assert np.mean(correct) == metrics_of(folder)["final"]["validation_accuracy"]
 
 
-def test_the_processor_prepares_grey_images(train):
+def test_the_processor_prepares_gray_images(train):
     folder = train()
     image = Image.fromarray(np.full((8, 8), 100, np.uint8))
     inputs = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")

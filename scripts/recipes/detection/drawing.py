@@ -46,12 +46,12 @@ def draw(pixels: Tensor, found: dict[str, Tensor], class_names: list[str]) -> Te
     if not len(kept):
         return picture
     masks = F.resize(found["masks"][kept, 0], size) > MASK_THRESHOLD
-    colours = [COLORS[int(label) % len(COLORS)] for label in found["labels"][kept]]
+    colors = [COLORS[int(label) % len(COLORS)] for label in found["labels"][kept]]
     labels = zip(found["labels"][kept].tolist(), found["scores"][kept].tolist())
     words = [f"{class_names[label - 1]} {score:.2f}" for label, score in labels]
-    picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colours)
+    picture = draw_segmentation_masks(picture, masks, alpha=0.5, colors=colors)
     boxes = found["boxes"][kept] * factor
     font = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
     return draw_bounding_boxes(
-        picture, boxes, words, colours, width=2, font=font, font_size=13, label_colors="white", fill_labels=True
+        picture, boxes, words, colors, width=2, font=font, font_size=13, label_colors="white", fill_labels=True
     )

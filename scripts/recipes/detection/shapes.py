@@ -64,20 +64,20 @@ def _draw(generator: np.random.RandomState) -> tuple[Image.Image, list[tuple[int
     for _ in range(int(generator.randint(1, 5))):
         kind, side = int(generator.randint(3)), int(generator.randint(LEAST, MOST + 1))
         x, y = (int(value) for value in generator.randint(0, SIZE - side, 2))
-        colour = _colour(generator, level)
+        color = _color(generator, level)
         canvas = Image.new("1", (SIZE, SIZE))
         _shape(ImageDraw.Draw(canvas), kind, x, y, side, 1)
         mask = np.asarray(canvas)
         seen = [(category, earlier & ~mask) for category, earlier in found]
         if any(after.sum() < 0.8 * before.sum() for (_, after), (_, before) in zip(seen, found)):
             continue
-        _shape(ImageDraw.Draw(picture), kind, x, y, side, colour)
+        _shape(ImageDraw.Draw(picture), kind, x, y, side, color)
         found = [*seen, (CATEGORY_IDS[kind], mask)]
     return picture, found
 
 
-def _colour(generator: np.random.RandomState, level: int) -> tuple[int, int, int]:
-    """A color with a channel at least 60 away from the grey."""
+def _color(generator: np.random.RandomState, level: int) -> tuple[int, int, int]:
+    """A color with a channel at least 60 away from the gray."""
     while True:
         red, green, blue = (int(value) for value in generator.randint(0, 256, 3))
         if max(abs(value - level) for value in (red, green, blue)) >= 60:

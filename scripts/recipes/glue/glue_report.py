@@ -233,7 +233,7 @@ def _draw_scores(axis: Any, summary: Summary, column: Column) -> None:
         mean = [] if scores.mean is None else [scores.mean]
         axis.errorbar([place + 0.15] * len(mean), mean, yerr=scores.deviation, capsize=3, label=model, **style)
     if (constant := summary.constant_score(column)) is not None:
-        axis.axhline(constant, color="grey", linewidth=0.8, linestyle=":", label=CONSTANT)
+        axis.axhline(constant, color="gray", linewidth=0.8, linestyle=":", label=CONSTANT)
     axis.set_title(column.heading.replace(" (", "\n("), fontsize=9)
     axis.set_xticks([])
     axis.set_xlabel("models, seeds", fontsize=8)
@@ -246,15 +246,15 @@ def _draw_differences(axis: Any, summary: Summary, others: Sequence[str]) -> Non
     places = [*summary.columns, None]
     for shift, model in enumerate(others):
         offset = (shift - (len(others) - 1) / 2) * 0.6 / len(others)
-        style, labelled = _style(summary, model), False
+        style, labeled = _style(summary, model), False
         for place, column in enumerate(places):
             difference = summary.difference(model, column)
             if difference is None:
                 continue
             half = None if difference.interval is None else difference.interval[1] - difference.mean
-            label = None if labelled else model
+            label = None if labeled else model
             axis.errorbar(place + offset, difference.mean, yerr=half, capsize=4, label=label, **style)
-            labelled = True
+            labeled = True
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xticks(range(len(places)), [column.title if column else "average" for column in places], fontsize=8)
     axis.set_ylabel(f"minus {summary.reference} (points of 100)")

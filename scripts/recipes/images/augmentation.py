@@ -26,7 +26,7 @@ from ..run.randomness import Purpose, random_words
 Transform = Callable[[Image.Image], Tensor]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-GREY_MEAN, GREY_STD = (0.5,), (0.5,)
+GRAY_MEAN, GRAY_STD = (0.5,), (0.5,)
 
 
 @dataclass
@@ -52,8 +52,8 @@ class Augmentation:
 
 
 def normalization(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the mean and standard deviation that pixel values in [0, 1] are normalized by: ImageNet's, or 0.5 for grey."""
-    return (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    """Return the mean and standard deviation that pixel values in [0, 1] are normalized by: ImageNet's, or 0.5 for gray."""
+    return (GRAY_MEAN, GRAY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 def training_transform(

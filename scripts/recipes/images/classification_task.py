@@ -82,9 +82,9 @@ class ImageTask(ReadAheadTask):
         self.amounts = self.amounts_of(train)
         self.dataset = data.origin
         self.validation_fingerprint = data.validation.fingerprint
-        colours = normalization(self.channels)
-        self.processor = image_processor(self.size, *colours, arguments.crop_share)
-        transform = evaluation_transform(self.size, *colours, arguments.crop_share)
+        colors = normalization(self.channels)
+        self.processor = image_processor(self.size, *colors, arguments.crop_share)
+        transform = evaluation_transform(self.size, *colors, arguments.crop_share)
         self.validation = ValidationImages(data.validation, self.mode, transform)
 
     @property
@@ -149,8 +149,8 @@ class ImageTask(ReadAheadTask):
         return lambda used: cosine_factor(used, warmup, steps, start=start, floor=floor)
 
     def training_examples(self) -> TrainingImages:
-        arguments, colours = self.arguments, normalization(self.channels)
-        transform = training_transform(arguments, self.size, *colours, arguments.crop_share)
+        arguments, colors = self.arguments, normalization(self.channels)
+        transform = training_transform(arguments, self.size, *colors, arguments.crop_share)
         classes, is_random = len(self.data.class_names), arguments.is_random
         return TrainingImages(self.data.train, self.order, self.mode, transform, is_random, arguments, classes)
 

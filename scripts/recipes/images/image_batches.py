@@ -53,7 +53,7 @@ class TrainingImages(Dataset):
     Args:
         mode: PIL's, "L" or "RGB".
         transform: Of one image; it may draw from the global generators, and does if `is_random`.
-        mixing: Of neighbours.
+        mixing: Of neighbors.
     """
 
     def __init__(

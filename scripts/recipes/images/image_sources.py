@@ -167,7 +167,7 @@ class ImageData:
         train, validation: The two splits.
         class_names: The name of each class, by its number.
         size: Height and width where all images have the same, which needs no resizing; None for files of any size.
-        channels: 1 for gray images, 3 for colour.
+        channels: 1 for gray images, 3 for color.
         origin: Where the data come from, in words.
         skipped: The unreadable images that were left out, by name.
     """

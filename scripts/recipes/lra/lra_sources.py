@@ -31,7 +31,7 @@ Example = tuple[tuple[Ids, ...], int]
 CLASSES = {"listops": 10, "text": 2, "retrieval": 2, "image": 10, "pathfinder": 2}
 IMAGE_SIDE = 32
 # Of red, green and blue.
-GREY = np.array([0.2989, 0.5870, 0.1140], dtype=np.float32)
+GRAY = np.array([0.2989, 0.5870, 0.1140], dtype=np.float32)
 # Folders below the one given in which LRA's release has its files.
 RELEASE = (".", "lra_release", "lra_release/lra_release")
 
@@ -306,9 +306,9 @@ def find_citations(folder: Path) -> Source | None:
 # --- Image -----------------------------------------------------------------------------------------------------------
 
 
-def grey_ids(pixels: NDArray[np.uint8]) -> Ids:
-    """Red, green and blue (32, 32, 3) as LRA's grey, 0-255, row after row: black is 0, the id of padding."""
-    share = (pixels.astype(np.float32) / np.float32(255)) @ GREY
+def gray_ids(pixels: NDArray[np.uint8]) -> Ids:
+    """Red, green and blue (32, 32, 3) as LRA's gray, 0-255, row after row: black is 0, the id of padding."""
+    share = (pixels.astype(np.float32) / np.float32(255)) @ GRAY
     return np.floor(share * np.float32(255.5)).astype(np.uint16).ravel()
 
 
@@ -322,7 +322,7 @@ def find_cifar_tables(folder: Path) -> Source | None:
                         f"{where}: {str(image)[:50]} is not an image: the bytes of its file are needed."
                     )
                 pixels = decoded(io.BytesIO(content), where, "RGB", IMAGE_SIDE)
-                yield (grey_ids(pixels),), checked_label("image", label, where)
+                yield (gray_ids(pixels),), checked_label("image", label, where)
 
     return _parquet(folder, read, "CIFAR-10 as Parquet")
 
@@ -337,7 +337,7 @@ def find_cifar_binary(folder: Path) -> Source | None:
                 )
             for number, row in enumerate(np.frombuffer(content, np.uint8).reshape(-1, size)):
                 label = checked_label("image", row[0], f"{file}, image {number + 1}")
-                yield (grey_ids(row[1:].reshape(3, IMAGE_SIDE, IMAGE_SIDE).transpose(1, 2, 0)),), label
+                yield (gray_ids(row[1:].reshape(3, IMAGE_SIDE, IMAGE_SIDE).transpose(1, 2, 0)),), label
 
     for place in (folder, folder / "cifar-10-batches-bin"):
         train, test = tuple(sorted(place.glob("data_batch_*.bin"))), place / "test_batch.bin"
@@ -367,7 +367,7 @@ def _pickled(root: Path, part: str) -> Iterator[Example]:
     except RuntimeError as error:
         raise LraDataError(f"{root / 'cifar-10-batches-py'} is not CIFAR-10 as published: {error}") from error
     for pixels, label in zip(images.data, images.targets):
-        yield (grey_ids(pixels),), checked_label("image", label, part)
+        yield (gray_ids(pixels),), checked_label("image", label, part)
 
 
 def decoded(file: Any, where: str, mode: str, side: int) -> NDArray[np.uint8]:

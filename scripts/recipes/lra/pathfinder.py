@@ -98,10 +98,10 @@ def disk(radius: int) -> NDArray[np.bool_]:
 
 def draw_segment(orientation: float) -> tuple[Floats, Floats]:
     """A segment from the middle of its patch, and its mask: the drawing widened by the margin."""
-    centre = REACH * SCALE
-    large = Image.new("L", (2 * centre + 1, 2 * centre + 1))
+    center = REACH * SCALE
+    large = Image.new("L", (2 * center + 1, 2 * center + 1))
     dy, dx = step_of(np.array([orientation]), LENGTH * SCALE)[0]
-    line = [(centre, centre), (centre + int(dx), centre + int(dy))]
+    line = [(center, center), (center + int(dx), center + int(dy))]
     ImageDraw.Draw(large).line(line, fill=255, width=int(THICKNESS * SCALE))
     widened = ndimage.grey_dilation(np.asarray(large), footprint=disk(MARGIN * SCALE))
     return reduced(np.asarray(large), PATCH).ravel(), reduced(widened, PATCH).ravel()

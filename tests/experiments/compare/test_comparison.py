@@ -443,7 +443,7 @@ def test_mean_curve_of_curves_without_a_common_position(curves):
     assert mean_curve(curves) == []
 
 
-def test_colours_and_markers_are_distinct():
+def test_colors_and_markers_are_distinct():
     assert COLORS[:4] == tuple(OKABE_ITO.values())
     assert len(set(COLORS)) == len(COLORS) == 7
     assert len(set(MARKERS)) == len(MARKERS) == 8

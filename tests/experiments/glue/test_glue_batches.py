@@ -44,8 +44,8 @@ def test_grouping_saves_padding_and_keeps_the_order_random():
 def test_groups_are_drawn_anew_in_every_epoch():
     """An example of one length meets other neighbors: sorted over the whole set it would always meet the same."""
     lengths = np.arange(16 * BATCHES_PER_GROUP * 3)
-    neighbours = []
+    neighbors = []
     for epoch in (0, 1):
         batches = epoch_batches(lengths, 16, seed=0, epoch=epoch)
-        neighbours.append(next(set(batch.tolist()) for batch in batches if 100 in batch))
-    assert len(neighbours[0] & neighbours[1]) < 14
+        neighbors.append(next(set(batch.tolist()) for batch in batches if 100 in batch))
+    assert len(neighbors[0] & neighbors[1]) < 14

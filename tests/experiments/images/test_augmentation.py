@@ -75,10 +75,10 @@ def test_the_saved_processor_prepares_images_of_the_right_size_as_validation_doe
 
 
 def test_shifts_move_the_image_and_bring_in_black():
-    grey = Image.fromarray(np.full((8, 8), 255, np.uint8))
+    gray = Image.fromarray(np.full((8, 8), 255, np.uint8))
     transform = training_transform(Augmentation(random_shift=1), 8, (0.0,), (1.0,))
-    seen = {tuple(transform(grey)[0].sum(0).tolist()) + tuple(transform(grey)[0].sum(1).tolist()) for _ in range(60)}
-    columns = [transform(grey)[0] for _ in range(60)]
+    seen = {tuple(transform(gray)[0].sum(0).tolist()) + tuple(transform(gray)[0].sum(1).tolist()) for _ in range(60)}
+    columns = [transform(gray)[0] for _ in range(60)]
     assert {int(8 - column.amax(0).sum()) for column in columns} == {0, 1}
     assert len(seen) > 4
     assert all(set(column.unique().tolist()) <= {0.0, 1.0} for column in columns)
@@ -94,10 +94,10 @@ def test_erasing_and_mirroring_happen_as_often_as_asked(image):
     assert 60 < changed < 140  # 100 expected, deviation 9
 
 
-def test_grey_images_take_rand_augment():
-    grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
+def test_gray_images_take_rand_augment():
+    gray = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8))
     transform = training_transform(Augmentation(rand_augment="rand-m9-mstd0.5-inc1"), 8, *normalization(1))
-    tensors = [transform(grey) for _ in range(40)]
+    tensors = [transform(gray) for _ in range(40)]
     assert all(tensor.shape == (1, 8, 8) and tensor.isfinite().all() for tensor in tensors)
     assert len({tensor.sum().item() for tensor in tensors}) > 5
 

@@ -92,7 +92,7 @@ def test_unmixed_targets_are_smoothed_labels(split):
     assert torch.equal(smooth_targets(torch.tensor([1]), 4, 0.0), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
 
 
-def test_mixup_is_a_convex_combination_of_neighbours_with_targets_to_match(split):
+def test_mixup_is_a_convex_combination_of_neighbors_with_targets_to_match(split):
     positions = np.arange(12)
     plain, labels = training_images(split, shift=0)[positions]
     mixed, targets = training_images(split, Mixing(mixup=0.8), shift=0)[positions]

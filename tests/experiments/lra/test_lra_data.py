@@ -12,7 +12,7 @@ import pytest
 from recipes.lra import lra_data
 from recipes.lra.listops import encode
 from recipes.lra.lra_data import LraDataSettings, load_lra_data
-from recipes.lra.lra_sources import LraDataError, find_source, grey_ids
+from recipes.lra.lra_sources import LraDataError, find_source, gray_ids
 from recipes.lra.pathfinder import FOLDER
 
 
@@ -95,19 +95,19 @@ def test_citations_as_a_substitute(tmp_path):
     assert ids[1].tolist() == ids[0, ::-1].tolist()
 
 
-def grey_by_hand(pixels):
+def gray_by_hand(pixels):
     red, green, blue = (pixels[..., channel].astype(np.float64) for channel in range(3))
     return np.floor((0.2989 * red + 0.5870 * green + 0.1140 * blue) / 255 * 255.5)
 
 
-def test_grey_is_that_of_lra():
+def test_gray_is_that_of_lra():
     pixels = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    difference = grey_ids(pixels).reshape(32, 32) - grey_by_hand(pixels)
+    difference = gray_ids(pixels).reshape(32, 32) - gray_by_hand(pixels)
     assert np.abs(difference).max() <= 1  # roundoff of float32 at whole numbers
     assert (difference != 0).mean() < 0.01
     white = np.full((32, 32, 3), 255, np.uint8)
-    assert set(grey_ids(white).tolist()) == {255}
-    assert set(grey_ids(0 * white).tolist()) == {0}
+    assert set(gray_ids(white).tolist()) == {255}
+    assert set(gray_ids(0 * white).tolist()) == {0}
 
 
 @pytest.mark.parametrize("form", ["image", "img", "binary"])
@@ -122,7 +122,7 @@ def test_cifar_in_its_forms(form, tmp_path):
     for split, rows in ((data.train, slice(0, 18)), (data.validation, slice(18, 20))):
         ids, found = rows_of(split, 1024)
         assert found == labels[rows].tolist()
-        assert ids.tolist() == [grey_ids(each).tolist() for each in pixels[rows]]
+        assert ids.tolist() == [gray_ids(each).tolist() for each in pixels[rows]]
     assert data.baselines() == {"majority": 0.1}
 
 
@@ -143,7 +143,7 @@ def test_cifar_as_pickles_is_read_by_torchvision_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(CIFAR10, "_load_meta", lambda self: None)
     data = load("image", tmp_path / "data", tmp_path, max_length=1024)
-    assert rows_of(data.train, 1024)[0].tolist() == [grey_ids(each).tolist() for each in pixels[:45]]
+    assert rows_of(data.train, 1024)[0].tolist() == [gray_ids(each).tolist() for each in pixels[:45]]
     assert rows_of(data.test, 1024)[1] == labels[50:].tolist()
 
 

@@ -38,7 +38,7 @@ TRAINING_EXAMPLES = {
     "cola": 8_551,
 }
 
-# Pieces of words, and loud positions: a model of this size then learns within two minutes of one core to look at neighbours.
+# Pieces of words, and loud positions: a model of this size then learns within two minutes of one core to look at neighbors.
 SMALL_PRETRAINING: Flags = (
     *("--normalize_text", "True", "--vocab_size", "1024", "--max_seq_length", "64"),
     *("--hidden_size", "64", "--num_hidden_layers", "4", "--num_attention_heads", "4", "--intermediate_size", "128"),

@@ -15,7 +15,7 @@ from recipes.compare.sweeps.sweep_figures import heads_figure, monitor_figures, 
 from recipes.compare.sweeps.sweep_results import ArmResult, Results
 from recipes.run.run_metrics import RunMetrics
 
-TEXT, IMAGE = Setting("Text"), Setting("Image, grey")
+TEXT, IMAGE = Setting("Text"), Setting("Image, gray")
 STOCK, IDENTITY, ROW = Variant("stock"), Variant("identity"), Variant("row")
 VARIANTS = (STOCK, IDENTITY, ROW)
 SWEEP = Sweep("example", "An example", Path("train.py"), (TEXT, IMAGE), VARIANTS, (0, 1), draws_monitor=True)
@@ -92,7 +92,7 @@ def test_nothing_is_drawn_without_a_variant_to_draw(results):
     assert monitor_figures(replace(results, sweep=replace(SWEEP, draws_monitor=False))) == {}
     for place, run in enumerate(run for arm in results.arms.values() for run in arm.runs.values()):
         run.record.arguments["spectral_monitor_every"] = 0 if place < 2 else 4  # the reference of Text has none
-    assert set(monitor_figures(results)) == {"image-grey-training", "image-grey-spectra", "heads"}
+    assert set(monitor_figures(results)) == {"image-gray-training", "image-gray-spectra", "heads"}
     for run in (run for arm in results.arms.values() for run in arm.runs.values()):
         run.record.arguments["spectral_monitor_every"] = 0
     assert monitor_figures(results) == {}
