@@ -240,17 +240,18 @@ def check_values(name: str, matrix: Tensor, layout: ProjectionLayout, config: Sp
         raise ValueError(f"The weight of {name} has nan or inf entries. Check the checkpoint.")
     if config.method != "svd":
         return
+    per_head = config.granularity == "head"
     for projection, part in layout.split(matrix).items():
         if projection not in config.targets:
             continue
-        blocks = layout.head_blocks(projection, part) if config.granularity == "head" else part[None]
-        which = "" if len(blocks) == 1 == len(layout.projections) else f" ({projection})"
-        if not blocks.flatten(1).any(1).all():
-            head = "of a head " if len(blocks) > 1 else ""
-            raise ValueError(
-                f"The weight of {name}{which} {head}is zero, and a zero matrix has no spectral correction. Initialize it, "
-                f"{'choose granularity=projection, ' if head else ''}or use method='identity'."
-            )
+        blocks = layout.head_blocks(projection, part) if per_head else part[None]
+        for head, block in enumerate(blocks):
+            if not block.any():
+                where, way_out = (f" (head {head})", "granularity='projection' or ") if per_head else ("", "")
+                raise ValueError(
+                    f"The weight of {name} is zero in {projection}{where}, and a zero matrix has no spectral correction. "
+                    f"Initialize it, or use {way_out}method='identity'."
+                )
 
 
 def check_range(name: str, layer: SpectralLayer) -> None:

@@ -47,8 +47,7 @@ class SumProduct(torch.autograd.Function):
         """`(..., in_features)` to `(..., out_features)`."""
         ctx.layer = layer
         ctx.save_for_backward(input, weight, correction)
-        product: Tensor = layer.multiply(input, layer.sum_of(weight, correction), bias)
-        return product
+        return _as_new(layer.multiply(input, layer.sum_of(weight, correction), bias))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -78,7 +77,7 @@ class ShiftedProduct(torch.autograd.Function):
         in_half = (None if bias is None else bias.to(input.dtype)) if weight.dtype != input.dtype else bias
         product: Tensor = layer.multiply(input, weight.to(input.dtype), in_half)
         layer.add_input(product, exact)
-        return product
+        return _as_new(product)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -87,6 +86,12 @@ class ShiftedProduct(torch.autograd.Function):
         shifted = lambda: ctx.layer.shifted(weight.to(input.dtype, copy=True))  # noqa: E731
         d_input, d_weight, d_bias = _gradients(ctx, input, gradients[0], shifted, weight.dtype, bias_at=4)[1:4]
         return None, d_input, None, d_weight, d_bias
+
+
+def _as_new(output: Tensor) -> Tensor:
+    """The same tensor, not as the view that a product with more than two dimensions is: torch refuses to change one in place
+    where a function of ours made it, and PEFT (adapters by sample) and other code change outputs of a stock layer so."""
+    return output.data
 
 
 def _gradients(ctx: Any, input: Tensor, gradient: Tensor, effective: Any, dtype: torch.dtype, bias_at: int = 3) -> Any:

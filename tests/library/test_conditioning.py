@@ -283,6 +283,10 @@ def zeroed(module):
     module.weight.data.zero_()
 
 
+def huge(module):
+    module.weight.data.fill_(3e38)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -290,7 +294,8 @@ def zeroed(module):
         (subclassed, r"layer.1.attention.self.key is a somewhere.Linear4bit; only exact"),
         (with_nan, "layer.1.attention.self.key has nan or inf"),
         (on_meta, "layer.1.attention.self.key is on the meta device"),
-        (zeroed, "layer.1.attention.self.key is zero"),
+        (zeroed, "layer.1.attention.self.key is zero in key, and"),
+        (huge, r"W \+ C of .*layer.1.attention.self.key is beyond torch.float32: .*3e\+38"),
     ],
 )
 def test_unfit_weights_are_refused(spoil, message):
@@ -301,6 +306,23 @@ def test_unfit_weights_are_refused(spoil, message):
     assert not list(spectral_layers(model))
 
 
+def test_a_part_that_is_zero_has_no_svd_correction():
+    model = nn.Sequential(ToyAttention())
+    model[0].in_proj.weight.data[8:12].zero_()  # the third of four query heads; then the only two of the key
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"0.in_proj is zero in query \(head 2\).*granularity='projection'"):
+        condition(model, SpectralConfig("svd", granularity="head"), architecture=toy_spec(False))
+    model[0].in_proj.weight.data[16:24].zero_()
+    with pytest.raises(ValueError, match=r"0.in_proj is zero in key, and"):
+        condition(model, SpectralConfig("svd"), architecture=toy_spec(False))
+    before |= {"0.in_proj.weight": model[0].in_proj.weight.clone()}
+    assert_unchanged(model, before)
+    # What is no target needs none, and a head has one within its projection.
+    report = condition(model, SpectralConfig("svd", targets=("query",)), architecture=toy_spec(False))[0]
+    assert report.kappa_after == pytest.approx(2)
+    assert np.linalg.cond(model[0].in_proj.effective_weight()[:16].detach().numpy()) == pytest.approx(2)
+
+
 def test_a_tied_projection_is_refused():
     model = bert()
     attention = model.encoder.layer[0].attention.self
@@ -308,6 +330,16 @@ def test_a_tied_projection_is_refused():
     with pytest.raises(ValueError, match="is tied"):
         condition(model, SpectralConfig())
     assert not list(spectral_layers(model))
+
+
+def test_one_module_as_query_and_key_is_refused():
+    model = bert()
+    attention = model.encoder.layer[0].attention.self
+    attention.key = attention.query
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"self\.key and .*self\.query are one module"):
+        condition(model, SpectralConfig())
+    assert_unchanged(model, before)
 
 
 # --- what fails leaves the model as it was ----------------------------------------------------------------------------

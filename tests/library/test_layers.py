@@ -457,6 +457,24 @@ def test_torch_func_and_forward_mode(dtype):
     assert (pulled.double() - right).abs().max() <= 16 * torch.finfo(dtype).eps * right.abs().max()
 
 
+@pytest.mark.parametrize("config_name", ["identity", "svd"])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_an_output_may_be_changed_in_place(dtype, kind, config_name):
+    layer = spectral_layer(ProjectionLayout(("query",), (2,), (4,)), 6, CONFIGS[config_name], kind, dtype=dtype)
+    inputs = torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+    wanted = (inputs, layer.weight, layer.bias)
+    expected = layer(inputs) * 2
+    expected = torch.cat([expected[:1] + 1, expected[1:]])
+    gradients = torch.autograd.grad(expected.pow(2).sum(), wanted)
+    output = layer(inputs)
+    output *= 2
+    output[0] += 1
+    assert torch.equal(output, expected)
+    for found, gradient in zip(torch.autograd.grad(output.pow(2).sum(), wanted), gradients):
+        assert torch.equal(found, gradient)
+
+
 @pytest.mark.parametrize("frozen", ["weight", "inputs", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_needs_no_gradient_gets_none(dtype, frozen):
