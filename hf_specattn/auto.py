@@ -21,6 +21,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .architectures import ARCHITECTURES, AttentionSpec
+from .checksums import CORRECTION
 from .conditioning import conditioned_counterpart
 from .config_fields import (
     FIELDS,
@@ -33,7 +34,7 @@ from .config_fields import (
     refuse_stored_fields,
 )
 from .layers import spectral_layers
-from .loading import stored_config
+from .loading import refuse_stray_corrections, stored_config
 from .modeling import (
     CONDITIONED_CONFIGS,
     CRAMMED_BERT,
@@ -199,7 +200,18 @@ def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -
             return counterpart.from_pretrained(*args, **kwargs)
         _refuse_conditioned_weights(cls, *args, **kwargs)
         kwargs = _without_flags(kwargs)
+        if _knows_settings(cls):
+            return _stock_from_pretrained(original, cls, *args, **kwargs)
     return original(cls, *args, **kwargs)
+
+
+def _stock_from_pretrained(
+    original: Any, cls: Any, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
+    model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
+    if any(name.endswith(CORRECTION) for name in info["unexpected_keys"]):
+        refuse_stray_corrections(path, info["unexpected_keys"], stored_config(path, kwargs))
+    return (model, info) if output_loading_info else model
 
 
 def _refuse_conditioned_weights(cls: Any, pretrained_model_name_or_path: Any, *_: Any, **kwargs: Any) -> None:

@@ -135,16 +135,6 @@ def _verify_file(file: str | os.PathLike, checked: list[str], unproved: dict[str
                 checked.append(name)
 
 
-def stored_corrections(files: Iterable[str | os.PathLike]) -> list[str]:
-    """The names of the corrections in safetensors files: tensors of that name beside a weight."""
-    names: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as stream:
-            names.update(stream.keys())
-    weights = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    return sorted(name for name in names if name.endswith(CORRECTION) and name.removesuffix(CORRECTION) in weights)
-
-
 def weight_files(path: str | os.PathLike, config: Any, kwargs: Mapping[str, Any]) -> list[str]:
     """The safetensors files that `from_pretrained(path, **kwargs)` has read; none where it read others.
 

@@ -1,13 +1,13 @@
 """Loading a conditioned model: what the checkpoint is, whether its corrections are there, and how stock weights enter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
 from transformers import PretrainedConfig
 from transformers.utils import logging
 
-from .checksums import CORRECTION, check_shape, stored_corrections, verify, weight_files
+from .checksums import CORRECTION, check_shape, verify, weight_files
 from .compat import IS_REMOTE_CODE, UnsupportedTransformersError
 from .conditioning import check_lambda, half_precision_cost, subtract_correction
 from .config import INITS, check_choice
@@ -20,20 +20,38 @@ logger = logging.get_logger(__name__)
 
 
 def stored_config(path: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of the checkpoint's config.json. Without one: none of them for a local folder, None elsewhere."""
+    """The fields of the checkpoint's config.json; None where a local folder, the Hub or a state dict has none."""
     if path is None:
         return None
-    names = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+    names = (
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "token",
+        "revision",
+        "subfolder",
+        "gguf_file",
+    )
     try:
-        return PretrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})[0]
+        found = PretrainedConfig.get_config_dict(path, **{name: kwargs[name] for name in names if name in kwargs})[0]
     except OSError:
         return None
+    return found or None
 
 
-def is_conditioned_checkpoint(stored: dict[str, Any] | None, spectral_init: str | None) -> bool:
-    """Whether its weights are those of a conditioned model."""
-    if stored is None:  # only weights, or a state dict: used unchanged, unless the caller says how to treat them
-        return spectral_init is None
+def is_conditioned_checkpoint(stored: dict[str, Any] | None, config: Any, spectral_init: str | None) -> bool:
+    """Whether its weights are those of a conditioned model.
+
+    Args:
+        stored: its config.json. Without one the caller says it: by the configuration that comes with the weights, and by
+            `spectral_init`, which is for stock weights.
+        config: that configuration, as it was given, without settings from keyword arguments.
+        spectral_init: as given.
+    """
+    if stored is None:
+        is_stock = isinstance(config, PretrainedConfig) and not str(config.model_type).startswith(MODEL_TYPE_PREFIX)
+        return spectral_init is None and not is_stock
     return str(stored.get("model_type", "")).startswith(MODEL_TYPE_PREFIX)
 
 
@@ -84,12 +102,13 @@ def check_init(spectral_init: str | None, conditioned: bool, config: Any, kwargs
         )
 
 
-def check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> None:
+def check_corrections_loaded(path: Any, model: Any, info: dict[str, Any], stored: Mapping[str, Any] | None) -> None:
     """Refuse a model whose corrections or conditioned weights are not all from its checkpoint.
 
     Args:
         path: of the checkpoint.
         model: as loaded.
+        stored: its config.json, if it has one.
         info: what `from_pretrained` returns with `output_loading_info=True`.
 
     Raises:
@@ -100,11 +119,16 @@ def check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> Non
     # An attention that the checkpoint does not have at all (the cross-attention of a new decoder) begins as stock ones do.
     new = {key for key in missing if f"{key.removesuffix(CORRECTION)}.weight" in missing}
     lost = sorted(key for key in {*missing, *mismatched} - new if key.endswith(CORRECTION))
+    path = "The state dict" if path is None else path
     if lost:
+        by, way_out = "", ""
+        if stored is None:
+            by = " by the configuration given with it (it has no config.json)"
+            way_out = " If the weights are those of a stock model, pass spectral_init='additive' or 'preserve'."
         raise ValueError(
-            f"{path} is a conditioned checkpoint, but {len(lost)} correction(s) are missing from it or have the wrong shape, "
-            f"such as {lost[0]}. They are part of the trained function and cannot be recomputed; restore the file from its "
-            "source."
+            f"{path} is a conditioned checkpoint{by}, but {len(lost)} correction(s) are missing from it or have the wrong "
+            f"shape, such as {lost[0]}. They are part of the trained function and cannot be recomputed; restore the file "
+            f"from its source.{way_out}"
         )
     ours = {f"{name}.weight" for name, _ in (*spectral_layers(model), *preconditioned_layers(model))}
     random = sorted(ours & missing)
@@ -115,14 +139,15 @@ def check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> Non
     )
     if random and others:
         raise ValueError(
-            f"{path} is one of {type(model).__name__} by its config.json, but holds {others[0]} and others instead of "
+            f"{path} is one of {type(model).__name__} by its configuration, but holds {others[0]} and others instead of "
             f"{len(random)} weight(s) of its projections, such as {random[0]}, which would be random numbers. Restore "
-            "config.json and the weights from their source; where weights were pruned or parametrized, make them plain "
+            "config.json and the weights from their source. Where a wrapper added a prefix to the names ('module.' of DDP, "
+            "'_orig_mod.' of torch.compile), remove it; where weights were pruned or parametrized, make them plain "
             "(torch.nn.utils.prune.remove, parametrize.remove_parametrizations) and save again."
         )
     if surplus := sorted(key for key in info["unexpected_keys"] if key.endswith(CORRECTION)):
         raise ValueError(
-            f"{path} holds {len(surplus)} correction(s) that its config.json does not mention, such as {surplus[0]} "
+            f"{path} holds {len(surplus)} correction(s) that its configuration does not mention, such as {surplus[0]} "
             f"(spectral_method={model.config.spectral_method!r}, spectral_targets={model.config.spectral_targets}): "
             "one of the two was changed, and the model would compute something else. Restore both from their source."
         )
@@ -133,17 +158,38 @@ def check_corrections_loaded(path: Any, model: Any, info: dict[str, Any]) -> Non
         )
 
 
-def refuse_stray_corrections(path: Any, model: Any, kwargs: Mapping[str, Any]) -> None:
-    """Refuse corrections in the weights of a checkpoint whose config.json is a stock one.
+def loaded_corrections(model: Any) -> list[str]:
+    """The names of the svd corrections that were in the checkpoint, not computed from W; but for offloaded ones."""
+    svd = [
+        name for name, layer in spectral_layers(model) if layer.spectral.method == "svd" and not layer.weight.is_meta
+    ]
+    return [f"{name}{CORRECTION}" for name in svd if f"{name}{CORRECTION}" not in model._computed_corrections]
+
+
+def refuse_stray_corrections(path: Any, found: Iterable[str], stored: Mapping[str, Any] | None) -> None:
+    """Refuse the corrections of a conditioned model in weights that are loaded as those of a stock one.
+
+    Args:
+        path: of the checkpoint.
+        found: names of tensors in it; others than corrections do not matter.
+        stored: its config.json, if it has one.
 
     Raises:
         ValueError: naming one.
     """
-    if stray := stored_corrections(weight_files(path, model.config, kwargs)):
+    stray = sorted(name for name in found if name.endswith(CORRECTION))
+    if not stray:
+        return
+    if stored is None:
         raise ValueError(
-            f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such "
-            f"as {stray[0]}: this config.json was not saved with these weights. Restore it from its source."
+            f"{'The state dict' if path is None else path} holds {len(stray)} correction(s) of a conditioned model, such as "
+            f"{stray[0]}, and would be loaded as the weights of a stock one. Pass the configuration that the model was saved "
+            "with (it has no config.json), without spectral_init."
         )
+    raise ValueError(
+        f"{path} has the config.json of a stock model, and {len(stray)} correction(s) of a conditioned one, such "
+        f"as {stray[0]}: this config.json was not saved with these weights. Restore it from its source."
+    )
 
 
 def verify_corrections(path: Any, model: Any, stored: dict[str, Any] | None, kwargs: Mapping[str, Any]) -> None:
@@ -153,10 +199,18 @@ def verify_corrections(path: Any, model: Any, stored: dict[str, Any] | None, kwa
         ValueError: for a correction that is damaged.
     """
     path = "the given state dict" if path is None else path
+    if model.config.spectral_method != "svd":
+        if stored is None:
+            logger.warning(
+                f"{path}: that these weights were trained with {model.config.describe_conditioning()} is what the given "
+                "configuration says; without a config.json nothing proves it. If they are those of a stock model, pass "
+                "spectral_init."
+            )
+        return
     verified = verify(weight_files(path, model.config, kwargs))
     if verified.checked and not verified.unproved:
         return
-    every = (stored or {}).get("spectral_refresh_every")
+    every = (vars(model.config) if stored is None else stored).get("spectral_refresh_every")
     check_shape(path, spectral_layers(model), verified.coarsest, by_products=every is not None)
     logger.warning(f"The corrections of {path}: {verified.describe()}. save_pretrained adds checksums.")
 

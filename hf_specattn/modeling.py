@@ -34,7 +34,15 @@ from .compat import (
     share_key_conversions,
     was_loaded,
 )
-from .conditioning import CONDITIONED_CLASSES, attach, check_lambda, define_with, set_origin
+from .conditioning import (
+    CONDITIONED_CLASSES,
+    attach,
+    check_lambda,
+    check_range,
+    check_values,
+    define_with,
+    set_origin,
+)
 from .config import PROJECTIONS, SpectralConfig
 from .config_fields import (
     FIELDS,
@@ -58,6 +66,7 @@ from .loading import (
     enter_preconditioner,
     enter_stock_weights,
     is_conditioned_checkpoint,
+    loaded_corrections,
     refuse_stray_corrections,
     refuse_unsupported_loading,
     stored_config,
@@ -324,7 +333,9 @@ class SpectralModelMixin:
                     check_lambda(name, layer.weight, layer.spectral)
                 continue
             if not was_loaded(layer.correction):
+                check_values(name, layer.orient(layer.weight), layer.layout, layer.spectral)
                 recompute(layer)
+                check_range(name, layer)
                 self._computed_corrections = [*self._computed_corrections, f"{name}{CORRECTION}"]
 
     @classmethod
@@ -351,10 +362,10 @@ class SpectralModelMixin:
             ValueError: for settings that contradict a conditioned checkpoint, a lost, misshapen or damaged `correction`,
                 quantization or tensor parallelism.
         """
+        stored = stored_config(pretrained_model_name_or_path, kwargs)
+        conditioned = is_conditioned_checkpoint(stored, config, spectral_init)
         config, kwargs = cls._settle(config, kwargs)
         refuse_unsupported_loading(config, kwargs)
-        stored = stored_config(pretrained_model_name_or_path, kwargs)
-        conditioned = is_conditioned_checkpoint(stored, spectral_init)
         check_init(spectral_init, conditioned, config, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
         with _within(_loading_stock_weights, not conditioned):
@@ -364,13 +375,12 @@ class SpectralModelMixin:
         if conditioned and stored is not None:  # the configuration may have come from elsewhere
             refuse_other_settings(stored, {name: getattr(model.config, name, None) for name in FIELDS})
         if conditioned:
-            check_corrections_loaded(pretrained_model_name_or_path, model, info)
-            if model.config.spectral_method == "svd":
-                verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
+            check_corrections_loaded(pretrained_model_name_or_path, model, info, stored)
+            verify_corrections(pretrained_model_name_or_path, model, stored, kwargs)
             set_origin(model, model.config.name_or_path)
         else:
-            if stored is not None:
-                refuse_stray_corrections(pretrained_model_name_or_path, model, kwargs)
+            stray = [*info["unexpected_keys"], *loaded_corrections(model)]
+            refuse_stray_corrections(pretrained_model_name_or_path, stray, stored)
             enter_stock_weights(model, spectral_init or "additive")
             enter_preconditioner(model)
         return (model, info) if with_info else model
@@ -380,9 +390,16 @@ class SpectralModelMixin:
 
         Raises:
             ValueError: if a conditioned projection was replaced, or layers differ: the checkpoint would be of another
-                function.
+                function. Also for a `state_dict` with weights and not their corrections: it could not be loaded.
         """
         refuse_replaced(self)  # type: ignore[arg-type]
+        state = kwargs.get("state_dict", args[2] if len(args) > 2 else None) or {}
+        for name, layer in spectral_layers(self):  # type: ignore[arg-type]
+            if layer.spectral.method == "svd" and f"{name}.weight" in state and f"{name}{CORRECTION}" not in state:
+                raise ValueError(
+                    f"The state_dict to be saved has the weight of {name} and not its correction, which is part of the "
+                    "trained function. Pass all of model.state_dict(), or no state_dict."
+                )
         if not adapted_layers(self):  # type: ignore[arg-type]  # then transformers saves the adapters alone
             self._configure_by_layers()
         add_metadata_on_save(with_checksums, order_metadata)

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -229,6 +230,17 @@ def test_a_state_dict_in_memory_without_its_corrections_is_refused(stock_checkpo
     assert_bit_equal(loaded.state_dict(), model.state_dict())
 
 
+def test_a_state_dict_without_corrections_is_not_saved(stock_checkpoint, tmp_path):
+    model = conditioned(BERT, stock_checkpoint(BERT))
+    weights = {name: value for name, value in model.state_dict().items() if not name.endswith(".correction")}
+    with pytest.raises(ValueError, match=r"weight of encoder.layer.0.attention.self.query and not its correction"):
+        model.save_pretrained(tmp_path, state_dict=weights)
+    assert not list(tmp_path.iterdir())
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, state)
+    assert_bit_equal(AutoModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
+
+
 @each_method
 def test_classes_by_name(method, stock_checkpoint, tmp_path):
     path = stock_checkpoint(BERT, "AutoModelForMaskedLM")
@@ -440,6 +452,20 @@ def test_training_may_go_on_with_another_interval(trained, stock_checkpoint, tmp
     static = AutoModel.from_pretrained(tmp_path, spectral_refresh_every=None)
     assert static.config.spectral_refresh_every is None
     assert_bit_equal(static.state_dict(), model.state_dict())
+
+
+def test_stock_weights_without_a_correction_are_refused(tmp_path):
+    model = BERT.model()
+    model.encoder.layer[1].attention.self.key.weight.data[8:16].zero_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer.1.attention.self.key is zero in key \(head 1\)"):
+        conditioned(BERT, tmp_path, spectral_granularity="head")
+    key = conditioned(BERT, tmp_path).encoder.layer[1].attention.self.key
+    assert np.linalg.cond(key.effective_weight().detach().numpy()) == pytest.approx(2)
+    model.encoder.layer[1].attention.self.key.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layer.1.attention.self.key has nan or inf"):
+        conditioned(BERT, tmp_path)
 
 
 # --- corrections that were lost --------------------------------------------------------------------------------------
@@ -896,6 +922,6 @@ def test_weights_of_another_type_are_no_conditioned_checkpoint(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(file.read_text().replace("specattn_bert", "specattn_gpt2"))
     with pytest.raises(
-        ValueError, match=r"is one of SpecGPT2Model by its config.json, but holds embeddings.*random numbers"
+        ValueError, match=r"is one of SpecGPT2Model by its configuration, but holds embeddings.*random numbers"
     ):
         AutoModel.from_pretrained(tmp_path)
