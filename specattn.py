@@ -385,6 +385,23 @@ def expand_home(words: Sequence[str]) -> list[str]:
     return expanded
 
 
+def check_words(words: Sequence[str]) -> None:
+    """Refuse words that are empty, or no UTF-8: safetensors opens no such file, and no record or card can name it.
+
+    Raises:
+        UsageError: naming the word.
+    """
+    if "" in words:
+        raise UsageError("an argument is empty (an unset variable of the shell?); the current folder is called '.'.")
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UsageError(
+                f"{word!a} is not UTF-8: rename it, or choose another name. If it is, the locale is not: set LC_ALL=C.UTF-8."
+            ) from None
+
+
 def explain(error: Exception) -> str:
     """What the user is told about an error from any source; our own messages already say what to do."""
     from huggingface_hub.errors import LocalTokenNotFoundError
@@ -422,6 +439,7 @@ def main() -> None:
     tolerate_output()
     sys.argv[1:] = expand_home(sys.argv[1:])
     try:
+        check_words(sys.argv[1:])
         raise SystemExit(app(prog_name="specattn", standalone_mode=False) or 0)
     except UsageError as error:
         usage, program = (error.ctx.get_usage(), error.ctx.command_path) if error.ctx else ("", "specattn")

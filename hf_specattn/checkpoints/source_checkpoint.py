@@ -294,7 +294,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(f"{file} is damaged: {error}. Restore it from its source.") from error
     if not isinstance(content, dict):
         raise SourceError(f"{file} is damaged: it holds a {type(content).__name__}, not an object.")
@@ -380,9 +380,20 @@ def _open_shards(
         for name, dtype in stored.items():
             if dtype in QUANTIZED_DTYPES or (dtype in INTEGER_DTYPES and name.endswith(".weight")):
                 raise SourceError(_quantized(file, f"{name} is stored as {dtype}"))
+            _refuse_no_floats(file, name, dtype in FLOAT_DTYPES, dtype)
+            if other := next((each for each, names in present.items() if name in names), None):
+                raise SourceError(
+                    f"{file} and {other} both hold {name}, and which one counts is left open. Restore both from their source."
+                )
         dtypes |= {dtype: FLOAT_DTYPES[dtype] for dtype in stored.values() if dtype in FLOAT_DTYPES}
         present[shard] = tuple(sorted(stored))
     return present, dtypes
+
+
+def _refuse_no_floats(file: Path, name: str, are_floats: bool, dtype: Any) -> None:
+    """Refuse a weight that loading would cast, and so change."""
+    if not are_floats and name.endswith(".weight"):
+        raise SourceError(f"{file} is damaged: {name} is stored as {dtype}. Restore it from its source.")
 
 
 def _open_pickles(
@@ -397,6 +408,8 @@ def _open_pickles(
         except Exception as error:  # whatever unpickling meets
             raise SourceError(f"{file} cannot be read with weights_only: {str(error).splitlines()[0]}") from error
         tensors = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
+        for name, value in tensors.items():
+            _refuse_no_floats(file, name, value.is_floating_point(), value.dtype)
         dtypes |= {str(value.dtype): value.dtype for value in tensors.values() if value.is_floating_point()}
         present[shard] = tuple(sorted(tensors))
     return present, dtypes

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -512,6 +513,21 @@ def test_folders_are_written_to_first(specattn, source, tmp_path, monkeypatch):
     assert (status, "--card-dir" in wrong and "is a file, not a folder" in wrong) == (1, True)
     status, _, wrong = specattn("convert", source, tmp_path / "file" / "a")
     assert (status, "The folder of DST," in wrong) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("", "an argument is empty"), (os.fsdecode(b"new\xff"), r"'new\udcff' is not UTF-8: rename it")],
+)
+def test_names_that_no_file_could_be_written_under_are_refused_first(
+    word, message, specattn, source, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for command in (("convert", source, word, "--overwrite"), ("inspect", word)):
+        code, out, err = specattn(*command)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_not_utf8_ends_no_command(source, tmp_path):

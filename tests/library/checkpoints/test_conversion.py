@@ -264,14 +264,14 @@ def without_a_projection(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def eight_bits(folder):
-    weights = load_file(folder / "model.safetensors")
-    name = "encoder.layer.1.attention.self.value.weight"
-    save_file(
-        {**weights, name: weights[name].to(torch.float8_e4m3fn)},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+def stored_as(dtype):
+    def store(folder):
+        weights = load_file(folder / "model.safetensors")
+        name = "encoder.layer.1.attention.self.value.weight"
+        weights[name] = weights[name].to(dtype)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return store
 
 
 def adapter(folder):
@@ -292,7 +292,11 @@ DAMAGE = {
         edited_config(quantization_config={"quant_method": "bitsandbytes"}),
         "method 'bitsandbytes'.*not supported",
     ),
-    "float8": (eight_bits, "value.weight is stored as F8_E4M3.*not supported"),
+    "float8": (stored_as(torch.float8_e4m3fn), "value.weight is stored as F8_E4M3.*not supported"),
+    "integers": (stored_as(torch.int64), "damaged: .*value.weight is stored as I64"),
+    "complex": (stored_as(torch.complex64), "damaged: .*value.weight is stored as C64"),
+    "truth values": (stored_as(torch.bool), "damaged: .*value.weight is stored as BOOL"),
+    "deep config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "config.json is damaged"),
     "no architectures": (edited_config(architectures=None), '"architectures".*is None'),
     "unknown class": (edited_config(architectures=["MyModel"]), r"MyModel.*architecture=AttentionSpec"),
     "no model type": (edited_config(model_type=None), "names no model_type"),
@@ -310,7 +314,18 @@ def test_a_bad_source_is_refused(name, bert, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "lost tensor"])
+def test_a_pickle_of_integers_is_refused(bert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bert, source)
+    weights = load_file(source / "model.safetensors")
+    weights["encoder.layer.1.attention.self.value.weight"] = torch.ones(32, 32, dtype=torch.int64)
+    (source / "model.safetensors").unlink()
+    torch.save(weights, source / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=r"value.weight is stored as torch.int64"):
+        convert(str(source), tmp_path / "new", SpectralConfig(), options=Options(allow_pickle=True))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "lost tensor", "tensor of another"])
 def test_a_damaged_shard_is_named(damage, sharded, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(sharded, source)
@@ -319,6 +334,10 @@ def test_a_damaged_shard_is_named(damage, sharded, tmp_path):
         shard.unlink()
     elif damage == "truncated":
         shard.write_bytes(shard.read_bytes()[:-1])
+    elif damage == "tensor of another":
+        first = load_file(sorted(source.glob("*.safetensors"))[0])
+        name = next(iter(first))
+        save_file({**load_file(shard), name: first[name] + 1}, shard, metadata={"format": "pt"})
     else:
         weights = load_file(shard)
         weights.popitem()
