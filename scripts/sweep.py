@@ -148,6 +148,9 @@ class SweepArguments:
     seeds: list[int] | None = field(default=None, metadata={"help": "Of every arm of the grid (0)."})
 
 
+# What every run has from its sweep, and what makes a stock model another: `--` cannot give it.
+OF_EVERY_RUN = {"--seed", "--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}
+CONDITIONING = {"--spectral_conditioning", "--attention_preconditioner"}
 GRID_FLAGS = (*(item.name for item in fields(GridValues)), "script", "seeds")
 
 
@@ -178,6 +181,7 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
             raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
         sweep = ALL_SWEEPS[name](arguments.scale, SCRIPTS)
         sweep = replace(sweep, common=(*sweep.common, *behind))
+    refuse_contradictions(sweep, behind)
     if name in LRA_SWEEPS:
         sweep = with_data(sweep, arguments.lra_data or [])
     elif arguments.lra_data is not None:
@@ -193,6 +197,23 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
             )
         sweep = replace(sweep, seeds=sweep.seeds[: arguments.num_seeds])
     return sweep
+
+
+def refuse_contradictions(sweep: Sweep, behind: Sequence[str]) -> None:
+    """Refuse flags for every run that the sweep sets itself: for some runs they would do nothing, or undo what these are.
+
+    Raises:
+        SweepError: naming one.
+    """
+    own = {word for part in (*sweep.settings, *sweep.variants, *sweep.tunings) for word in part.flags}
+    for word in behind:
+        name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        named = {name, f"{name}_", name.replace("--seeds", "--seed")}
+        if name.startswith("--") and named & (own | OF_EVERY_RUN | CONDITIONING):
+            raise SweepError(
+                f"{word} is for every run, but {sweep.name} sets it for some or all of them. Leave it out"
+                f"{'; a grid takes --seeds, --methods and others before the `--`' if sweep.name == 'grid' else ''}."
+            )
 
 
 def build_grid(arguments: SweepArguments, behind: Sequence[str]) -> Sweep:

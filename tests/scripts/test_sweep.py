@@ -176,6 +176,18 @@ def test_the_costs_are_those_of_the_models(sweep, capsys):
         (["grid", "--num_parallel", "0"], "--num_parallel 0"),
         (["table5", "--glue_data", "glue"], "--glue_data: of table4; leave it out of table5"),
         (["table4", "--glue_data", "nowhere"], r"nowhere.*CoLA.*train\.tsv"),
+        (["grid", "--seeds", "0", "1", "0"], "seeds 0 of grid stand twice"),
+        (["table5", "--num_seeds", "0"], "--num_seeds 0: table5 has 5 seed"),
+        (["grid", "--", "--seed", "3"], "--seed is for every run, but grid sets it.*--seeds"),
+        (["table5", "--", "--output-dir=x"], "--output-dir=x is for every run, but table5 sets it"),
+        (["table5", "--", "--spectral_conditioning"], "--spectral_conditioning is for every run, but table5 sets it"),
+        (
+            ["grid", "--methods", "stock", "--attention_preconditioner", "row"],
+            "--attention_preconditioner is for every",
+        ),
+        (["grid", "--methods", "svd", "--", "--spectral_method", "identity"], "--spectral_method is for every run"),
+        (["table5", "--", "--lambda", "3"], "--lambda is for every run, but table5 sets it"),
+        (["residual_free", "--", "--num_hidden_layers", "2"], "--num_hidden_layers is for every run"),
     ],
 )
 def test_what_is_refused(sweep, argv, message, tmp_path):

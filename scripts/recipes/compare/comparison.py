@@ -1,6 +1,7 @@
 """Finished runs side by side: reading them, grouping them by settings, paired differences over seeds."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -289,6 +290,10 @@ def read_run(directory: str | Path) -> Run:
     for part, names in needed.items():
         if missing := [name for name in names if name not in getattr(record, part)]:
             raise ComparisonError(f"{file} has no {', '.join(missing)} among its {part}: no record of a training run.")
+    if wrong := [name for name in ("step", "validation_loss") if not is_finite(record.final[name])]:
+        raise ComparisonError(
+            f"{file} has the final {wrong[0]} {record.final[wrong[0]]!r}: the run diverged, or the file was edited."
+        )
     if not {f"{unit}_per_step" for unit in METRICS} & set(record.facts):
         raise ComparisonError(f"{file} has no tokens_per_step among its facts: no record of a training run.")
     try:
@@ -296,6 +301,11 @@ def read_run(directory: str | Path) -> Run:
     except ValueError as error:
         raise ComparisonError(f"{file} records spectral settings that do not exist: {error}") from error
     return Run(directory, record.arguments["seed"], spectral, deciding_settings(record), record)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number, and neither nan nor infinite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def deciding_settings(record: RunMetrics) -> dict[str, Any]:

@@ -145,6 +145,14 @@ def test_refuses_a_record_of_something_else(write_run):
         read_run(folder)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), None, "2.5", True])
+def test_refuses_a_result_that_is_no_number(write_run, loss):
+    folder = write_run("a")
+    edit(folder, lambda record: record["final"].update(validation_loss=loss))
+    with pytest.raises(ComparisonError, match=rf"a/metrics\.json has the final validation_loss {loss!r}: the run div"):
+        read_run(folder)
+
+
 def test_refuses_spectral_settings_that_do_not_exist(write_run):
     folder = write_run("a", spectral_conditioning=True, lambda_="-1")
     with pytest.raises(ComparisonError, match=r"a/metrics\.json records spectral settings.*lambda_=-1"):

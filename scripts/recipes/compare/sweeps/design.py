@@ -117,6 +117,10 @@ class Sweep:
             raise SweepError(f"{self.name} compares with {', '.join(missing)}, which is none of its variants.")
         if not (self.settings and self.variants and self.seeds):
             raise SweepError(f"{self.name} has no run: give at least one setting, variant and seed.")
+        if repeated_seeds := sorted({seed for seed in self.seeds if self.seeds.count(seed) > 1}):
+            raise SweepError(
+                f"The seeds {', '.join(map(str, repeated_seeds))} of {self.name} stand twice; leave one out."
+            )
         if common := sorted(set(self.seeds) & set(self.tuning_seeds)):
             raise SweepError(
                 f"The seeds {', '.join(map(str, common))} tune and report: a choice would be judged by what it was made from."

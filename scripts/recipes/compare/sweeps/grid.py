@@ -55,7 +55,7 @@ def grid_sweep(values: GridValues, script: Path, seeds: Sequence[int], common: S
         SweepError: for an unknown value, and for an empty or repeating list.
     """
     _check(values)
-    settings = [Setting(model or "default model", tuple(shlex.split(model))) for model in values.models]
+    settings = [Setting(model or "default model", _words(model)) for model in values.models]
     variants = []
     starts = itertools.product(values.layer_norm, values.projection_inits, values.initialization_scales)
     for norm, init, scale in starts:
@@ -86,6 +86,21 @@ def _check(values: GridValues) -> None:
     for targets in values.targets:
         if not set(targets.split(",")) <= set(TARGETS):
             raise SweepError(f"--targets {targets}: names of {', '.join(TARGETS)}, joined by commas.")
+
+
+def _words(model: str) -> Flags:
+    try:
+        return tuple(shlex.split(model))
+    except ValueError as error:
+        raise SweepError(f"--models {model!r}: {error}; write the flags as in a shell.") from error
+
+
+def _strength(lambda_: str | None) -> float | None:
+    """A lambda for the picture; None for what is not one number, which the script's parser judges."""
+    try:
+        return None if lambda_ is None else float(lambda_)
+    except ValueError:
+        return None
 
 
 def _start(norm: str, init: str, scale: float) -> tuple[str, Flags]:
@@ -127,5 +142,4 @@ def _corrections(values: GridValues) -> Iterator[tuple[str, Flags, float | None]
             if granularity != "projection":
                 words.append("per head")
                 flags += ["--spectral_granularity", granularity]
-            number = None if strength is None or "=" in strength else float(strength)
-            yield ", ".join(words), tuple(flags), number
+            yield ", ".join(words), tuple(flags), _strength(strength)

@@ -113,13 +113,18 @@ def run_all(
     try:
         while waiting or running:
             while waiting and slots:
-                run, slot = waiting.pop(0), slots.pop(0)
+                run = waiting.pop(0)
+                if run.finished(runs_dir) is not None:  # by another sweep meanwhile
+                    bar.update()
+                    continue
+                slot = slots.pop(0)
                 gpu = slot % machine.gpus if machine.gpus else None
                 arguments = (run, runs_dir, machine.threads, gpu)
                 process = context.Process(target=train or _train, args=arguments)
                 process.start()
                 running[process] = (run, slot)
-            wait([process.sentinel for process in running])
+            if running:
+                wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
                 process.join()
                 run, slot = running.pop(process)

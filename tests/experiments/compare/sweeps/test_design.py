@@ -79,5 +79,7 @@ def test_what_no_design_can_be():
         replace(SWEEP, variants=(Variant("stock"), Variant("other", control="nobody")))
     with pytest.raises(SweepError, match="compares with nobody, which is none"):
         replace(SWEEP, second_references=("nobody",))
+    with pytest.raises(SweepError, match="seeds 3 of example stand twice"):
+        replace(SWEEP, seeds=(3, 4, 3))
     with pytest.raises(SweepError, match="has no run"):
         replace(SWEEP, seeds=())

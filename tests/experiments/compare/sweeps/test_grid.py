@@ -67,8 +67,16 @@ def test_models_are_flags():
         ({"targets": ("query,out",)}, "--targets query,out: names of query, key, value"),
         ({"lambdas": ()}, "--lambdas has no value"),
         ({"lambdas": ("1", "1")}, "--lambdas 1 1: a value stands twice"),
+        ({"models": ("--timm_model 'deit",)}, "--models .*No closing quotation"),
     ],
 )
 def test_values_that_do_not_exist(values, message):
     with pytest.raises(SweepError, match=message):
         variants_of(**values)
+
+
+def test_a_lambda_that_is_not_one_number_is_for_the_script_to_judge():
+    found = variants_of(methods=("identity",), lambdas=("auto", "0.5", "query=1,key=2,value=3", "ten"))
+    variants = list(found.values())
+    assert [variant.strength for variant in variants] == [None, 0.5, None, None]
+    assert [variant.flags[-1] for variant in variants] == ["auto", "0.5", "query=1,key=2,value=3", "ten"]

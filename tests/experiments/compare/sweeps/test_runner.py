@@ -61,6 +61,17 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert record.seed == 1
 
 
+def train_with_another_sweep(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> None:
+    """Stands in for a training script, and for another sweep over the same folder, which is one run ahead."""
+    for each in (run, planned("b")):
+        train(each, runs_dir, threads, gpu)
+
+
+def test_what_another_sweep_finished_meanwhile_is_not_run_again(tmp_path):
+    assert run_all([planned("a"), planned("b")], tmp_path, ONE, train=train_with_another_sweep) == []
+    assert [line.split()[0] for line in (tmp_path / "order.txt").read_text().splitlines()] == ["a", "b"]
+
+
 def test_failures_are_returned_and_the_others_run(tmp_path):
     runs = [planned("failing"), planned("a"), planned("recordless")]
     assert run_all(runs, tmp_path, ONE, train=train) == [planned("failing"), planned("recordless")]
