@@ -205,7 +205,8 @@ def refuse_contradictions(sweep: Sweep, behind: Sequence[str]) -> None:
     Raises:
         SweepError: naming one.
     """
-    own = {word for part in (*sweep.settings, *sweep.variants, *sweep.tunings) for word in part.flags}
+    parts: list[Any] = [*sweep.settings, *sweep.variants, *sweep.tunings]
+    own = {word for part in parts for word in part.flags}
     for word in behind:
         name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
         named = {name, f"{name}_", name.replace("--seeds", "--seed")}
