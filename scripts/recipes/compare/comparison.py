@@ -278,8 +278,10 @@ def read_run(directory: str | Path) -> Run:
         content = json.loads(file.read_text(encoding="utf-8"))
         known = {item.name: content[item.name] for item in fields(RunMetrics) if item.name in content}
         record = RunMetrics(**known)
-    except (ValueError, TypeError) as error:  # no JSON, or JSON of something else
+    except (ValueError, TypeError, RecursionError) as error:  # no JSON, or JSON of something else
         raise ComparisonError(f"{file} is damaged or no record of a run: {error}.") from error
+    if damage := _damage(record):
+        raise ComparisonError(f"{file} is damaged or no record of a run: {damage}.")
     if not record.final:
         raise ComparisonError(f"{file} has no final result: the run is unfinished. Let it end, or leave it out.")
     needed = {
@@ -290,17 +292,38 @@ def read_run(directory: str | Path) -> Run:
     for part, names in needed.items():
         if missing := [name for name in names if name not in getattr(record, part)]:
             raise ComparisonError(f"{file} has no {', '.join(missing)} among its {part}: no record of a training run.")
-    if wrong := [name for name in ("step", "validation_loss") if not is_finite(record.final[name])]:
-        raise ComparisonError(
-            f"{file} has the final {wrong[0]} {record.final[wrong[0]]!r}: the run diverged, or the file was edited."
-        )
+    results = {metric.final_key or metric.key for metrics in METRICS.values() for metric in metrics.values()}
+    for name in ("step", *sorted(results & record.final.keys())):
+        if not is_finite(record.final[name]):
+            raise ComparisonError(
+                f"{file} has the final {name} {record.final[name]!r}: the run diverged, or the file was edited."
+            )
     if not {f"{unit}_per_step" for unit in METRICS} & set(record.facts):
         raise ComparisonError(f"{file} has no tokens_per_step among its facts: no record of a training run.")
     try:
         spectral = spectral_label(record)
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ComparisonError(f"{file} records spectral settings that do not exist: {error}") from error
     return Run(directory, record.arguments["seed"], spectral, deciding_settings(record), record)
+
+
+def _damage(record: RunMetrics) -> str | None:
+    """What in a record is not as a run writes it; None if nothing is."""
+    for part in ("arguments", "facts", "final"):
+        if not isinstance(getattr(record, part), dict):
+            return f"{part} is no object"
+    for part in ("history", "validation"):
+        entries = getattr(record, part)
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and "step" in entry for entry in entries):
+            return f"{part} is no list of steps"
+    speeds = {f"{unit}_per_second" for unit in METRICS}
+    if not all("train_loss" in entry and speeds & entry.keys() for entry in record.history):
+        return "history has a step without its loss or speed"
+    if not isinstance(seed := record.arguments.get("seed", 0), int):
+        return f"seed {seed!r} is no integer"
+    if not isinstance(fingerprint := record.facts.get("validation_fingerprint", ""), str):
+        return f"validation_fingerprint {fingerprint!r} is no text"
+    return None
 
 
 def is_finite(value: Any) -> bool:

@@ -118,7 +118,9 @@ def test_refuses_a_folder_without_a_record(tmp_path):
         read_run(tmp_path)
 
 
-@pytest.mark.parametrize("content", ['{"arguments": ', "{}", "[]", '"text"'])
+@pytest.mark.parametrize(
+    "content", ['{"arguments": ', "{}", "[]", '"text"', "[" * 100_000], ids=lambda text: text[:12]
+)
 def test_refuses_a_damaged_record(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
     with pytest.raises(ComparisonError, match=r"metrics\.json is damaged or no record of a run"):
@@ -142,6 +144,27 @@ def test_refuses_a_record_of_something_else(write_run):
     folder = write_run("a")
     edit(folder, lambda record: record.update(facts={}))
     with pytest.raises(ComparisonError, match="has no validation_fingerprint among its facts"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arguments": ["seed"]}, "arguments is no object"),
+        ({"facts": "validation_fingerprint tokens_per_step"}, "facts is no object"),
+        ({"final": "step validation_loss"}, "final is no object"),
+        ({"history": None}, "history is no list of steps"),
+        ({"history": [1]}, "history is no list of steps"),
+        ({"history": [{"step": 1, "train_loss": 1.0}]}, "history has a step without its loss or speed"),
+        ({"validation": [{}]}, "validation is no list of steps"),
+        ({"arguments": {"seed": "0"}}, "seed '0' is no integer"),
+        ({"facts": {"validation_fingerprint": [1]}}, r"validation_fingerprint \[1\] is no text"),
+    ],
+)
+def test_refuses_a_record_of_another_form(write_run, change, message):
+    folder = write_run("a")
+    edit(folder, lambda record: record.update(change))
+    with pytest.raises(ComparisonError, match=rf"a/metrics\.json is damaged or no record of a run: {message}"):
         read_run(folder)
 
 
