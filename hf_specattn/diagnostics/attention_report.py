@@ -35,6 +35,7 @@ PAGE = "report.html"
 
 # The paper's stock ViT-B heads are at about 1e2 to 1e3; above that, float32 products lose half of their digits.
 LARGE_KAPPA = 1e3
+WITHOUT_CHOICE = 1 + 1e-4
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class JacobianRow:
     rank: int | None
     shape: tuple[int, int]
     indicator: Indicator
+
+    @property
+    def without_choice(self) -> bool:
+        """Whether query and key change nothing: then J is that of the values, the same at every token, and its kappa is 1."""
+        return self.kappa < WITHOUT_CHOICE and self.rank is not None and self.rank < min(self.shape)
 
 
 @dataclass(frozen=True)
@@ -282,6 +288,12 @@ def verdicts(diagnosis: Diagnosis) -> list[str]:
             f"The attention is preconditioned, {reports[0].preconditioner.describe()} ({SOURCE}): on this input the "
             f"condition number of a head's output grew in {grew} of {heads} heads. The Jacobians are those of the "
             "outputs before it."
+        )
+    if dead := [row for row in diagnosis.jacobians if row.without_choice]:
+        found.append(
+            f"The Jacobian has condition number 1 in {len(dead)} of {len(diagnosis.jacobians)} heads (first in layer "
+            f"{dead[0].layer}), which is not good: query and key change nothing there. Either all tokens have become the "
+            "same vector, as in deep models without residual connections, or query and key are zero."
         )
     if any(row.is_lower_bound for row in diagnosis.jacobians):
         found.append("The conditioning of some Jacobians is too bad to be resolved; their numbers are lower bounds.")

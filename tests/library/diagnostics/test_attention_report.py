@@ -309,6 +309,19 @@ def test_singular_heads_are_marked_in_the_heat_map():
     assert lines["value: W"][1][1] < -10
 
 
+def test_equal_tokens_are_no_success():
+    model, batch = BERT.model(), BERT.batch()
+    verdict = "query and key change nothing there"
+    assert verdict not in " ".join(diagnose(model, batch).as_dict()["verdicts"])
+    model.embeddings.position_embeddings.weight.data.zero_()
+    ids = torch.ones_like(batch["input_ids"])
+    found = diagnose(model, {"input_ids": ids}, jacobian_heads=2)
+    assert [row.kappa for row in found.jacobians] == pytest.approx([1.0] * 2 * BERT.layers)
+    assert f"1 in {2 * BERT.layers} of {2 * BERT.layers} heads (first in layer 0)" in " ".join(
+        found.as_dict()["verdicts"]
+    )
+
+
 def test_a_preconditioned_model(tmp_path):
     model = BERT.model()
     precondition(model, PreconditionerConfig())

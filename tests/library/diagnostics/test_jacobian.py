@@ -159,6 +159,19 @@ def test_roundoff_of_float32_inputs_is_no_rank():
     assert jacobian_spectrum(single).kappa == pytest.approx(jacobian_spectrum(case.head()).kappa, rel=1e-4)
 
 
+@pytest.mark.parametrize("case", [HeadCase(7, 12, 4), HeadCase(7, 12, 4, bias=True, mask="causal")], ids=identity_of)
+def test_equal_tokens_have_the_best_condition_number(case):
+    """Every attention averages equals, so only W_V matters, alike at each of the 7 tokens."""
+    head = case.head()
+    head = replace(head, x=head.x[:1].expand(7, 12).clone())
+    sigma = dense_singular_values(head)
+    found = jacobian_spectrum(head)
+    assert (found.rank, found.kappa) == (4, pytest.approx(1, rel=1e-12))
+    assert found.sigma_max == pytest.approx(sigma[0], rel=1e-12)
+    assert sigma[3] == pytest.approx(sigma[0], rel=1e-12)
+    assert found.sigma_max == pytest.approx(math.sqrt(7) * head.x[0].norm().item(), rel=1e-12)
+
+
 def test_one_token():
     """Its softmax is constant: only W_V matters, and J is x times the identity."""
     head = HeadCase(1, 5, 3).head()
