@@ -217,9 +217,10 @@ def _check_projections(source: Source, model: Any, missing: set[str]) -> None:
         for name in ("weight", "correction"):
             tensor = getattr(item.module, name, None)
             if tensor is not None and not torch.isfinite(tensor).all():
+                cast = "" if tensor.dtype == source.dtype else f" as {tensor.dtype}, which may be too narrow (--dtype)"
                 raise SourceError(
-                    f"{source.name}: {item.name}.{name} has nan or inf entries. Restore the weights from their source, or go "
-                    "back to a checkpoint before the training diverged."
+                    f"{source.name}: {item.name}.{name} has nan or inf entries{cast}. Restore the weights from their source, "
+                    "or go back to a checkpoint before the training diverged."
                 )
     lost = sorted(missing & {f"{item.name}.weight" for item in projections})
     if lost:

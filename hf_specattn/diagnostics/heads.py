@@ -133,7 +133,9 @@ def _float64(name: str, tensor: Tensor) -> Tensor:
     tensor = to_dtype(tensor.detach(), torch.float64)
     broken = tensor.isnan() if name == "mask" else ~tensor.isfinite()
     if broken.any():
-        raise ValueError(f"{name} of the attention head has nan or inf entries.")
+        raise ValueError(
+            f"{name} of the attention head has nan or inf entries. Check the weights of the model and its inputs."
+        )
     return tensor
 
 

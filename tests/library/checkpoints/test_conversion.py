@@ -314,6 +314,18 @@ def test_a_bad_source_is_refused(name, bert, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_weights_beyond_the_dtype_asked_for_are_refused_as_such(bert, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bert, source)
+    weights = load_file(source / "model.safetensors")
+    weights["encoder.layer.1.attention.self.value.weight"][0, 0] = 1e6
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        SourceError, match=r"value.weight has nan or inf entries as torch.float16.*too narrow \(--dtype\)"
+    ):
+        convert(str(source), tmp_path / "new", SpectralConfig(), options=Options(dtype=torch.float16))
+
+
 def test_a_pickle_of_integers_is_refused(bert, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(bert, source)
