@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -92,8 +93,8 @@ def run_all(
 ) -> list[PlannedRun]:
     """Run what has not come to its end yet, in the order given, and return those that failed.
 
-    A run that was interrupted goes on from its newest checkpoint. An interruption of this function ends the runs by SIGTERM,
-    at which they save a checkpoint.
+    A run that was interrupted goes on from its newest checkpoint; one that another sweep trains at the moment is waited for.
+    An interruption of this function ends the runs by SIGTERM, at which they save a checkpoint.
 
     Args:
         runs: To run; repeated ones run once.
@@ -113,18 +114,13 @@ def run_all(
     try:
         while waiting or running:
             while waiting and slots:
-                run = waiting.pop(0)
-                if run.finished(runs_dir) is not None:  # by another sweep meanwhile
-                    bar.update()
-                    continue
-                slot = slots.pop(0)
+                run, slot = waiting.pop(0), slots.pop(0)
                 gpu = slot % machine.gpus if machine.gpus else None
                 arguments = (run, runs_dir, machine.threads, gpu)
                 process = context.Process(target=train or _train, args=arguments)
                 process.start()
                 running[process] = (run, slot)
-            if running:
-                wait([process.sentinel for process in running])
+            wait([process.sentinel for process in running])
             for process in [process for process in running if not process.is_alive()]:
                 process.join()
                 run, slot = running.pop(process)
@@ -143,8 +139,12 @@ def run_all(
 
 
 def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     directory = run.directory(runs_dir)
     directory.mkdir(parents=True, exist_ok=True)
+    _lock_held = _lock(directory)  # until this process ends
+    if run.finished(runs_dir) is not None:  # by another sweep, since this one looked
+        return
     # A run that was killed may leave a saved model and neither a checkpoint nor a record: it starts over.
     arguments = run.arguments(runs_dir, anew=not list_checkpoints(directory))
     write_bytes(directory / COMMAND_FILE, (shlex.join(["python", str(run.script), *arguments]) + "\n").encode())
@@ -154,9 +154,21 @@ def _train(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> No
     os.environ["CUDA_VISIBLE_DEVICES"] = "" if gpu is None else _device(gpu)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = [str(run.script), *arguments]
     runpy.run_path(str(run.script), run_name="__main__")
+
+
+def _lock(directory: Path) -> FileLock:
+    """Wait until no other sweep trains a run: its result is this one's, too."""
+    lock = FileLock(directory.with_name(f".{directory.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning(f"Another sweep trains {directory}; waiting for it.")
+        lock.acquire()
+    except NotImplementedError:  # of a file system without locks, where the script warns
+        pass
+    return lock
 
 
 def _end_with_parent() -> None:

@@ -61,15 +61,28 @@ def test_finished_runs_are_not_run_again(tmp_path):
     assert record.seed == 1
 
 
-def train_with_another_sweep(run: PlannedRun, runs_dir: Path, threads: int, gpu: int | None) -> None:
-    """Stands in for a training script, and for another sweep over the same folder, which is one run ahead."""
-    for each in (run, planned("b")):
-        train(each, runs_dir, threads, gpu)
+SCRIPT = """
+import shutil, sys, time
+folder = sys.argv[sys.argv.index("--output_dir") + 1]
+open("{root}/trained.txt", "a").write("once\\n")
+time.sleep(1)
+shutil.copy("{root}/metrics.json", folder)
+"""
 
 
-def test_what_another_sweep_finished_meanwhile_is_not_run_again(tmp_path):
-    assert run_all([planned("a"), planned("b")], tmp_path, ONE, train=train_with_another_sweep) == []
-    assert [line.split()[0] for line in (tmp_path / "order.txt").read_text().splitlines()] == ["a", "b"]
+def test_two_sweeps_at_once_train_a_run_once(tmp_path):
+    write_image_record(tmp_path, 0, [0.5])
+    (tmp_path / "train.py").write_text(SCRIPT.format(root=tmp_path))
+    run = PlannedRun(tmp_path / "train.py", "a", (), 0)
+    context = multiprocessing.get_context("forkserver")
+    processes = [context.Process(target=runner._train, args=(run, tmp_path / "runs", 1, None)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert (tmp_path / "trained.txt").read_text() == "once\n"
+    assert run.finished(tmp_path / "runs") is not None
 
 
 def test_failures_are_returned_and_the_others_run(tmp_path):
