@@ -206,8 +206,14 @@ def _model_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -
 
 
 def _stock_from_pretrained(
-    original: Any, cls: Any, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    original: Any,
+    cls: Any,
+    pretrained_model_name_or_path: Any,
+    *args: Any,
+    output_loading_info: bool = False,
+    **kwargs: Any,
 ) -> Any:
+    path = pretrained_model_name_or_path  # which others name
     model, info = original(cls, path, *args, output_loading_info=True, **kwargs)
     if any(name.endswith(CORRECTION) for name in info["unexpected_keys"]):
         refuse_stray_corrections(path, info["unexpected_keys"], stored_config(path, kwargs))

@@ -115,6 +115,7 @@ def test_a_stock_class_loses_no_corrections_of_a_folder_whose_config_json_is_a_s
     shutil.copy(checkpoints["stock"] / "config.json", tmp_path)
     with pytest.raises(ValueError, match=r"config.json of a stock model, and 6 correction\(s\)"):
         AutoModel.from_pretrained(tmp_path)
-    model, info = AutoModel.from_pretrained(checkpoints["stock"], output_loading_info=True)
-    assert type(model) is BERT.stock_class()
+    stock = BERT.stock_class()
+    model, info = stock.from_pretrained(pretrained_model_name_or_path=checkpoints["stock"], output_loading_info=True)
+    assert type(model) is stock
     assert not info["missing_keys"]
