@@ -208,8 +208,9 @@ FASTER = ("scale 3", "learning rate 3 on Q, K, V", "scale 3, learning rate 3 on 
 FAMILIES = ("DeiT", "Swin", "XCiT", "DaViT")
 REGIMES = (
     *(
-        Regime(f"no residual, {depth}: {treated}", "residual_free", depth, treated, None, ("stock, tuned",))
+        Regime(f"no residual, {data}, {depth}: {treated}", sweep, depth, treated, None, ("stock, tuned",))
         for treated in ("svd on V and O", "svd on Q, K, V")
+        for data, sweep in (("digits", "residual_free"), ("clothes", "fashion-mnist/residual_free"))
         for depth in ("6 layers", "12 layers")
     ),
     Regime("ViT: identity, tuned lambda", "precondition", "ViT", "identity, tuned lambda", "stock", IN_VIT),
@@ -237,7 +238,7 @@ REGIMES = (
 
 def regimes_figure(regimes: Sequence[Regime]) -> dict[str, bytes]:
     """Points gained on default stock, and on the best control, with 95 % intervals; file ending -> image."""
-    figure = new_figure(9.5, 1.4 + 0.42 * len(regimes))
+    figure = new_figure(9.5, 1.4 + 0.3 * len(regimes))
     axes = figure.subplots()
     kinds = (("minus default stock", COLORS[3], "o", 0.14), ("minus the best control", COLORS[0], "s", -0.14))
     for number, (label, color, marker, shift) in enumerate(kinds):

@@ -112,9 +112,14 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert evidence_page.PAGE.read_text(encoding="utf-8") == evidence_page.page()
 
 
-def test_the_readme_names_the_same_gain():
-    mean, low, high = re.findall(
-        r"[+-][\d.]+", evidence_page.pooled("residual_free", "svd on V and O", "stock, tuned")
-    )
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("residual_free", "{} points (95 % interval {} to {}) on digits"),
+        ("fashion-mnist/residual_free", "{} ({} to {}) on Fashion-MNIST"),
+    ],
+)
+def test_the_readme_names_the_same_gain(sweep, words):
+    numbers = re.findall(r"[+-][\d.]+", evidence_page.pooled(sweep, "svd on V and O", "stock, tuned"))
     readme = " ".join((evidence_page.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
-    assert f"{mean} points (95 % interval {low} to {high})" in readme
+    assert words.format(*numbers) in readme
