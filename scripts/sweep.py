@@ -17,62 +17,37 @@ As many runs at once as the machine has GPUs, or else cores. Sweeps share their 
 interrupted sweep goes on when its command is repeated.
 """
 
-import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from hf_specattn.figures import markdown_table
 from hf_specattn.files import CannotWriteError, require_writable, write_bytes, write_json
 from recipes.compare.comparison import ComparisonError
-from recipes.compare.sweeps.cost import gpu_hours, training_operations
-from recipes.compare.sweeps.design import PlannedRun, Sweep, SweepError
-from recipes.compare.sweeps.detection_sweeps import (
-    DETECTION_SCRIPT,
-    DETECTION_SWEEPS,
-    detection_operations,
-    parse_detection_arguments,
-)
-from recipes.compare.sweeps.execution import planned_runs, run_sweep
-from recipes.compare.sweeps.glue_sweep import (
-    GLUE_SWEEPS,
-    check_fine_tunings,
-    fine_tune,
-    fine_tuning_operations,
-    fine_tunings,
-    glue_arms,
-    glue_section,
-)
+from recipes.compare.sweeps.design import Sweep, SweepError
+from recipes.compare.sweeps.detection_sweeps import DETECTION_SWEEPS
+from recipes.compare.sweeps.execution import run_sweep
+from recipes.compare.sweeps.glue_sweep import GLUE_SWEEPS, fine_tune, glue_arms, glue_section
 from recipes.compare.sweeps.grid import GridValues, grid_sweep
-from recipes.compare.sweeps.lra_sweeps import LRA_SCRIPT, LRA_SWEEPS, lra_operations, with_data
+from recipes.compare.sweeps.lra_sweeps import LRA_SWEEPS, with_data
 from recipes.compare.sweeps.regime_sweeps import REGIME_SWEEPS
 from recipes.compare.sweeps.runner import Machine
 from recipes.compare.sweeps.sweep_figures import monitor_figures
+from recipes.compare.sweeps.sweep_plan import check_runs, print_plan
 from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SCALES, SWEEPS
 from recipes.compare.sweeps.sweep_report import as_json, picture, report
-from recipes.compare.sweeps.text_sweeps import TEXT_SCRIPT, TEXT_SWEEPS, text_operations
-from recipes.glue.glue_arguments import parse_arguments as parse_glue_arguments
+from recipes.compare.sweeps.text_sweeps import TEXT_SWEEPS
 from recipes.glue.glue_files import GlueDataError
 from recipes.glue.glue_report import picture as glue_picture
 from recipes.glue.summary import Summary
-from recipes.images.image_arguments import parse_arguments as parse_image_arguments
 from recipes.images.image_sources import ImageDataError
-from recipes.lra.lra_arguments import parse_arguments as parse_lra_arguments
 from recipes.run.command_line import ScriptParser
 from recipes.run.usable_model import ModelError
-from recipes.text.pretrain_arguments import parse_arguments as parse_text_arguments
 
 SCRIPTS = Path(__file__).resolve().parent
-PARSERS: dict[str, Callable[..., Any]] = {
-    IMAGE_SCRIPT: parse_image_arguments,
-    LRA_SCRIPT: parse_lra_arguments,
-    DETECTION_SCRIPT: parse_detection_arguments,
-    TEXT_SCRIPT: parse_text_arguments,
-}
 ALL_SWEEPS = SWEEPS | LRA_SWEEPS | DETECTION_SWEEPS | REGIME_SWEEPS | TEXT_SWEEPS | GLUE_SWEEPS
 NAMES = (*ALL_SWEEPS, "grid")
 
@@ -148,9 +123,6 @@ class SweepArguments:
     seeds: list[int] | None = field(default=None, metadata={"help": "Of every arm of the grid (0)."})
 
 
-# What every run has from its sweep, and what makes a stock model another: `--` cannot give it.
-OF_EVERY_RUN = {"--seed", "--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}
-CONDITIONING = {"--spectral_conditioning", "--attention_preconditioner"}
 GRID_FLAGS = (*(item.name for item in fields(GridValues)), "script", "seeds")
 
 
@@ -181,7 +153,7 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
             raise SweepError(f"{names}: of grid only; {name} has its own values. Leave out, or give the sweep grid.")
         sweep = ALL_SWEEPS[name](arguments.scale, SCRIPTS)
         sweep = replace(sweep, common=(*sweep.common, *behind))
-    refuse_contradictions(sweep, behind)
+    sweep.refuse_contradictions(behind)
     if name in LRA_SWEEPS:
         sweep = with_data(sweep, arguments.lra_data or [])
     elif arguments.lra_data is not None:
@@ -199,24 +171,6 @@ def build_sweep(name: str, arguments: SweepArguments, behind: Sequence[str]) -> 
     return sweep
 
 
-def refuse_contradictions(sweep: Sweep, behind: Sequence[str]) -> None:
-    """Refuse flags for every run that the sweep sets itself: for some runs they would do nothing, or undo what these are.
-
-    Raises:
-        SweepError: naming one.
-    """
-    parts: list[Any] = [*sweep.settings, *sweep.variants, *sweep.tunings]
-    own = {word for part in parts for word in part.flags}
-    for word in behind:
-        name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
-        named = {name, f"{name}_", name.replace("--seeds", "--seed")}
-        if name.startswith("--") and named & (own | OF_EVERY_RUN | CONDITIONING):
-            raise SweepError(
-                f"{word} is for every run, but {sweep.name} sets it for some or all of them. Leave it out"
-                f"{'; a grid takes --seeds, --methods and others before the `--`' if sweep.name == 'grid' else ''}."
-            )
-
-
 def build_grid(arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
     if arguments.scale != "small":
         raise SweepError("--scale is of the sweeps that have a name; a grid trains what follows `--`.")
@@ -228,71 +182,6 @@ def build_grid(arguments: SweepArguments, behind: Sequence[str]) -> Sweep:
     given = {item.name: getattr(arguments, item.name) for item in fields(GridValues)}
     values = GridValues(**{name: tuple(value) for name, value in given.items() if value is not None})
     return grid_sweep(values, script, (0,) if arguments.seeds is None else arguments.seeds, behind)
-
-
-def check_runs(sweep: Sweep, runs_dir: Path) -> None:
-    """Let the script's parser read the flags of every run before the first one starts: a bad one ends the sweep here."""
-    if (parse := PARSERS.get(sweep.script.name)) is not None:
-        for _, run in planned_runs(sweep, {tuning.name: tuning.values[0] for tuning in sweep.tunings}):
-            parse(run.arguments(runs_dir, anew=True), f"a run of {sweep.name}")
-    if sweep.glue_tasks:
-        check_fine_tunings(sweep, runs_dir)
-
-
-def show_plan(sweep: Sweep, arguments: SweepArguments) -> None:
-    """Print the commands of every run, and what they would cost where that is known."""
-    runs_dir = Path(arguments.runs_dir)
-    planned = planned_runs(sweep, {tuning.name: tuning.name.upper() for tuning in sweep.tunings})
-    for run in [*(run for _, run in planned), *(fine_tunings(sweep) if sweep.glue_tasks else [])]:
-        print(shlex.join(["accelerate", "launch", shown_path(run.script), *run.arguments(runs_dir)]))
-    if sweep.tunings:
-        names = ", ".join(tuning.name.upper() for tuning in sweep.tunings)
-        print(
-            f"\n{names}: what the runs of the tuning, which come first for each model, find best; --run fills them in."
-        )
-    if sweep.script.name in PARSERS:
-        print(f"\n{costs(sweep, planned, arguments)}")
-
-
-def costs(sweep: Sweep, planned: Sequence[tuple[Any, PlannedRun]], arguments: SweepArguments) -> str:
-    rows, whole = [], 0.0
-    for setting in sweep.settings:
-        runs = [run for of, run in planned if of is setting]
-        parsed: Any = PARSERS[sweep.script.name]([*runs[0].flags, "--show_plan"], f"a run of {sweep.name}")[0]
-        counts = {
-            LRA_SCRIPT: lra_operations,
-            DETECTION_SCRIPT: detection_operations,
-            TEXT_SCRIPT: text_operations,
-        }
-        if (hours := getattr(parsed, "max_train_hours", None)) is None:
-            operations = counts.get(sweep.script.name, training_operations)(parsed)
-            hours, counted = gpu_hours(operations, arguments.gpu_teraflops), f"{operations:.3g}"
-        else:
-            counted = "by the clock"
-        parts = [(setting.label, hours, counted)]
-        if sweep.glue_tasks:
-            tasks = ",".join(sweep.glue_tasks)
-            flags = ["--model_name_or_path", "model", *sweep.glue_flags, "--tasks", tasks]
-            operations = fine_tuning_operations(parsed, parse_glue_arguments(flags, "a fine-tuning")[0])
-            hours = gpu_hours(operations, arguments.gpu_teraflops)
-            parts.append((f"{setting.label}, GLUE", hours, f"{operations:.3g}"))
-        for label, hours, counted in parts:
-            whole += hours * len(runs)
-            rows.append([label, str(len(runs)), counted, f"{hours:,.2f}", f"{hours * len(runs):,.1f}"])
-    header = ["model", "runs", "operations of a run", "GPU hours of a run", "GPU hours"]
-    note = (
-        f"Estimated at {arguments.gpu_teraflops:g} x 10^12 operations per second (--gpu_teraflops): three times the products "
-        "and convolutions of a stock model's forward pass, without reading data, validation, optimizer and corrections."
-    )
-    if sweep.script.name == LRA_SCRIPT:
-        note += " A model of this width keeps no GPU busy: its runs take many times as long."
-    return markdown_table(header, [*rows, ["all", str(len(planned)), "", "", f"{whole:,.1f}"]]) + f"\n{note}"
-
-
-def shown_path(path: Path) -> str:
-    """A path as it is shown: relative where it lies below the current folder."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def sweep_and_report(sweep: Sweep, arguments: SweepArguments, command: str) -> bool:
@@ -332,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sweep = build_sweep(name, arguments, behind)
         if arguments.plan or (arguments.scale == "paper" and not arguments.run):
-            show_plan(sweep, arguments)
+            print_plan(sweep, Path(arguments.runs_dir), arguments.gpu_teraflops)
             return
         require_writable(arguments.runs_dir, "--runs_dir")
         require_writable(arguments.output_dir or arguments.runs_dir, "--output_dir")

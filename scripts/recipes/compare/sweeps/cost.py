@@ -23,9 +23,8 @@ def training_operations(arguments: ImageArguments) -> float:
         ImageDataError, ModelError: where a run would raise them.
     """
     images, classes, size, channels = planned_amounts(arguments)
-    state = torch.get_rng_state()
-    model = build_stock_model(arguments, [str(number) for number in range(classes)], size, channels).eval()
-    torch.set_rng_state(state)
+    with torch.random.fork_rng(devices=[]):
+        model = build_stock_model(arguments, [str(number) for number in range(classes)], size, channels).eval()
     pixels = torch.zeros(1, channels, size, size)
     counter: Any = FlopCounterMode(display=False)
     # The counter does not know the CPU's fused attention, but the products that it stands for.

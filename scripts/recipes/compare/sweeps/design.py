@@ -12,6 +12,10 @@ from ..comparison import ComparisonError, read_run
 
 Flags = tuple[str, ...]
 
+# What every run has from its sweep, and what makes a stock model another: `--` cannot give it.
+OF_EVERY_RUN = {"--seed", "--output_dir", "--overwrite_output_dir", "--resume_from_checkpoint"}
+CONDITIONING = {"--spectral_conditioning", "--attention_preconditioner"}
+
 
 class SweepError(ValueError):
     """A sweep cannot be planned or run; the message says what to change."""
@@ -164,6 +168,23 @@ class Sweep:
                 f"The variant {variant.label!r} needs the value {error}, and nothing tunes it."
             ) from error
         return [self._run(setting, flags, seed) for seed in self.seeds]
+
+    def refuse_contradictions(self, behind: Sequence[str]) -> None:
+        """Refuse flags for every run that it sets itself: for some runs they would do nothing, or undo what these are.
+
+        Raises:
+            SweepError: naming one.
+        """
+        parts: list[Any] = [*self.settings, *self.variants, *self.tunings]
+        own = {word for part in parts for word in part.flags}
+        for word in behind:
+            name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+            named = {name, f"{name}_", name.replace("--seeds", "--seed")}
+            if name.startswith("--") and named & (own | OF_EVERY_RUN | CONDITIONING):
+                raise SweepError(
+                    f"{word} is for every run, but {self.name} sets it for some or all of them. Leave it out"
+                    f"{'; a grid takes --seeds, --methods and others before the `--`' if self.name == 'grid' else ''}."
+                )
 
     def _run(self, setting: Setting, flags: Sequence[str], seed: int) -> "PlannedRun":
         return PlannedRun(self.script, setting.label, (*self.common, *setting.flags, *flags), seed)

@@ -115,9 +115,8 @@ def detection_operations(arguments: Any) -> float:
 
     try:
         images, names = planned_images(arguments)
-        state = torch.get_rng_state()
-        parts = new_detector(arguments, names).eval().mask_rcnn
-        torch.set_rng_state(state)
+        with torch.random.fork_rng(devices=[]):
+            parts = new_detector(arguments, names).eval().mask_rcnn
     except ValueError as error:
         raise SweepError(str(error)) from error
     width = arguments.fpn_channels
