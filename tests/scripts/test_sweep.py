@@ -11,7 +11,8 @@ import glue_files
 import pytest
 from scripts_loading import REPOSITORY, load_script
 
-from recipes.compare.sweeps.sweep_presets import SWEEPS
+from recipes.compare.sweeps.sweep_plan import OPERATIONS
+from recipes.compare.sweeps.sweep_presets import IMAGE_SCRIPT, SWEEPS
 from recipes.images.image_arguments import parse_arguments
 
 SCRIPT = REPOSITORY / "scripts" / "sweep.py"
@@ -142,7 +143,7 @@ def test_the_plan_of_table_4(sweep, capsys):
 
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_paper_scale_prints_commands_that_parse(sweep, name, capsys, monkeypatch):
-    monkeypatch.setattr(sweep, "training_operations", lambda arguments: 3.6e18 * arguments.num_train_epochs)
+    monkeypatch.setitem(OPERATIONS, IMAGE_SCRIPT, lambda arguments: 3.6e18 * arguments.num_train_epochs)
     sweep.main([name, "--scale", "paper", "--num_seeds", "2", "--gpu_teraflops", "50"])
     output = capsys.readouterr().out
     commands = [shlex.split(line) for line in output.splitlines() if line.startswith("accelerate launch")]
