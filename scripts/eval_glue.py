@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accelerator = build_accelerator(arguments)
         with logging_redirect_tqdm():
             failed = evaluate(arguments, spectral, accelerator)
+        accelerator.end_training()  # Gloo's threads can abort an interpreter that is finalized beside them
     except (GlueDataError, ModelError, ResultsError, CannotWriteError, ImportError, OSError) as error:
         # One line for what a user can change; a traceback for anything else.
         if isinstance(error, OSError) and not cannot_be_written(error):

@@ -97,6 +97,7 @@ def started(arguments: RunArguments, *errors: type[Exception]) -> Iterator[Accel
                 # Again: another run may have written there since the command line was read.
                 run_on_main_process(accelerator, lambda: check_output_dir(arguments))
             yield accelerator
+        accelerator.state.destroy_process_group()  # Gloo's threads can abort an interpreter that is finalized beside them
     except NonFiniteLossError as error:
         raise SystemExit(f"error: {error} {last_checkpoint(arguments)}") from error
     except known as error:
